@@ -1,0 +1,1 @@
+"""Numerical kernels: a plain reference of each, and fast paths beside it."""

@@ -1,0 +1,25 @@
+"""Row normalisation of head outputs."""
+
+import torch
+from torch import Tensor
+
+
+def normalize_rows(x: Tensor, eps: float, detach: bool) -> Tensor:
+    """Divide each row by its Euclidean norm: ``x_i / max(||x_i||_2, eps)``.
+
+    The norm is taken in float32 for half precision, else in the precision of ``x``. Zero rows stay zero, with a
+    finite gradient.
+
+    Args:
+        x: Rows of shape (..., d).
+        eps: Smallest divisor.
+        detach: Treat the norm as a constant in backpropagation instead of using the exact gradient.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    if detach:
+        norm = norm.detach()
+    return (wide / norm.clamp_min(eps)).to(x.dtype)

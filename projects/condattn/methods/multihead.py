@@ -1,0 +1,145 @@
+"""Conditioned ``nn.MultiheadAttention``, which calls its projections functionally and so needs a subclass."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.row_norm import normalize_rows
+from .base import become, restore
+from .correction import CorrectedModule
+
+if TYPE_CHECKING:
+    from .preconditioner import RowPreconditioner
+    from .spectral import SpectralCorrection
+
+
+class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with conditioned weights, head outputs, or both; same arguments, keys and shapes."""
+
+    host = nn.MultiheadAttention
+    preconditioner: RowPreconditioner | None = None
+    spectral: SpectralCorrection | None = None
+
+    # nn.TransformerEncoderLayer's inference fast path reads in_proj_weight itself and would skip the conditioning.
+    # It asks this flag first; a property of the class shadows the instance's own value.
+    _qkv_same_embed_dim = property(lambda self: False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from ``query`` to ``key`` and ``value``; arguments and results as ``nn.MultiheadAttention``.
+
+        Raises:
+            ValueError: If ``is_causal`` is set without ``attn_mask``.
+        """
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint about attn_mask; give attn_mask as well")
+        if query.is_nested:
+            return self._forward_nested(query), None
+
+        batched = query.dim() == 3
+        shared = query is key and key is value
+        query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
+        q, k, v = self._project(query, None if shared else key, value)
+        k, v = self._extend(k, self.bias_k), self._extend(v, self.bias_v)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+
+        dropout = self.dropout if self.training else 0.0
+        causal = is_causal and key_padding_mask is None and not need_weights and k.shape[2] == key.shape[1]
+        mask = None if causal else self._additive_mask(attn_mask, key_padding_mask, q, k)
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout)
+            heads = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            weights = None
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+
+        heads = heads.transpose(1, 2)
+        if self.preconditioner is not None:
+            heads = normalize_rows(heads, self.preconditioner.eps, self.preconditioner.detach)
+        output = F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return output.squeeze(0), weights
+        return (output if self.batch_first else output.transpose(0, 1)), weights
+
+    def _reset_parameters(self) -> None:
+        # Upstream asks the flag above which weights there are.
+        restore(self)
+        self._reset_parameters()
+        become(self, ConditionedMultiheadAttention)
+
+    def fold(self) -> None:
+        """Merge the corrections into the weights; without a preconditioner, become the plain module again."""
+        if self.spectral is not None:
+            self.merge_corrections()
+            del self.spectral
+        if self.preconditioner is None:
+            restore(self)
+
+    def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
+        if not batched:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _project(self, query: Tensor, key: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of shape (batch, tokens, embed_dim); ``key`` None: all three from ``query``."""
+        if self.in_proj_weight is not None:
+            weight = self.effective_weight("in_proj_weight")
+            if key is None:
+                return F.linear(query, weight, self.in_proj_bias).chunk(3, dim=-1)
+            weights = weight.chunk(3)
+        else:
+            weights = [self.effective_weight(f"{name}_proj_weight") for name in "qkv"]
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        inputs = (query, query if key is None else key, value)
+        return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+
+    def _extend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Append the learned token of ``add_bias_kv`` and the zero token of ``add_zero_attn``."""
+        if bias is not None:
+            x = torch.cat([x, bias.to(x.dtype).expand(x.shape[0], 1, -1)], dim=1)
+        return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
+
+    def _additive_mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
+    ) -> Tensor | None:
+        """Both masks as one float mask that broadcasts to (batch, heads, query tokens, key tokens)."""
+        masks = []
+        if attn_mask is not None:
+            masks.append(
+                attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask
+            )
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask.reshape(-1, 1, 1, key_padding_mask.shape[-1]))
+        total = None
+        for mask in masks:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
+            mask = F.pad(mask.to(q.dtype), (0, k.shape[2] - mask.shape[-1]))
+            total = mask if total is None else total + mask
+        return total
+
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """Self-attention over sequences of different lengths, which nn.TransformerEncoder passes in eval mode."""
+        lengths = torch.tensor([len(sequence) for sequence in x.unbind()], device=x.device)
+        padded = x.to_padded_tensor(0.0)
+        padding = torch.arange(padded.shape[1], device=x.device) >= lengths[:, None]
+        output, _ = self(padded, padded, padded, padding, need_weights=False)
+        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(output, lengths, strict=True)])

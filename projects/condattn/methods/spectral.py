@@ -1,0 +1,129 @@
+"""Spectral conditioning, "SC" (arXiv 2603.07162): constants added to the q, k and v projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..sites import AttentionSite, Projection
+from .base import Method, become, check_can_become, register_method, restore
+from .correction import Block, CorrectedModule, Correction
+from .multihead import ConditionedMultiheadAttention
+
+
+@register_method
+@dataclass(frozen=True)
+class SpectralCorrection(Method):
+    """W + C in place of W for the query, key and value projections; W trains, C is set once.
+
+    ``SpectralCorrection()`` is the form of all experiments of the paper (Thm 3.8): C = 10 I_k, ones on the main
+    diagonal. ``SpectralCorrection(form='svd')`` is the exact form (Thm 3.5): C = sigma_max(W) U V^T, with which
+    kappa(W + C) <= 2. With a pre-LayerNorm backbone (ViT, Swin) 10 I_k saturates the softmax at initialisation; a
+    strength of about 1 keeps attention alive.
+
+    Attributes:
+        strength: lambda, the size of C; one number, or one per target such as ``dict(q=1.0, k=1.0, v=10.0)``.
+            Default: 10, and 1 for ``form='svd'``.
+        relative: Multiply ``strength`` by the spectral norm of the initial (or loaded) weight. A strength above 1
+            then guarantees kappa(W + C) <= (strength + 1) / (strength - 1). Default: False, and True for
+            ``form='svd'``.
+        targets: Which of 'q', 'k' and 'v' are corrected.
+        layout: 'fused' lays C over the whole projection of all heads, 'per_head' over each head's own rows. The
+            paper does not say which.
+        form: 'identity' for lambda I_k, 'svd' for lambda U V^T.
+
+    Raises:
+        ValueError: If a setting is not one of these.
+    """
+
+    alias: ClassVar[str] = "sc"
+
+    strength: float | Mapping[str, float] | None = None
+    relative: bool | None = None
+    targets: tuple[str, ...] = ("q", "k", "v")
+    layout: str = "fused"
+    form: str = "identity"
+
+    def __post_init__(self):
+        for name, known in (("layout", ("fused", "per_head")), ("form", ("identity", "svd"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"SpectralCorrection: {name} is {getattr(self, name)!r}; expected one of {known}")
+        targets = tuple(self.targets)
+        if not targets or len(set(targets)) < len(targets) or not set(targets) <= set("qkv"):
+            raise ValueError(f"SpectralCorrection: targets is {targets!r}; expected some of ('q', 'k', 'v')")
+        svd = self.form == "svd"
+        strength = self.strength if self.strength is not None else (1.0 if svd else 10.0)
+        if isinstance(strength, Mapping):
+            strength = dict(strength)
+            if set(strength) != set(targets):
+                raise ValueError(
+                    f"SpectralCorrection: strength is given for {sorted(strength)}, targets are {sorted(targets)}; "
+                    "name the same ones in both"
+                )
+        values = strength.values() if isinstance(strength, dict) else [strength]
+        for value in values:
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"SpectralCorrection: strength is {value!r}; expected a finite number")
+        object.__setattr__(self, "targets", targets)
+        object.__setattr__(self, "strength", strength)
+        object.__setattr__(self, "relative", svd if self.relative is None else self.relative)
+
+    def check(self, site: AttentionSite) -> None:
+        """Raise unless the targets of ``site`` are plain linear maps."""
+        for target in self.targets:
+            owner = getattr(site, target).owner
+            check_can_become(owner, _layer(owner), site)
+
+    def apply(self, site: AttentionSite) -> None:
+        """Replace W by W + C in the projections of ``site`` that are targets."""
+        by_weight: dict[tuple[nn.Module, str], list[Block]] = {}
+        for target in self.targets:
+            projection: Projection = getattr(site, target)
+            blocks = by_weight.setdefault((projection.owner, projection.parameter), [])
+            blocks.extend(self._blocks(target, projection, site.num_heads))
+        for (owner, parameter), blocks in by_weight.items():
+            layer = become(owner, _layer(owner))
+            layer.spectral = self
+            layer.add_correction(parameter, Correction(tuple(blocks), self.relative, self.form == "svd"))
+
+    @classmethod
+    def applied_to(cls, site: AttentionSite) -> SpectralCorrection | None:
+        """The correction of ``site``, or None."""
+        owners = (site.q.owner, site.k.owner, site.v.owner)
+        return next((owner.spectral for owner in owners if getattr(owner, "spectral", None)), None)
+
+    def _blocks(self, target: str, projection: Projection, num_heads: int) -> list[Block]:
+        strength = self.strength[target] if isinstance(self.strength, dict) else self.strength
+        start, stop = projection.rows.start, projection.rows.stop
+        step = (stop - start) // num_heads if self.layout == "per_head" else stop - start
+        return [Block(row, row + step, float(strength)) for row in range(start, stop, step)]
+
+
+class SpectralLinear(CorrectedModule, nn.Linear):
+    """An input projection with the weight W + C. Shape: as ``nn.Linear``."""
+
+    host = nn.Linear
+    spectral: SpectralCorrection
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project with the effective weight."""
+        return F.linear(input, self.effective_weight(), self.bias)
+
+    def fold(self) -> None:
+        """Merge C into the weight and become the plain layer again."""
+        self.merge_corrections()
+        del self.spectral
+        restore(self)
+
+    def extra_repr(self) -> str:
+        """The settings, behind those of ``nn.Linear``."""
+        return f"{super().extra_repr()}, {self.spectral}"
+
+
+def _layer(owner: nn.Module) -> type[nn.Module]:
+    return ConditionedMultiheadAttention if isinstance(owner, nn.MultiheadAttention) else SpectralLinear

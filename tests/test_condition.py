@@ -1,0 +1,277 @@
+"""The three calls: condition, fold, conditioning_of; and what they refuse."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import condattn
+from condattn import RowPreconditioner, SpectralCorrection
+
+
+def transformer():
+    torch.manual_seed(0)
+    return nn.Transformer(16, 4, 2, 2, 32, dropout=0.0, batch_first=True).eval()
+
+
+def output(model, dtype=torch.float32):
+    torch.manual_seed(1)
+    return model(torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 3, 16, dtype=dtype))
+
+
+SITES = [
+    "encoder.layers.0.self_attn",
+    "encoder.layers.1.self_attn",
+    "decoder.layers.0.self_attn",
+    "decoder.layers.0.multihead_attn",
+    "decoder.layers.1.self_attn",
+    "decoder.layers.1.multihead_attn",
+]
+
+
+def test_find_sites_sees_the_same_before_and_after():
+    model = transformer()
+    before = condattn.find_sites(model)
+    assert [site.name for site in before] == SITES
+    weights = [site.v.weight.clone() for site in before]
+    condattn.condition(model, "sc+pc")
+    after = condattn.find_sites(model)
+    assert [site.name for site in after] == SITES
+    assert all(torch.equal(site.v.weight, w) for site, w in zip(after, weights, strict=True))
+
+
+def test_none_changes_nothing():
+    model, untouched = transformer(), transformer()
+    report = condattn.condition(model, "none")
+    assert (report.methods, report.conditioned, str(report)) == ((), (), "conditioning: none")
+    assert [type(m) for m in model.modules()] == [type(m) for m in untouched.modules()]
+    assert torch.equal(output(model), output(untouched))
+
+
+@pytest.mark.parametrize(
+    "include, exclude, expected",
+    [
+        (None, None, SITES),
+        ("decoder", None, SITES[2:]),
+        (["encoder", "*.multihead_attn"], None, [*SITES[:2], SITES[3], SITES[5]]),
+        (None, "encoder", SITES[2:]),
+        ("decoder.layers.?", ["decoder.layers.1"], SITES[2:4]),
+        (["*.self_attn"], ["decoder"], SITES[:2]),
+    ],
+)
+def test_patterns(include, exclude, expected):
+    model = transformer()
+    report = condattn.condition(model, "pc", include, exclude)
+    assert list(report.conditioned) == expected
+    assert set(report.conditioned) | set(report.left_out) == set(SITES)
+    assert [name for name, methods in condattn.conditioning_of(model).items() if methods] == expected
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_pattern_that_matches_nothing(argument):
+    with pytest.raises(ValueError, match="pattern 'backbone' matches no attention site; the sites are 'encoder.lay"):
+        condattn.condition(transformer(), "pc", **{argument: ["backbone"]})
+
+
+def test_patterns_that_leave_nothing():
+    with pytest.raises(ValueError, match="leave no attention site"):
+        condattn.condition(transformer(), "pc", include="encoder", exclude="encoder")
+
+
+def test_no_site():
+    with pytest.raises(ValueError, match="Linear has no attention site to condition; expected a module of one of"):
+        condattn.condition(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["pcc", "", "none+pc", "pc+", 3, dict(strength=1.0), dict(type="Nothing")])
+def test_unknown_name(name):
+    model = transformer()
+    with pytest.raises(ValueError, match=r"Known: 'none', 'pc' \(RowPreconditioner\), 'sc' \(SpectralCorrection\)"):
+        condattn.condition(model, name)
+    assert not any(condattn.conditioning_of(model).values())
+
+
+def test_unknown_setting():
+    with pytest.raises(ValueError, match=r"RowPreconditioner: .*'strength'; its settings are detach, eps"):
+        condattn.condition(transformer(), dict(type="RowPreconditioner", strength=1.0))
+
+
+def test_method_twice():
+    with pytest.raises(ValueError, match="names RowPreconditioner more than once"):
+        condattn.condition(transformer(), "pc+sc+pc")
+    model = transformer()
+    condattn.condition(model, "pc", include="encoder")
+    with pytest.raises(ValueError, match=r"encoder.layers.0.self_attn .*: RowPreconditioner is applied already"):
+        condattn.condition(model, "pc")
+    condattn.condition(model, "sc")
+    condattn.condition(model, "pc", exclude="encoder")
+    assert all(len(methods) == 2 for methods in condattn.conditioning_of(model).values())
+
+
+def test_a_site_that_cannot_be_conditioned_leaves_the_model_untouched():
+    class Own(nn.MultiheadAttention):
+        def forward(self, query, key, value):
+            return query, None
+
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2), Own(4, 2)])
+    with pytest.raises(ValueError, match=r"1 \(Own\): cannot condition its Own, whose forward is not that of Multi"):
+        condattn.condition(model, "pc")
+    assert not any(condattn.conditioning_of(model).values())
+    assert condattn.condition(model, "pc", exclude="1").conditioned == ("0",)
+
+
+def test_parametrized_weights_are_refused():
+    timm = pytest.importorskip("timm")
+    module = timm.layers.Attention(8, 2)
+    nn.utils.parametrizations.weight_norm(module.proj)
+    with pytest.raises(ValueError, match="cannot condition its parametrized Linear"):
+        condattn.condition(module, "pc")
+
+
+def test_a_gate_between_heads_and_projection_is_refused_for_pc_only():
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    module = vision_transformer.Attention(8, 2, scale_norm=True, norm_layer=nn.LayerNorm)
+    with pytest.raises(ValueError, match="a norm or gate stands between its heads and its output projection"):
+        condattn.condition(module, "pc")
+    assert condattn.condition(module, "sc").conditioned == ("",)
+
+
+def test_conditioning_of_gives_the_long_form_back():
+    model = transformer()
+    methods = [SpectralCorrection(dict(q=1.0, v=2.0), targets=("q", "v")), RowPreconditioner(detach=True)]
+    condattn.condition(model, methods, include="encoder")
+    told = condattn.conditioning_of(model)
+    assert told["decoder.layers.0.self_attn"] == []
+    other = transformer()
+    condattn.condition(other, told["encoder.layers.0.self_attn"], include="encoder")
+    assert condattn.conditioning_of(other) == told
+
+
+def test_a_user_method_is_one_class(request):
+    from dataclasses import dataclass
+
+    from condattn.methods import base
+
+    @condattn.register_method
+    @dataclass(frozen=True)
+    class Halve(condattn.Method):
+        alias = "halve"
+        factor: float = 0.5
+
+        def check(self, site):
+            pass
+
+        def apply(self, site):
+            with torch.no_grad():
+                site.v.weight.mul_(self.factor)
+            site.module.halved = self
+
+        @classmethod
+        def applied_to(cls, site):
+            return getattr(site.module, "halved", None)
+
+    request.addfinalizer(lambda: (base._METHODS.pop("Halve"), base._ALIASES.pop("halve")))
+    model = transformer()
+    before = condattn.find_sites(model)[0].v.weight.clone()
+    condattn.condition(model, "halve+pc")
+    assert torch.equal(condattn.find_sites(model)[0].v.weight, before / 2)
+    assert condattn.conditioning_of(model)[SITES[0]][1] == dict(type="Halve", factor=0.5)
+    with pytest.raises(ValueError, match="the conditioning method name 'Halve' is taken"):
+        condattn.register_method(Halve)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("conditioning", ["sc", "sc+pc", SpectralCorrection(form="svd")], ids=str)
+def test_fold_computes_the_same(conditioning, dtype, tolerance):
+    model = transformer().to(dtype)
+    condattn.condition(model, conditioning)
+    want = output(model, dtype)
+    assert condattn.fold(model) == len(SITES)
+    torch.testing.assert_close(output(model, dtype), want, rtol=0, atol=tolerance)
+    assert condattn.fold(model) == 0
+
+
+def test_folded_correction_is_the_vanilla_model():
+    model, vanilla = transformer(), transformer()
+    condattn.condition(model, SpectralCorrection(2.0, relative=True))
+    assert set(model.state_dict()) > set(vanilla.state_dict())
+    parameters = dict(model.named_parameters())
+    want = output(model)
+    condattn.fold(model)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in vanilla.named_modules()]
+    assert list(model.state_dict()) == list(vanilla.state_dict())
+    assert list(dict(model.named_buffers())) == list(dict(vanilla.named_buffers()))
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    vanilla.load_state_dict(model.state_dict())
+    torch.testing.assert_close(output(vanilla.train()), want, rtol=0, atol=1e-5)
+
+
+def test_fold_keeps_the_preconditioner():
+    model = transformer()
+    condattn.condition(model, "sc+pc")
+    condattn.fold(model)
+    assert set(map(str, condattn.conditioning_of(model).values())) == {str([RowPreconditioner().to_dict()])}
+
+
+def test_the_model_itself_may_be_the_site():
+    module = nn.MultiheadAttention(8, 2)
+    report = condattn.condition(module, "pc")
+    assert report.conditioned == ("",)
+    assert "1 of 1 attention sites" in str(report)
+
+
+def test_register_rule():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(6, 18), nn.Linear(6, 6)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 3)).movedim(-2, -3).unbind(-4 + 1)
+            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+
+    from condattn import sites
+
+    name = f"{Mine.__module__}.{Mine.__qualname__}"
+    condattn.register_rule(name, lambda m: dict(num_heads=2, out=sites.whole(m.proj), **sites.thirds(m.qkv)))
+    try:
+        model = nn.Sequential(Mine())
+        assert condattn.condition(model, "sc+pc").conditioned == ("0",)
+        with pytest.raises(ValueError, match="has a rule already"):
+            condattn.register_rule(name, dict)
+    finally:
+        del sites._RULES[name]
+
+
+@pytest.mark.parametrize("conditioning", ["pc", "sc", SpectralCorrection(form="svd")], ids=str)
+def test_compiles(conditioning):
+    model = transformer()
+    condattn.condition(model, conditioning)
+    want = output(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(output(compiled), want, rtol=1e-4, atol=1e-5)
+
+
+def test_import_is_light():
+    """``import condattn`` loads no library but torch (and what torch itself loads)."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import condattn;"
+        "print(*sorted({n.split('.')[0] for n in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    third_party = {
+        "mmengine",
+        "mmcv",
+        "mmdet",
+        "mmseg",
+        "timm",
+        "transformers",
+        "numpy",
+        "scipy",
+        "torchvision",
+        "triton",
+    }
+    assert not third_party & set(done.stdout.split())
+    assert "condattn" in done.stdout

@@ -1,0 +1,146 @@
+"""``nn.MultiheadAttention`` in all its variants, and the fast paths around it."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import condattn
+from condattn import SpectralCorrection
+
+# The conditioned class with a correction of size zero: it must compute what PyTorch's own class computes.
+NOTHING = SpectralCorrection(0.0)
+
+
+def pair(**kwargs):
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(12, 3, **kwargs).double().eval()
+    conditioned = nn.MultiheadAttention(12, 3, **kwargs).double().eval()
+    conditioned.load_state_dict(plain.state_dict())
+    condattn.condition(conditioned, NOTHING)
+    return plain, conditioned
+
+
+VARIANTS = {
+    "plain": {},
+    "batch-first": dict(batch_first=True),
+    "no-bias": dict(bias=False),
+    "bias-kv": dict(add_bias_kv=True),
+    "zero-attention": dict(add_zero_attn=True),
+    "both-extra-tokens": dict(add_bias_kv=True, add_zero_attn=True, batch_first=True),
+    "other-widths": dict(kdim=7, vdim=5),
+}
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masks", ["none", "bool", "float", "per-head", "padding", "both", "causal"])
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_as_pytorch(variant, batched, masks, need_weights, average):
+    kwargs = VARIANTS[variant]
+    plain, conditioned = pair(**kwargs)
+    batch, target, source = 2, 4, 4 if masks == "causal" else 6
+    query = torch.randn(target, batch, 12).double()
+    key = torch.randn(source, batch, kwargs.get("kdim", 12)).double()
+    value = torch.randn(source, batch, kwargs.get("vdim", 12)).double()
+    padding = torch.tensor([[False] * (source - 2) + [True] * 2, [False] * source])
+    if not batched:
+        query, key, value, padding, batch = query[:, 0], key[:, 0], value[:, 0], padding[0], 1
+    elif kwargs.get("batch_first"):
+        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    mask = torch.rand(target, source) < 0.3
+    mask[:, 0] = False
+    arguments = dict(need_weights=need_weights, average_attn_weights=average)
+    if masks == "causal":
+        if variant in ("bias-kv", "zero-attention", "both-extra-tokens"):
+            need_weights = arguments["need_weights"] = True  # PyTorch drops the mask here otherwise
+        arguments |= dict(attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1), is_causal=True)
+    if masks in ("bool", "both"):
+        arguments["attn_mask"] = mask
+    if masks == "float":
+        arguments["attn_mask"] = torch.randn(target, source).double()
+    if masks == "per-head":
+        arguments["attn_mask"] = torch.randn(batch * 3, target, source).double()
+    if masks in ("padding", "both"):
+        arguments["key_padding_mask"] = padding
+
+    want, want_weights = plain(query, key, value, **arguments)
+    got, got_weights = conditioned(query, key, value, **arguments)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    if need_weights:
+        torch.testing.assert_close(got_weights, want_weights, rtol=0, atol=1e-12)
+    else:
+        assert got_weights is None
+
+
+def test_causal_hint_needs_its_mask():
+    _, conditioned = pair()
+    x = torch.randn(4, 2, 12).double()
+    with pytest.raises(ValueError, match="give attn_mask as well"):
+        conditioned(x, x, x, is_causal=True)
+
+
+def test_dropout_acts_in_training_only():
+    module = nn.MultiheadAttention(12, 3, dropout=0.5)
+    condattn.condition(module, "pc")
+    x = torch.randn(4, 2, 12)
+    for need_weights in (True, False):
+        module.train()
+        assert not torch.equal(
+            module(x, x, x, need_weights=need_weights)[0], module(x, x, x, need_weights=need_weights)[0]
+        )
+        module.eval()
+        assert torch.equal(module(x, x, x, need_weights=need_weights)[0], module(x, x, x, need_weights=need_weights)[0])
+
+
+def encoder(conditioning, nested=True):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    condattn.condition(model, conditioning)
+    return model
+
+
+@pytest.mark.parametrize("conditioning", ["pc", "sc", "sc+pc"])
+@pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_inference_fast_path_does_not_skip_the_conditioning(conditioning, nested, padded):
+    """In eval mode nn.TransformerEncoder(Layer) would read in_proj_weight itself."""
+    model = encoder(conditioning, nested)
+    x = torch.randn(3, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2]) if padded else None
+    real = ~padding if padded else torch.ones(3, 5, dtype=torch.bool)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = model.train()(x, src_key_padding_mask=padding)[real]
+        evaluated = model.eval()(x, src_key_padding_mask=padding)[real]
+        unconditioned = encoder("none", nested).eval()(x, src_key_padding_mask=padding)[real]
+    torch.testing.assert_close(evaluated, trained, rtol=1e-4, atol=1e-5)
+    assert (evaluated - unconditioned).abs().max() > 1e-2
+
+
+def test_encoder_built_from_a_conditioned_layer():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    condattn.condition(layer, "pc")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.train()(x), rtol=1e-4, atol=1e-5)
+    assert len(condattn.find_sites(model)) == 2
+
+
+def test_decoder_layer_conditions_self_and_cross_attention():
+    layer = nn.TransformerDecoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    report = condattn.condition(layer, "pc")
+    assert report.conditioned == ("self_attn", "multihead_attn")
+    x, memory = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x, memory), layer.train()(x, memory), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,73 @@
+"""The row normalisation at its edges: zero rows, tiny and huge values, half precision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import condattn
+from condattn import RowPreconditioner
+from condattn.kernels.row_norm import normalize_rows
+from condattn.methods import PreconditionedLinear
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_zero_rows_give_zero_and_finite_gradients(detach):
+    x = torch.randn(5, 4)
+    x[2] = 0
+    x.requires_grad_()
+    y = normalize_rows(x, 1e-6, detach)
+    y.square().sum().backward()
+    assert torch.equal(y[2], torch.zeros(4))
+    assert x.grad.isfinite().all()
+
+
+def test_rows_below_eps_are_divided_by_eps():
+    x = torch.full((1, 4), 1e-9, dtype=torch.float64)
+    torch.testing.assert_close(normalize_rows(x, 1e-6, False), x / 1e-6)
+
+
+@pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e18)], ids=str)
+def test_half_precision_neither_overflows_nor_loses_small_rows(dtype, largest):
+    y = normalize_rows(torch.tensor([[largest] * 64, [1e-5] * 64]).to(dtype), 1e-6, False)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), torch.full((2, 64), 0.125), rtol=1e-2, atol=0)
+
+
+def test_gradient_is_that_of_the_forward_unless_detached():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: normalize_rows(t, 1e-6, False), x)
+    (gradient,) = torch.autograd.grad(normalize_rows(x, 1e-6, True).sum(), x)
+    torch.testing.assert_close(gradient, (1 / x.norm(dim=-1, keepdim=True)).expand_as(x))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 4), st.integers(1, 8), st.floats(1e-3, 1e3), st.integers(0, 2**31 - 1))
+def test_output_rows_have_unit_norm_and_ignore_the_scale(heads, size, scale, seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(heads * size, heads * size, bias=False).double()
+    nn.init.eye_(layer.weight)
+    layer.__class__ = PreconditionedLinear
+    layer.num_heads, layer.preconditioner = heads, RowPreconditioner()
+    x = torch.randn(7, heads * size, dtype=torch.float64)
+    y = layer(x)
+    torch.testing.assert_close(y.unflatten(-1, (heads, size)).norm(dim=-1), torch.ones(7, heads).double())
+    torch.testing.assert_close(layer(scale * x), y)
+
+
+def test_norm_is_taken_in_float32_under_autocast():
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+    condattn.condition(module, "pc")
+    x = torch.randn(2, 9, 32)
+    want = module(x, x, x, need_weights=False)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(x, x, x, need_weights=False)[0]
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_eps(eps):
+    with pytest.raises(ValueError, match="eps is .*expected a positive finite number"):
+        RowPreconditioner(eps=eps)
