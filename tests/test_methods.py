@@ -107,6 +107,32 @@ class TestAgainstFormulas:
         agree(host, module, conditioned, batch, masked, precondition=rows_over_norm, corrections=corrections)
 
 
+@pytest.mark.parametrize("conditioning", ["pc", SpectralCorrection(1.0), "sc+pc"], ids=str)
+class TestModes:
+    def test_eval_agrees_with_train(self, host, conditioning):
+        _, conditioned = build(host, conditioning)
+        x, mask = host.inputs(2), host.mask(2)
+        with torch.no_grad():
+            trained = host.call(conditioned.train(), x, mask)
+            evaluated = host.call(conditioned.eval(), x, mask)
+        torch.testing.assert_close(evaluated, trained, **CLOSE)
+
+    def test_autocast(self, host, conditioning):
+        """In bf16 the values stay nearly as close to float32 as the unconditioned module's, and gradients close."""
+        module, conditioned = build(host, conditioning)
+        x = tuple(t.float() for t in host.inputs(2))
+        x = x if host.cross else (x[0],) * 3
+        errors = []
+        for m in (module.float(), conditioned.float()):
+            want, want_gradients = values_and_gradients(lambda m=m: host.call(m, x, None), m, ())
+            with torch.autocast("cpu", torch.bfloat16):
+                got, got_gradients = values_and_gradients(lambda m=m: host.call(m, x, None).float(), m, ())
+            errors.append(((got - want).norm() / want.norm()).item())
+        assert errors[1] <= 3 * errors[0] + 0.01
+        got_gradients, want_gradients = (nn.utils.parameters_to_vector(g) for g in (got_gradients, want_gradients))
+        assert (got_gradients - want_gradients).norm() <= 0.2 * want_gradients.norm()
+
+
 def build_none(host):
     module, untouched = host.build(), host.build()
     classes = [type(m) for m in untouched.modules()]

@@ -1,0 +1,63 @@
+# make demo | test | test-all | test-stock | lint | benchmark.  PYTHON=python3.11 chooses the interpreter.
+SHELL := bash -o pipefail
+VENV := .venv
+STOCK := .venv-stock
+PY := $(VENV)/bin/python
+DEMO := configs/demo/mask_rcnn_swin_pc.py
+WORK := work_dirs/demo/mask_rcnn_swin_pc
+REQUIREMENTS := pyproject.toml $(wildcard requirements/*)
+
+.PHONY: help setup demo test test-slow test-all test-stock lint benchmark
+
+help:
+	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
+	@echo "make test        the tests, up to 15 minutes on two cores"
+	@echo "make test-all    the tests and their repetitions, up to 30 minutes"
+	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
+	@echo "make lint        ruff"
+	@echo "make benchmark   what conditioning costs, as ratios to the upstream backbone"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	requirements/install.sh $(VENV) default
+	@touch $@
+
+$(STOCK)/.installed: $(REQUIREMENTS)
+	requirements/install.sh $(STOCK) stock
+	@touch $@
+
+demo: $(WORK)/metrics.txt
+	@echo
+	@sed -n 's/.*coco\/\(bbox\|segm\)_mAP: \([0-9.-]*\).*coco\/segm_mAP: \([0-9.-]*\).*/box AP \2, mask AP \3/p' $< | tail -n 1
+	@echo "checkpoint   $$(cat $(WORK)/last_checkpoint)"
+	@echo "evaluation   $(WORK)/metrics.txt"
+	@echo "pictures     $(WORK)/pictures  (left: ground truth, right: prediction)"
+	@echo "data         data/digit_scenes"
+
+$(WORK)/trained: $(DEMO) | setup
+	$(PY) tools/train.py $(DEMO) --work-dir $(WORK) --resume
+	@touch $@
+
+$(WORK)/metrics.txt: $(WORK)/trained
+	rm -rf $(WORK)/pictures
+	$(PY) tools/test.py $(DEMO) $$(cat $(WORK)/last_checkpoint) --work-dir $(WORK) --show-dir pictures | tee $@.part
+	@mv $(WORK)/*/pictures $(WORK)/pictures
+	@mv $@.part $@
+
+test: setup
+	$(PY) -m pytest
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+test-all: test test-slow
+
+test-stock: $(STOCK)/.installed
+	$(STOCK)/bin/python -m pytest
+
+lint: setup
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+benchmark: setup
+	$(PY) tools/analysis/benchmark.py
