@@ -4,6 +4,7 @@ VENV := .venv
 STOCK := .venv-stock
 PY := $(VENV)/bin/python
 DEMO := configs/demo/mask_rcnn_swin_pc.py
+DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
 WORK := work_dirs/demo/mask_rcnn_swin_pc
 REQUIREMENTS := pyproject.toml $(wildcard requirements/*)
 
@@ -29,20 +30,19 @@ $(STOCK)/.installed: $(REQUIREMENTS)
 
 demo: $(WORK)/metrics.txt
 	@echo
-	@sed -n 's/.*coco\/\(bbox\|segm\)_mAP: \([0-9.-]*\).*coco\/segm_mAP: \([0-9.-]*\).*/box AP \2, mask AP \3/p' $< | tail -n 1
+	@grep -oE 'coco/(bbox|segm)_mAP: [0-9.]+' $<
 	@echo "checkpoint   $$(cat $(WORK)/last_checkpoint)"
-	@echo "evaluation   $(WORK)/metrics.txt"
+	@echo "evaluation   $<"
 	@echo "pictures     $(WORK)/pictures  (left: ground truth, right: prediction)"
 	@echo "data         data/digit_scenes"
 
-$(WORK)/trained: $(DEMO) | setup
+$(WORK)/trained: $(DEMO_CONFIGS) | setup
 	$(PY) tools/train.py $(DEMO) --work-dir $(WORK) --resume
 	@touch $@
 
 $(WORK)/metrics.txt: $(WORK)/trained
-	rm -rf $(WORK)/pictures
-	$(PY) tools/test.py $(DEMO) $$(cat $(WORK)/last_checkpoint) --work-dir $(WORK) --show-dir pictures | tee $@.part
-	@mv $(WORK)/*/pictures $(WORK)/pictures
+	$(PY) tools/test.py $(DEMO) $$(cat $(WORK)/last_checkpoint) --work-dir $(WORK) --show-dir $(WORK)/pictures \
+	    | tee $@.part
 	@mv $@.part $@
 
 test: setup

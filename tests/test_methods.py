@@ -127,8 +127,9 @@ class TestModes:
             want, want_gradients = values_and_gradients(lambda m=m: host.call(m, x, None), m, ())
             with torch.autocast("cpu", torch.bfloat16):
                 got, got_gradients = values_and_gradients(lambda m=m: host.call(m, x, None).float(), m, ())
-            errors.append(((got - want).norm() / want.norm()).item())
-        assert errors[1] <= 3 * errors[0] + 0.01
+            # The median over tokens: a row that nearly cancels out is small, and its rounding errors are not.
+            errors.append(((got - want).norm(dim=-1) / want.norm(dim=-1)).median().item())
+        assert errors[1] <= 2 * errors[0]
         got_gradients, want_gradients = (nn.utils.parameters_to_vector(g) for g in (got_gradients, want_gradients))
         assert (got_gradients - want_gradients).norm() <= 0.2 * want_gradients.norm()
 

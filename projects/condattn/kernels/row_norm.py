@@ -22,4 +22,5 @@ def normalize_rows(x: Tensor, eps: float, detach: bool) -> Tensor:
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     if detach:
         norm = norm.detach()
-    return (wide / norm.clamp_min(eps)).to(x.dtype)
+    # The backward of a product costs less than that of a quotient.
+    return (wide * norm.clamp_min(eps).reciprocal()).to(x.dtype)

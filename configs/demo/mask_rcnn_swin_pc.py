@@ -1,0 +1,5 @@
+"""Mask R-CNN on the built-in digit scenes, backbone conditioned with PC."""
+
+_base_ = "_base_/mask_rcnn_digit_scenes.py"
+
+model = dict(backbone=dict(type="ConditionedSwinTransformer", conditioning="pc"))

@@ -1,0 +1,7 @@
+"""Mask R-CNN, Swin-S, spectral correction, COCO 3x, multi-scale with crop, AMP.
+
+Twin: that of mask_rcnn_swin-s_pc_3x.py, which it follows in all else.
+"""
+
+_base_ = "./mask_rcnn_swin-s_pc_3x.py"
+model = dict(backbone=dict(conditioning=dict(type="SpectralCorrection", strength=1.0)))

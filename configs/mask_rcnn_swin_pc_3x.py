@@ -1,0 +1,8 @@
+"""Mask R-CNN, Swin-T, preconditioned attention (the default), COCO 3x, multi-scale with crop.
+
+Twin: mmdet's swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py.
+"""
+
+_base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
+custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
+model = dict(backbone=dict(type="ConditionedSwinTransformer"))

@@ -1,0 +1,7 @@
+"""Mask R-CNN, Swin-T, spectral correction, COCO 1x.
+
+Twin: that of mask_rcnn_swin_pc.py, which it follows in all else.
+"""
+
+_base_ = "./mask_rcnn_swin_pc.py"
+model = dict(backbone=dict(conditioning=dict(type="SpectralCorrection", strength=1.0)))

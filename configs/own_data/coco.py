@@ -1,0 +1,72 @@
+"""Mask R-CNN on your own COCO-format data: copy this file, edit its first block, train the copy.
+
+For data with boxes only, let `_base_` be '../retinanet_swin_pc.py'; every COCO config beside it will do.
+"""
+
+_base_ = "../mask_rcnn_swin_pc.py"
+
+data_root = "data/own"
+classes = ["cat", "dog"]  # the names in the annotation files, in the order that they have there
+train = dict(ann_file="annotations/train.json", data_prefix=dict(img="images/train/"))
+val = dict(ann_file="annotations/val.json", data_prefix=dict(img="images/val/"))
+image_size = (1333, 800)  # longest and shortest side that an image is resized to; a 3x recipe varies it in training
+batch_size = 4
+max_epochs = 24
+
+# ---------------------------------------------------------------- the rest follows from the block above
+
+
+def with_values(node, **values):
+    """A copy of `node` in which every key of `values`, however deep, has the value given for it."""
+    if isinstance(node, dict):
+        return {key: values.get(key, with_values(child, **values)) for key, child in node.items()}
+    if isinstance(node, list):
+        return [with_values(child, **values) for child in node]
+    return node
+
+
+model = with_values(_base_.model, num_classes=len(classes))
+
+dataset = dict(data_root=data_root, metainfo=dict(classes=classes))
+train_pipeline = with_values(_base_.train_dataloader.dataset.pipeline, scale=image_size)
+test_pipeline = with_values(_base_.val_dataloader.dataset.pipeline, scale=image_size)
+train_dataloader = dict(batch_size=batch_size, dataset=dict(pipeline=train_pipeline, **dataset, **train))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **dataset, **val))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=f"{data_root}/{val['ann_file']}")
+test_evaluator = val_evaluator
+
+# 1e-4 belongs to 16 images a batch; Adam's rate follows the square root of the batch.
+optim_wrapper = dict(
+    optimizer=dict(
+        _delete_=True,
+        type="AdamW",
+        lr=1e-4 * (batch_size / 16) ** 0.5,
+        betas=(0.9, 0.999),
+        weight_decay=0.05,
+    ),
+    paramwise_cfg=dict(
+        custom_keys={
+            "absolute_pos_embed": dict(decay_mult=0.0),
+            "relative_position_bias_table": dict(decay_mult=0.0),
+            "norm": dict(decay_mult=0.0),
+        }
+    ),
+)
+auto_scale_lr = dict(base_batch_size=batch_size)
+train_cfg = dict(max_epochs=max_epochs)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
+    dict(
+        type="MultiStepLR",
+        by_epoch=True,
+        begin=0,
+        end=max_epochs,
+        milestones=[max_epochs * 2 // 3, max_epochs * 11 // 12],
+        gamma=0.1,
+    ),
+]
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(max_keep_ckpts=2, save_best="coco/bbox_mAP"),
+)

@@ -1,0 +1,1 @@
+"""The data that condattn can make by itself."""

@@ -1,0 +1,126 @@
+"""Refuse checkpoints that are missing, unreadable or of another model, before a run starts."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.model import is_model_wrapper
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from .errors import UserError
+
+
+def read_checkpoint(path: str) -> dict:
+    """Read a checkpoint from a file or a URL to the CPU.
+
+    Raises:
+        UserError: If there is no such file, or it is not a checkpoint or cut short.
+    """
+    remote = "://" in path
+    if not remote and not Path(path).expanduser().is_file():
+        raise UserError(f"no checkpoint file {path}")
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu", logger="silent")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        advice = "is there a network?" if remote else "it may be cut short: copy or download it again"
+        raise UserError(f"cannot read the checkpoint {path}; {advice} ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint: expected a dictionary of weights, got {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def check_resumable(checkpoint: dict, path: str) -> None:
+    """Check that a training can go on from ``checkpoint``, which was read from ``path``.
+
+    Raises:
+        UserError: If it holds weights alone.
+    """
+    if not {"meta", "message_hub", "optimizer"} <= checkpoint.keys():
+        raise UserError(
+            f"{path} holds weights alone, without the state of a training; to start from these weights use "
+            f"--cfg-options load_from={path} in place of --resume"
+        )
+
+
+def check_fit(checkpoint: dict, path: str, model: nn.Module) -> set[str]:
+    """Check that ``checkpoint``, which was read from ``path``, fits ``model``; warn if it fits in part.
+
+    Returns:
+        The keys of the weights that the model will load from it.
+
+    Raises:
+        UserError: If it fits no weight of the model.
+    """
+    weights = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
+    expected = model.state_dict()
+    common = weights.keys() & expected.keys()
+    fitting = {key for key in common if getattr(weights[key], "shape", None) == expected[key].shape}
+    if not fitting:
+        raise UserError(
+            f"no weight of the checkpoint {path} fits the model: the checkpoint has {_some(weights)}; "
+            f"the model expects {_some(expected)}; use the configuration that the checkpoint was trained with"
+        )
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    misshapen = sorted(common - fitting)
+    if missing or unexpected or misshapen:
+        parts = [
+            f"{len(keys)} {what} ({_some(keys)})"
+            for keys, what in (
+                (missing, "are not in it and keep their initial values"),
+                (misshapen, "have another shape there and keep their initial values"),
+                (unexpected, "are only in it and are ignored"),
+            )
+            if keys
+        ]
+        print(
+            f"warning: {path} fits the model in part: {len(fitting)} of the model's {len(expected)} weights "
+            f"are loaded; {'; '.join(parts)}",
+            file=sys.stderr,
+        )
+    return fitting
+
+
+def check_pretrained(model: nn.Module) -> None:
+    """Read (and so download, once) the pretrained weights that ``model`` will start from.
+
+    Raises:
+        UserError: If they cannot be had; the message says how to train without them.
+    """
+    for name, init_cfg in _pretrained(model):
+        option = f"model.{name + '.' if name else ''}init_cfg"
+        try:
+            read_checkpoint(init_cfg["checkpoint"])
+        except UserError as error:
+            raise UserError(
+                f"the pretrained weights {init_cfg['checkpoint']} cannot be loaded; train from a file with "
+                f"--cfg-options {option}.checkpoint=FILE or from scratch with "
+                f"--cfg-options {option}=None ({error})"
+            ) from error
+
+
+def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:
+    """Spare ``model`` the pretrained weights of modules whose weights are all in ``replaced``.
+
+    A checkpoint that is loaded after the initialisation replaces them, so they need not be there.
+    """
+    if is_model_wrapper(model):
+        model = model.module
+    for name, _ in list(_pretrained(model)):
+        module = model.get_submodule(name)
+        if all((f"{name}.{key}" if name else key) in replaced for key in module.state_dict()):
+            module.init_cfg = None
+
+
+def _pretrained(model: nn.Module) -> Iterator[tuple[str, dict]]:
+    for name, module in model.named_modules():
+        init_cfg = getattr(module, "init_cfg", None)
+        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+            yield name, init_cfg
+
+
+def _some(keys) -> str:
+    shown = list(keys)[:3]
+    return ", ".join(shown) + (", ..." if len(keys) > 3 else "")

@@ -1,0 +1,28 @@
+"""How the command-line tools tell a user about bad input."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input: the message says what was expected, what was found and what to do."""
+
+
+def run_tool(main: Callable[[], int | None]) -> None:
+    """Run a tool's ``main`` and exit with its status (None is 0).
+
+    A :class:`UserError`, or a file that is in the way of what is to be written, becomes one line on standard error and
+    exit status 2; Ctrl-C exits with 130.
+    Every other exception is a fault of the program and keeps its traceback.
+    """
+    try:
+        sys.exit(main())
+    except (UserError, FileExistsError) as error:
+        sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(error: Exception) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2

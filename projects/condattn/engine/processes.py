@@ -1,0 +1,78 @@
+"""Join the processes of a distributed run, with or without GPUs."""
+
+import os
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from .errors import UserError
+
+LAUNCHERS = {
+    "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+"""Launcher -> its environment variables for the rank, the number of processes and the rank here."""
+
+
+def local_rank(launcher: str) -> int:
+    """The number of this process among those on this machine."""
+    return 0 if launcher == "none" else int(_variables(launcher)[2])
+
+
+def start_processes(cfg: Config) -> None:
+    """Prepare the run of ``cfg.launcher``.
+
+    With an accelerator mmengine's runner joins the processes itself. It cannot without, because it always
+    selects a CUDA device; then the processes are joined here, over gloo, and ``cfg`` is adapted to it: each
+    process has its own batch statistics (BN for SyncBN), because torch synchronises them on GPUs alone.
+
+    Raises:
+        UserError: If the launcher's variables are missing or there are more processes than GPUs.
+    """
+    if cfg.launcher == "none":
+        return
+    rank, world_size, local = _variables(cfg.launcher)
+    if get_device() == "cuda" and int(local) >= torch.cuda.device_count():
+        raise UserError(
+            f"this machine shows {torch.cuda.device_count()} GPUs, but {int(local) + 1} or more processes "
+            "were started on it; start one process for each GPU"
+        )
+    if get_device() != "cpu":
+        return
+    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError("set MASTER_ADDR to the host name of the first machine")
+    torch.distributed.init_process_group("gloo")
+    cfg.merge_from_dict({"env_cfg.dist_cfg.backend": "gloo"})
+    _revert_sync_bn(cfg.model)
+    wrapper = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": cfg.get("find_unused_parameters", False),
+    }
+    # The runner would pass device_ids=[LOCAL_RANK], which torch refuses for a model on the CPU.
+    cfg.model_wrapper_cfg = {**(cfg.get("model_wrapper_cfg") or wrapper), "device_ids": None}
+
+
+def _revert_sync_bn(node) -> None:
+    if isinstance(node, dict):
+        if node.get("type") == "SyncBN":
+            node["type"] = "BN"
+        children = node.values()
+    else:
+        children = node if isinstance(node, list | tuple) else ()
+    for child in children:
+        _revert_sync_bn(child)
+
+
+def _variables(launcher: str) -> list[str]:
+    missing = [name for name in LAUNCHERS[launcher] if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"--launcher {launcher} expects the environment variables {', '.join(LAUNCHERS[launcher])}, "
+            f"not set: {', '.join(missing)}; start the run with dist_train.sh or dist_test.sh"
+        )
+    return [os.environ[name] for name in LAUNCHERS[launcher]]

@@ -1,0 +1,264 @@
+"""Every config loads, builds and trains one step; each is its published twin in all but the conditioning."""
+
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+import mmdet
+import mmseg
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
+
+import condattn
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(file for file in CONFIGS.rglob("*.py") if file.parent.name != "_base_")
+NAMES = [str(file.relative_to(CONFIGS)) for file in FILES]
+METHODS = {
+    "pc": {"type": "RowPreconditioner", "detach": False},
+    "sc": {"type": "SpectralCorrection", "strength": 1.0},
+}
+TWINS = {
+    "mask_rcnn_swin_pc": (mmdet, "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"),
+    "mask_rcnn_swin_sc": (mmdet, "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"),
+    "mask_rcnn_swin_pc_3x": (mmdet, "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"),
+    "mask_rcnn_swin_sc_3x": (mmdet, "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"),
+    "mask_rcnn_swin-s_pc_3x": (mmdet, "swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py"),
+    "mask_rcnn_swin-s_sc_3x": (mmdet, "swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py"),
+    "retinanet_swin_pc": (mmdet, "swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py"),
+    "upernet_swin_pc": (mmseg, "swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"),
+    "upernet_swin_sc": (mmseg, "swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"),
+    "upernet_vit_pc": (mmseg, "vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py"),
+}
+WITHOUT_TWIN = {"cascade_mask_rcnn_swin_pc", "mask_rcnn_swin-b_pc_3x", "mask_rcnn_swin-b_sc_3x"}
+RECIPE = {
+    *("model", "optim_wrapper", "param_scheduler", "train_cfg", "val_cfg", "test_cfg"),
+    *("train_dataloader", "val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator"),
+    *("tta_model", "tta_pipeline", "default_hooks", "log_processor", "env_cfg"),
+}
+DATA_ROOTS = {"data/coco", "data/ade/ADEChallengeData2016", "data/own"}
+IMAGE_SIZE = (64, 96)
+
+
+def load(name):
+    return Config.fromfile(CONFIGS / name)
+
+
+def scope(cfg):
+    return DefaultScope.overwrite_default_scope(cfg.default_scope)
+
+
+def dicts(node):
+    """Every dict in `node`, itself included."""
+    if isinstance(node, dict):
+        yield node
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
+    for child in children:
+        yield from dicts(child)
+
+
+def shrink(cfg, depths=None):
+    """Take away what a test cannot have: downloads, mixed precision without a GPU, thousands of proposals."""
+    few = {"nms_pre": 50, "max_per_img": 20, "num": 16}
+    for node in dicts(cfg.model):
+        if node.get("init_cfg", {}).get("type") == "Pretrained":
+            del node["init_cfg"]
+        node.update({key: few[key] for key in few.keys() & node.keys()})
+    if "size" in cfg.model.data_preprocessor:
+        cfg.model.data_preprocessor.size = IMAGE_SIZE
+    if depths:
+        cfg.model.backbone.depths = depths
+    cfg.optim_wrapper.type = "OptimWrapper"
+    return cfg
+
+
+def build(cfg):
+    with scope(cfg):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    return model.train()
+
+
+def batch(cfg):
+    """Two random images with labels, as the toolbox's data loader hands them to the model."""
+    classes = next(node["num_classes"] for node in dicts(cfg.model) if "num_classes" in node)
+    sample = {"mmdet": detection_sample, "mmseg": segmentation_sample}[cfg.default_scope]
+    samples = [sample(classes) for _ in range(2)]
+    for item in samples:
+        item.set_metainfo({"img_shape": IMAGE_SIZE, "ori_shape": IMAGE_SIZE})
+    images = [torch.randint(256, (3, *IMAGE_SIZE), dtype=torch.uint8) for _ in samples]
+    return {"inputs": images, "data_samples": samples}
+
+
+def detection_sample(classes):
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [30.0, 10.0, 90.0, 60.0]])
+    masks = np.zeros((len(boxes), *IMAGE_SIZE), dtype=np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    labels = torch.randint(classes, (len(boxes),))
+    return DetDataSample(gt_instances=InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, *IMAGE_SIZE)))
+
+
+def segmentation_sample(classes):
+    return SegDataSample(gt_sem_seg=PixelData(data=torch.randint(classes, (1, *IMAGE_SIZE))))
+
+
+def check_training(cfg):
+    """Train one step from random weights; the loss is finite and every attention weight moves."""
+    model = build(cfg)
+    weights = {
+        name: (parameter, parameter.detach().clone())
+        for name, parameter in model.named_parameters()
+        if re.search(r"qkv\.weight|in_proj_weight", name)
+    }
+    losses = model.train_step(batch(cfg), build_optim_wrapper(model, cfg.optim_wrapper))
+    assert losses["loss"].isfinite()
+    assert weights
+    assert [name for name, (after, before) in weights.items() if torch.equal(after, before)] == []
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_one_step_as_its_name_promises(name):
+    model = check_training(shrink(load(name), depths=[2, 2, 2, 2] if re.search("swin-[sb]", name) else None))
+    promised = METHODS[re.search("_(pc|sc)", name).group(1) if "own_data" not in name else "pc"]
+    sites = condattn.conditioning_of(model)
+    assert sites
+    for site, methods in sites.items():
+        assert site.startswith("backbone.")
+        assert [promised.items() <= method.items() for method in methods] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if re.search("swin-[sb]", name)])
+def test_large_backbones_train_at_full_depth(name):
+    cfg = shrink(load(name))
+    model = check_training(cfg)
+    assert len(condattn.conditioning_of(model)) == sum(cfg.model.backbone.depths) == 24
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("demo/")])
+def test_datasets_build_and_lie_where_the_readme_says(name):
+    cfg = load(name)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        dataset = next(node for node in dicts(loader.dataset) if "data_root" in node)
+        assert any(f"{dataset.data_root.rstrip('/')}/".startswith(f"{root}/") for root in DATA_ROOTS)
+        with scope(cfg):
+            built = DATASETS.build({**dataset, "lazy_init": True})
+        classes = len(built.metainfo["classes"])
+        assert {node["num_classes"] for node in dicts(cfg.model) if "num_classes" in node} == {classes}
+
+
+@pytest.mark.parametrize("root", sorted(DATA_ROOTS - {"data/own"}))
+def test_readme_documents_the_data_roots(root):
+    assert root in (CONFIGS / "README.md").read_text()
+
+
+def test_readme_lists_every_config():
+    text = (CONFIGS / "README.md").read_text()
+    assert [name for name in NAMES if not name.startswith("demo/") and f"({name})" not in text] == []
+
+
+def effective(node):
+    """`node` without defaults, None and scopes, and with file names for URLs: equal where the effect is."""
+    if isinstance(node, dict):
+        defaults = {"requires_grad": True}
+        with MODELS.switch_scope_and_registry(None) as registry:
+            cls = registry.get(node["type"]) if "type" in node else None
+        for base in reversed(inspect.getmro(cls)) if inspect.isclass(cls) else ():
+            for parameter in inspect.signature(base.__init__).parameters.values():
+                defaults[parameter.name] = parameter.default
+        settings = {key: effective(value) for key, value in node.items() if key != "_scope_" and value is not None}
+        return {
+            key: value for key, value in settings.items() if key not in defaults or value != effective(defaults[key])
+        }
+    if isinstance(node, (list, tuple)):
+        return [effective(child) for child in node]
+    if isinstance(node, str) and node.endswith(".pth"):
+        return Path(node).name
+    return node
+
+
+def test_every_config_on_public_data_has_its_twin_named():
+    assert TWINS.keys() | WITHOUT_TWIN == {file.stem for file in FILES if file.parent == CONFIGS}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_is_its_published_twin_but_for_the_conditioning(name):
+    toolbox, path = TWINS[name]
+    ours, twin = load(f"{name}.py"), Config.fromfile(Path(toolbox.__file__).parent / ".mim/configs" / path)
+    backbone = ours.model.backbone
+    backbone.pop("conditioning", None)
+    assert backbone.type == f"Conditioned{twin.model.backbone.type}"
+    backbone.type = twin.model.backbone.type
+    if pretrained := twin.model.pop("pretrained", None):  # mmseg's older spelling of the backbone's init_cfg
+        twin.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
+    with scope(twin):
+        for setting in RECIPE & twin.keys():
+            assert effective(ours[setting]) == effective(twin[setting]), setting
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_swin_pc.py", "mask_rcnn_swin_sc.py", "upernet_vit_pc.py"])
+def test_conditioning_none_turns_a_config_into_its_baseline(name):
+    cfg = shrink(load(name), depths=[1, 1, 1, 1] if "swin" in name else None)
+    cfg.merge_from_dict({"model.backbone.conditioning": "none"})
+    sites = condattn.conditioning_of(build(cfg))
+    assert sites
+    assert not any(sites.values())
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_swin_pc.py", "upernet_swin_pc.py", "upernet_vit_pc.py"])
+def test_norms_and_positions_are_not_decayed(name):
+    cfg = shrink(load(name), depths=[1, 1, 1, 1] if "swin" in name else None)
+    model = build(cfg)
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in build_optim_wrapper(model, cfg.optim_wrapper).param_groups
+        for parameter in group["params"]
+    }
+    spared = re.compile(r"relative_position_bias_table|pos_embed|cls_token|norm")
+    for parameter_name, parameter in model.backbone.named_parameters():
+        expected = 0.0 if spared.search(parameter_name) else cfg.optim_wrapper.optimizer.weight_decay
+        assert decay[id(parameter)] == expected, parameter_name
+
+
+@pytest.mark.parametrize("base", ["mask_rcnn_swin_sc_3x.py", "cascade_mask_rcnn_swin_pc.py", "retinanet_swin_pc.py"])
+def test_own_coco_data_on_every_detector(base, tmp_path):
+    """A user's copy of own_data/coco.py with another detector and other classes, and nothing else changed."""
+    text = (CONFIGS / "own_data/coco.py").read_text()
+    text = text.replace("../mask_rcnn_swin_pc.py", str(CONFIGS / base)).replace('"dog"]', '"dog", "owl"]')
+    (tmp_path / "mine.py").write_text(text)
+    cfg = Config.fromfile(tmp_path / "mine.py")
+    assert cfg.model == with_num_classes(load(base).model, 3)
+    for split, loader in {"train": cfg.train_dataloader, "val": cfg.val_dataloader}.items():
+        assert loader.dataset.metainfo.classes == ["cat", "dog", "owl"]
+        assert loader.dataset.ann_file == f"annotations/{split}.json"
+    assert cfg.test_evaluator.ann_file == "data/own/annotations/val.json"
+    masks = any(node.get("with_mask", False) for node in dicts(cfg.train_dataloader.dataset.pipeline))
+    assert masks == ("segm" in cfg.val_evaluator.metric)
+
+
+def with_num_classes(node, count):
+    for child in dicts(node):
+        if "num_classes" in child:
+            child["num_classes"] = count
+    return node
+
+
+@pytest.mark.parametrize("name", ["cascade_mask_rcnn_swin_pc.py", "own_data/coco.py", "own_data/png_labels.py"])
+def test_the_config_that_a_run_writes_is_the_one_that_it_was_given(name, tmp_path):
+    cfg = load(name)
+    cfg.dump(tmp_path / "dumped.py")
+    assert Config.fromfile(tmp_path / "dumped.py").to_dict() == cfg.to_dict()

@@ -1,0 +1,75 @@
+"""Predict images: draw boxes, masks or label maps, and save them as plain data."""
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from condattn.engine.errors import run_tool
+from condattn.engine.inference import IMAGE_SUFFIXES, Predictor, find_images, is_readable, save_prediction
+from condattn.engine.launch import add_config_arguments, choose_device, load_config
+
+
+def positive(text: str) -> int:
+    """Read a number above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return int(text)
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(
+        description=__doc__,
+        epilog="The picture of FOLDER/a/b.jpg goes to DIR/vis/a/b.jpg, its prediction to "
+        "DIR/preds/a/b.jpg.json (instances: labels, scores, boxes, masks as COCO run lengths) or "
+        "DIR/preds/a/b.jpg.png (label map).",
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="image_or_folder",
+        help=f"an image, or a folder that is searched with its subfolders for {' '.join(IMAGE_SUFFIXES)}",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("checkpoint", help="file or URL of the weights")
+    parser.add_argument("--out-dir", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--score-thr",
+        type=float,
+        default=0.3,
+        help="draw instances from this score up (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
+    parser.add_argument("--batch-size", type=positive, default=1, help="images at a time (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Predict every image; the status is 1 if some could not be read."""
+    args = parse_args()
+    device = choose_device(args.device)
+    images = find_images(args.source, args.out_dir)
+    predictor = Predictor(load_config(args.config, args.cfg_options), args.checkpoint, device)
+    unreadable = 0
+    with tqdm(total=len(images), desc="predict", unit="image", dynamic_ncols=True, disable=None) as bar:
+        for start in range(0, len(images), args.batch_size):
+            batch = images[start : start + args.batch_size]
+            good = []
+            for path, name in batch:
+                if is_readable(path):
+                    good.append((path, name))
+                else:
+                    bar.write(f"error: {path} cannot be read as an image; left out", file=sys.stderr)
+            for (_, name), sample in zip(good, predictor.predict(path for path, _ in good), strict=True):
+                predictor.draw(sample, args.out_dir / "vis" / name, args.score_thr)
+                save_prediction(sample, args.out_dir / "preds" / name)
+            unreadable += len(batch) - len(good)
+            bar.update(len(batch))
+    print(f"{len(images) - unreadable} of {len(images)} images predicted; see {args.out_dir}/vis and preds")
+    return 1 if unreadable else 0
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,104 @@
+"""Evaluate a checkpoint on the test data of its configuration."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from mmengine.config import Config
+
+from condattn.engine.checkpoints import check_fit, read_checkpoint
+from condattn.engine.data_check import check_data
+from condattn.engine.errors import UserError, run_tool
+from condattn.engine.launch import (
+    add_config_arguments,
+    add_runner_arguments,
+    build_model,
+    build_runner,
+    load_runner_config,
+)
+from condattn.engine.tta import add_tta
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument("checkpoint", help="file or URL of the weights")
+    add_runner_arguments(parser)
+    parser.add_argument(
+        "--out",
+        help="save the predictions: detection into this pickle file (.pkl), segmentation as label maps (PNG) "
+        "into this folder",
+    )
+    parser.add_argument("--show", action="store_true", help="show each prediction in a window")
+    parser.add_argument(
+        "--show-dir",
+        help="draw each prediction beside the ground truth into this folder (segmentation: below it in "
+        "vis_data/vis_image)",
+    )
+    parser.add_argument(
+        "--wait-time",
+        type=float,
+        default=2,
+        help="seconds that --show shows each image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation: the configuration's tta_model and tta_pipeline, else horizontal flips",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check everything, then test."""
+    args = parse_args()
+    cfg = load_runner_config(args)
+    detection = cfg.default_scope == "mmdet"
+    if args.out and detection and not args.out.endswith((".pkl", ".pickle")):
+        raise UserError(f"--out: expected a pickle file (.pkl, .pickle) for a detection configuration, got {args.out}")
+    if args.show or args.show_dir:
+        draw_predictions(cfg, args)
+    if args.out and not detection:
+        save_label_maps(cfg, args.out)
+    check_data(cfg, "test")
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = build_model(cfg)
+    check_fit(checkpoint, args.checkpoint, model)
+    cfg.load_from = args.checkpoint
+    if args.tta:
+        add_tta(cfg, model)
+    del checkpoint, model
+    runner = build_runner(cfg)
+    if args.out and detection:
+        from mmdet.evaluation import DumpDetResults
+
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+def draw_predictions(cfg: Config, args: Namespace) -> None:
+    """Let the configuration's visualization hook draw every prediction."""
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if not hook:
+        raise UserError(f"--show and --show-dir expect default_hooks.visualization in {cfg.filename}")
+    hook.update(draw=True)
+    if args.show:
+        hook.update(show=True, wait_time=args.wait_time)
+    if args.show_dir:
+        # Both toolboxes join a relative path to their own folder of the run.
+        folder = str(Path(args.show_dir).absolute())
+        if cfg.default_scope == "mmdet":
+            hook.update(test_out_dir=folder)
+        else:
+            cfg.visualizer.update(save_dir=folder)
+
+
+def save_label_maps(cfg: Config, folder: str) -> None:
+    """Let the evaluators of a segmentation write what the model predicts."""
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    for evaluator in evaluators:
+        evaluator.update(output_dir=folder, keep_results=True)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,103 @@
+"""Train a detector or a segmenter from a configuration file."""
+
+from argparse import ArgumentParser, Namespace
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import find_latest_checkpoint
+
+from condattn.engine.checkpoints import (
+    check_fit,
+    check_pretrained,
+    check_resumable,
+    drop_pretrained,
+    read_checkpoint,
+)
+from condattn.engine.data_check import check_data
+from condattn.engine.errors import UserError, run_tool
+from condattn.engine.launch import (
+    add_config_arguments,
+    add_runner_arguments,
+    build_model,
+    build_runner,
+    load_runner_config,
+)
+from condattn.engine.processes import local_rank
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    add_runner_arguments(parser)
+    parser.add_argument("--amp", action="store_true", help="train in mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate to the real batch size, linearly from auto_scale_lr.base_batch_size",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on with a training: from CHECKPOINT, or without one from the latest in the work directory",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check everything, then train."""
+    args = parse_args()
+    cfg = load_runner_config(args)
+    if args.amp:
+        enable_amp(cfg)
+    if args.auto_scale_lr:
+        enable_lr_scaling(cfg)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == "auto" else args.resume
+    check_data(cfg, "train", "val")
+    loaded = check_weights(cfg)
+    runner = build_runner(cfg)
+    drop_pretrained(runner.model, replaced=loaded)
+    runner.train()
+
+
+def enable_amp(cfg: Config) -> None:
+    """Train in mixed precision."""
+    if get_device() == "cpu":
+        raise UserError("--amp needs a GPU, and none was found; train without --amp")
+    if cfg.optim_wrapper.type not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise UserError(f"--amp expects optim_wrapper.type OptimWrapper, found {cfg.optim_wrapper.type}")
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def enable_lr_scaling(cfg: Config) -> None:
+    """Scale the learning rate to the real batch size."""
+    if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
+        raise UserError(
+            f"--auto-scale-lr expects auto_scale_lr.base_batch_size in {cfg.filename}, the batch size that "
+            "its learning rate belongs to; add --cfg-options auto_scale_lr.base_batch_size=N"
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def check_weights(cfg: Config) -> set[str]:
+    """Check the model and the weights it will start from; return the keys that a checkpoint provides."""
+    resuming = bool(cfg.get("resume"))
+    path = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if resuming else None)
+    checkpoint = read_checkpoint(path) if path else None
+    if checkpoint and resuming:
+        check_resumable(checkpoint, path)
+    model = build_model(cfg)
+    loaded = check_fit(checkpoint, path, model) if checkpoint else set()
+    drop_pretrained(model, replaced=loaded)
+    if local_rank(cfg.launcher) == 0:
+        check_pretrained(model)
+    return loaded
+
+
+if __name__ == "__main__":
+    run_tool(main)
