@@ -19,6 +19,7 @@ model = dict(
     decode_head=dict(
         in_channels=[32, 64, 128],
         in_index=[0, 1, 2],
+        dropout_ratio=0.0,
         channels=64,
         num_classes=11,
         norm_cfg=dict(_delete_=True, type="GN", num_groups=8),
@@ -65,7 +66,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=2400, val_interval=600)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=2500, val_interval=500)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
@@ -76,11 +77,11 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=100),
-    dict(type="CosineAnnealingLR", by_epoch=False, T_max=2400),
+    dict(type="CosineAnnealingLR", by_epoch=False, T_max=2500),
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=8)
 default_hooks = dict(
     logger=dict(interval=100),
-    checkpoint=dict(interval=600, max_keep_ckpts=1, save_best="mIoU"),
+    checkpoint=dict(interval=500, max_keep_ckpts=1, save_best="mIoU"),
 )
 randomness = dict(seed=0)

@@ -4,26 +4,29 @@ _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_ru
 custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
 
 gn = dict(type="GN", num_groups=8)
+roi_extractor = dict(roi_layer=dict(sampling_ratio=1), out_channels=64, featmap_strides=[4, 8, 16])
 model = dict(
     backbone=dict(
         _delete_=True,
         type="SwinTransformer",
         embed_dims=32,
-        depths=(2, 2, 2, 2),
-        num_heads=(2, 4, 8, 16),
+        depths=(2, 2, 2),
+        num_heads=(2, 4, 8),
+        strides=(4, 2, 2),
+        out_indices=(0, 1, 2),
         window_size=6,  # divides the feature maps of 24, 12 and 6 cells
         drop_path_rate=0.0,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4, norm_cfg=gn),
+    neck=dict(in_channels=[32, 64, 128], out_channels=64, num_outs=3, norm_cfg=gn),
     rpn_head=dict(
         in_channels=64,
         feat_channels=64,
-        anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32]),
+        anchor_generator=dict(scales=[6], strides=[4, 8, 16]),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=2), out_channels=64),
+        bbox_roi_extractor=roi_extractor,
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=10),
-        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=1), out_channels=64),
+        mask_roi_extractor=roi_extractor,
         mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=32, num_classes=10, norm_cfg=gn),
     ),
     train_cfg=dict(
@@ -75,7 +78,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-epochs = 4
+epochs = 3
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
@@ -91,7 +94,9 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=8)
 default_hooks = dict(
-    logger=dict(interval=20),
+    logger=dict(interval=50),
     checkpoint=dict(max_keep_ckpts=1, save_best="coco/bbox_mAP"),
+    visualization=dict(score_thr=0.5),
 )
+visualizer = dict(line_width=1)
 randomness = dict(seed=0)

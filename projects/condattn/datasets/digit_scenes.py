@@ -64,21 +64,21 @@ DIGITS_PER_SCENE = (2, 6)
 DIGIT_HEIGHT = (0.27, 0.45)
 """Smallest and largest digit, as a fraction of the scene's side, before rotation."""
 MAX_ROTATION = 20.0
-"""Degrees, either way: beyond this a 6 and a 9 are the same."""
+"""Degrees, either way."""
 MAX_OVERHANG = 0.15
 """How much of a digit's side may lie outside the scene."""
 MIN_VISIBLE = 0.7
 """A digit is only put where every digit, itself included, keeps this fraction of its pixels visible."""
 BACKGROUND_BRIGHTNESS = 0.6
 """The photographs are dimmed to this, so that the bright digits stand out."""
-SHADOW, SHADOW_WIDTH = 1.5, 1.5
-"""Darkness of the shadow that sets a digit off from what it covers, and its width in pixels."""
+SHADOW, SHADOW_WIDTH = 1.5, 0.015
+"""Darkness of the shadow that sets a digit off from what it covers; its width as a fraction of the side."""
 VALIDATION_SCANS = 0.2
 """The fraction of the scans that only the validation scenes use."""
 
 
 def write_digit_scenes(
-    root: str | os.PathLike, train: int = 2000, val: int = 200, size: int = 96, seed: int = 0
+    root: str | os.PathLike, train: int = 3000, val: int = 200, size: int = 192, seed: int = 0
 ) -> Path:
     """Write the digit scenes, unless `root` already holds exactly these.
 
@@ -297,5 +297,5 @@ def _paint(scene, layer, colour):
     """Return `scene` with `colour` where `layer` is 1, and a soft shadow around it."""
     from scipy.ndimage import gaussian_filter
 
-    shaded = scene * (1 - SHADOW * gaussian_filter(layer, SHADOW_WIDTH).clip(0, 0.5)[..., None])
+    shaded = scene * (1 - SHADOW * gaussian_filter(layer, SHADOW_WIDTH * len(layer)).clip(0, 0.5)[..., None])
     return shaded + (colour - shaded) * layer[..., None]
