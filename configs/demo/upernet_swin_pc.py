@@ -9,7 +9,7 @@ model = dict(
         type="ConditionedSwinTransformer",
         conditioning="pc",
         embed_dims=32,
-        depths=(2, 2, 2),
+        depths=(2, 2, 4),
         num_heads=(2, 4, 8),
         strides=(4, 2, 2),
         out_indices=(0, 1, 2),
@@ -71,7 +71,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )

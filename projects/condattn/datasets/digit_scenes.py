@@ -60,14 +60,14 @@ PHOTOGRAPHS = {
 
 MARKER = "digit_scenes.json"
 FORMAT = 1
-DIGITS_PER_SCENE = (2, 6)
+DIGITS_PER_SCENE = (2, 5)
 DIGIT_HEIGHT = (0.27, 0.45)
 """Smallest and largest digit, as a fraction of the scene's side, before rotation."""
 MAX_ROTATION = 20.0
 """Degrees, either way."""
-MAX_OVERHANG = 0.15
+MAX_OVERHANG = 0.1
 """How much of a digit's side may lie outside the scene."""
-MIN_VISIBLE = 0.7
+MIN_VISIBLE = 0.75
 """A digit is only put where every digit, itself included, keeps this fraction of its pixels visible."""
 BACKGROUND_BRIGHTNESS = 0.6
 """The photographs are dimmed to this, so that the bright digits stand out."""
