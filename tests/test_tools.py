@@ -209,7 +209,7 @@ def test_detection_is_tested(detection, tmp_path):
     assert {"labels", "scores", "bboxes", "masks"} <= predictions[0]["pred_instances"].keys()
     drawn = sorted((tmp_path / "drawn").glob("*.jpg"))
     assert len(drawn) == 4
-    assert Image.open(drawn[0]).size == (2 * 128, 128)  # ground truth and prediction
+    assert Image.open(drawn[0]).size == (2 * 192, 192)  # ground truth and prediction
 
 
 def test_segmentation_is_tested_with_augmentation(segmentation, tmp_path):
@@ -219,7 +219,7 @@ def test_segmentation_is_tested_with_augmentation(segmentation, tmp_path):
     output = run(*test, *outputs, *options, cwd=tmp_path).stdout
     assert re.search(r"Iter\(test\) \[1/1\].*mIoU: ", output)
     labels = [np.array(Image.open(path)) for path in sorted((tmp_path / "labels").glob("*.png"))]
-    assert [label.shape for label in labels] == [(128, 128)] * 4
+    assert [label.shape for label in labels] == [(192, 192)] * 4
     assert max(label.max() for label in labels) < 11
     assert len(list((tmp_path / "drawn").rglob("test_*.png"))) == 4
 
@@ -275,7 +275,7 @@ def test_detection_predicts_images(detection, album):
     predictions = predict(detection, album)
     result = json.loads((predictions / "sub" / "a.jpg.json").read_text())
     assert len({len(result[key]) for key in ("labels", "scores", "bboxes", "masks")}) == 1
-    assert result["masks"][0]["size"] == [128, 128]
+    assert result["masks"][0]["size"] == [192, 192]
     assert json.loads((predictions / "a.jpg.json").read_text()) != result
     assert json.loads((predictions / "a.png.json").read_text())["masks"][0]["size"] == [96, 160]
 
@@ -283,7 +283,7 @@ def test_detection_predicts_images(detection, album):
 def test_segmentation_predicts_images(segmentation, album):
     predictions = predict(segmentation, album)
     sizes = {path.name: Image.open(path).size for path in predictions.glob("*.png")}
-    assert sizes == {"a.jpg.png": (128, 128), "a.png.png": (160, 96)}
+    assert sizes == {"a.jpg.png": (192, 192), "a.png.png": (160, 96)}
     assert np.array(Image.open(predictions / "sub" / "a.jpg.png")).max() < 11
 
 
