@@ -10,7 +10,6 @@ from torch import nn
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 
-
 GENTLE = SpectralCorrection(1.0)
 
 
@@ -185,7 +184,7 @@ def test_a_user_method_is_one_class(request):
         condattn.register_method(Halve)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("conditioning", [GENTLE, ["pc", GENTLE], SpectralCorrection(form="svd")], ids=str)
 def test_fold_computes_the_same(conditioning, dtype, tolerance):
     model = transformer().to(dtype)
