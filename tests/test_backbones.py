@@ -184,14 +184,15 @@ class TestSwin:
         for name, tensor in ours.double().state_dict().items():
             torch.testing.assert_close(tensor, upstream.state_dict()[name], rtol=1e-6, atol=1e-6)
 
-    def test_fold(self, scope):
-        ours = swins(scope, SpectralCorrection(1.0))[1]
-        upstream = build(scope, "SwinTransformer", **SMALL).double()
-        want = results(ours, (1, 3, 45, 61))[0]
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+    def test_fold(self, scope, dtype, tolerance):
+        ours = swins(scope, SpectralCorrection(1.0))[1].to(dtype)
+        upstream = build(scope, "SwinTransformer", **SMALL).to(dtype)
+        want = results(ours, (1, 3, 45, 61), dtype)[0]
         assert condattn.fold(ours) == 8
         upstream.load_state_dict(ours.state_dict())
-        for got, w in zip(results(upstream, (1, 3, 45, 61))[0], want, strict=True):
-            torch.testing.assert_close(got, w, rtol=0, atol=1e-12)
+        for got, w in zip(results(upstream, (1, 3, 45, 61), dtype)[0], want, strict=True):
+            torch.testing.assert_close(got, w, rtol=0, atol=tolerance)
 
 
 class TestVisionTransformer:

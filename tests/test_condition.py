@@ -10,8 +10,6 @@ from torch import nn
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 
-GENTLE = SpectralCorrection(1.0)
-
 
 def transformer():
     torch.manual_seed(0)
@@ -184,10 +182,19 @@ def test_a_user_method_is_one_class(request):
         condattn.register_method(Halve)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-@pytest.mark.parametrize("conditioning", [GENTLE, ["pc", GENTLE], SpectralCorrection(form="svd")], ids=str)
-def test_fold_computes_the_same(conditioning, dtype, tolerance):
-    model = transformer().to(dtype)
+@pytest.fixture
+def no_fast_path():
+    """Without the fused inference kernel of torch's encoder layers, which rounds differently."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("conditioning", ["sc", "sc+pc", SpectralCorrection(form="svd")], ids=str)
+def test_fold_computes_the_same(no_fast_path, conditioning, dtype, tolerance, training):
+    model = transformer().to(dtype).train(training)
     condattn.condition(model, conditioning)
     want = output(model, dtype)
     assert condattn.fold(model) == len(SITES)
@@ -195,7 +202,7 @@ def test_fold_computes_the_same(conditioning, dtype, tolerance):
     assert condattn.fold(model) == 0
 
 
-def test_folded_correction_is_the_vanilla_model():
+def test_folded_correction_is_the_vanilla_model(no_fast_path):
     model, vanilla = transformer(), transformer()
     condattn.condition(model, SpectralCorrection(2.0, relative=True))
     assert set(model.state_dict()) > set(vanilla.state_dict())
@@ -207,7 +214,7 @@ def test_folded_correction_is_the_vanilla_model():
     assert list(dict(model.named_buffers())) == list(dict(vanilla.named_buffers()))
     assert all(p is parameters[n] for n, p in model.named_parameters())
     vanilla.load_state_dict(model.state_dict())
-    torch.testing.assert_close(output(vanilla.train()), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(vanilla), want, rtol=0, atol=1e-6)
 
 
 def test_fold_keeps_the_preconditioner():

@@ -117,6 +117,15 @@ class TestModes:
             evaluated = host.call(conditioned.eval(), x, mask)
         torch.testing.assert_close(evaluated, trained, **CLOSE)
 
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+    def test_fold(self, host, conditioning, dtype, tolerance):
+        conditioned = build(host, conditioning)[1].to(dtype)
+        x = tuple(t.to(dtype) for t in host.inputs(2))
+        x = x if host.cross else (x[0],) * 3
+        want = host.call(conditioned, x, None)
+        assert condattn.fold(conditioned) == (conditioning != "pc")
+        torch.testing.assert_close(host.call(conditioned, x, None), want, rtol=0, atol=tolerance)
+
     def test_autocast(self, host, conditioning):
         """In bf16 the values stay nearly as close to float32 as the unconditioned module's, and gradients close."""
         module, conditioned = build(host, conditioning)

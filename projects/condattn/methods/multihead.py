@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .preconditioner import RowPreconditioner
     from .spectral import SpectralCorrection
 
+SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 
 class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with conditioned weights, head outputs, or both; same arguments, keys and shapes."""
@@ -50,6 +52,10 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         if query.is_nested:
             return self._forward_nested(query), None
 
+        if self.preconditioner is None:
+            return self._forward_corrected(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         batched = query.dim() == 3
         shared = query is key and key is value
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
@@ -79,6 +85,43 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
             return output.squeeze(0), weights
         return (output if self.batch_first else output.transpose(0, 1)), weights
 
+    def _forward_corrected(
+        self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+    ) -> tuple[Tensor, Tensor | None]:
+        """Upstream's own function with W + C, so that folding changes no bit."""
+        transposed = self.batch_first and query.dim() == 3
+        if transposed:
+            # Upstream projects tensors that are one object at once.
+            same_key, same_value = key is query, value is key
+            query = query.transpose(0, 1)
+            key = query if same_key else key.transpose(0, 1)
+            value = key if same_value else value.transpose(0, 1)
+        packed = self.in_proj_weight is not None
+        output, weights = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.effective_weight("in_proj_weight") if packed else None,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self.training,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            use_separate_proj_weight=not packed,
+            **({} if packed else {name: self.effective_weight(name) for name in SEPARATE_WEIGHTS}),
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (output.transpose(0, 1) if transposed else output), weights
+
     def _reset_parameters(self) -> None:
         # Upstream asks the flag above which weights there are.
         restore(self)
@@ -106,7 +149,7 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
                 return F.linear(query, weight, self.in_proj_bias).chunk(3, dim=-1)
             weights = weight.chunk(3)
         else:
-            weights = [self.effective_weight(f"{name}_proj_weight") for name in "qkv"]
+            weights = [self.effective_weight(name) for name in SEPARATE_WEIGHTS]
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         inputs = (query, query if key is None else key, value)
         return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
