@@ -37,6 +37,7 @@ demo: $(WORK)/metrics.txt
 	@echo "data         data/digit_scenes"
 
 $(WORK)/trained: $(DEMO_CONFIGS) | setup
+	@[ ! -e $@ ] || rm -r $(WORK)  # a finished run of another configuration
 	$(PY) tools/train.py $(DEMO) --work-dir $(WORK) --resume
 	@touch $@
 

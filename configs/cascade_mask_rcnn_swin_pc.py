@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN, Swin-T, preconditioned attention (the default), COCO 1x, multi-scale with crop.
+"""Cascade Mask R-CNN, Swin-T, preconditioned attention (the default), COCO 1x, multi-scale with crop, AMP.
 
 Twin: cascade_mask_rcnn_swin_tiny_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_1x_coco.py of the Swin
 authors' detection repository (mmdet has none): each stage has four convolutions with batch norm, one fully
@@ -45,11 +45,13 @@ rcnn_stages = [
 ]
 model = dict(
     type="CascadeRCNN",
+    backbone=dict(drop_path_rate=0.0),
     rpn_head=dict(loss_bbox=dict(_delete_=True, type="SmoothL1Loss", beta=1.0 / 9.0, loss_weight=1.0)),
     roi_head=dict(type="CascadeRoIHead", num_stages=3, stage_loss_weights=[1, 0.5, 0.25], bbox_head=bbox_heads),
     train_cfg=dict(rpn=dict(allowed_border=0), rpn_proposal=dict(max_per_img=2000), rcnn=rcnn_stages),
 )
 
+optim_wrapper = dict(type="AmpOptimWrapper")
 train_cfg = dict(max_epochs=12)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),

@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?usage: install.sh VENV [default|stock]}
 case ${2:-default} in
-    default) torch=torch.txt packages=default.txt mmcv=onedl-mmcv ;;
-    stock) torch=stock-torch.txt packages=stock.txt mmcv=mmcv ;;
+    default) torch=torch.txt packages=default.txt mmcv=onedl-mmcv other=mmcv ;;
+    stock) torch=stock-torch.txt packages=stock.txt mmcv=mmcv other=onedl-mmcv ;;
     *) echo "error: unknown stack '$2'; expected default or stock" >&2 && exit 2 ;;
 esac
 python=${PYTHON:-python3}
@@ -19,7 +19,15 @@ command -v c++ >/dev/null || {
     echo "error: no C++ compiler (c++) found; mmcv compiles its operators. Install g++ or clang" >&2
     exit 1
 }
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || {
+    echo "error: no Python.h for $python found, which mmcv compiles against; install python3-dev" >&2
+    exit 1
+}
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
+if "$venv/bin/python" -m pip show -q "$other" 2>/dev/null; then
+    echo "error: $venv has the other stack ($other); start with another folder, or remove $venv" >&2
+    exit 1
+fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 echo "[1/3] torch (several GB the first time)"

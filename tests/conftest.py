@@ -1,7 +1,12 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite; what trains a demo does so once."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from runs import DEMO, LOADERS, TOOLS, Run, error_lines, train
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +21,92 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A handful of digit scenes."""
+    from condattn.datasets.digit_scenes import write_digit_scenes
+
+    return write_digit_scenes(tmp_path_factory.mktemp("data") / "scenes", train=8, val=4)
+
+
+@pytest.fixture(scope="session")
+def small(scenes) -> list[str]:
+    """Options for runs of seconds: a handful of scenes, no worker processes."""
+    options = ["default_hooks.logger.interval=1"]
+    for loader in LOADERS:
+        options += [
+            f"{loader}_dataloader.dataset.data_root={scenes}",
+            f"{loader}_dataloader.batch_size=4",
+            f"{loader}_dataloader.num_workers=0",
+            f"{loader}_dataloader.persistent_workers=False",
+        ]
+    return options
+
+
+@pytest.fixture(scope="session")
+def detection_options(small, scenes) -> list[str]:
+    """Options for a demo detector: one epoch of two iterations."""
+    ann_file = scenes / "annotations" / "instances_validation.json"
+    return [
+        *small,
+        f"val_evaluator.ann_file={ann_file}",
+        f"test_evaluator.ann_file={ann_file}",
+        "train_cfg.max_epochs=1",
+        "train_cfg.val_interval=1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def segmentation_options(small) -> list[str]:
+    """Options for the demo segmenter: two iterations."""
+    return [*small, "train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
+
+
+@pytest.fixture(scope="session")
+def detection(detection_options, tmp_path_factory) -> Run:
+    """The demo detector, trained by the tool."""
+    folder = tmp_path_factory.mktemp("detection")
+    return train(DEMO / "mask_rcnn_swin_pc.py", detection_options, folder, "epoch_1.pth")
+
+
+@pytest.fixture(scope="session")
+def segmentation(segmentation_options, tmp_path_factory) -> Run:
+    """The demo segmenter, trained by the tool."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    return train(DEMO / "upernet_swin_pc.py", segmentation_options, folder, "iter_2.pth")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Call a tool in this process, from an empty folder; return its status, output and errors."""
+    from condattn.engine.errors import run_tool
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(tool: str, *arguments) -> tuple[int, str, str]:
+        spec = importlib.util.spec_from_file_location(f"condattn_tools_{tool}", TOOLS / f"{tool}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run_tool(module.main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refuse(call, tmp_path):
+    """Call a tool with bad input: expect status 2, one line that has ``parts``, and nothing written."""
+
+    def refuse(tool: str, *arguments, parts: tuple[str, ...]):
+        before = sorted(tmp_path.rglob("*"))
+        status, _, errors = call(tool, *arguments)
+        assert status == 2
+        (line,) = error_lines(errors)
+        assert all(part in line for part in parts), line
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return refuse

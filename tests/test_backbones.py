@@ -184,6 +184,21 @@ class TestSwin:
         for name, tensor in ours.double().state_dict().items():
             torch.testing.assert_close(tensor, upstream.state_dict()[name], rtol=1e-6, atol=1e-6)
 
+    def test_constants_come_from_the_loaded_weights(self, scope, tmp_path):
+        upstream = swins(scope, "none")[0].float()
+        prefixed = {f"backbone.{name}": tensor for name, tensor in upstream.state_dict().items()}
+        torch.save(dict(state_dict=prefixed), tmp_path / "vanilla.pth")
+        init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "vanilla.pth"))
+        conditioning = SpectralCorrection(3.0, relative=True)
+        ours = build(scope, "ConditionedSwinTransformer", **SMALL, conditioning=conditioning, init_cfg=init_cfg)
+        ours.init_weights()
+        results(ours, (1, 3, 32, 32), torch.float32)
+        for site in condattn.find_sites(ours):
+            constants = site.module.qkv.weight_correction.chunk(3)
+            for weight, constant in zip(site.module.qkv.weight.chunk(3), constants, strict=True):
+                norm = np.linalg.norm(weight.detach().numpy(), 2)
+                torch.testing.assert_close(constant, torch.full_like(constant, 3 * norm), rtol=1e-4, atol=0)
+
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
     def test_fold(self, scope, dtype, tolerance):
         ours = swins(scope, SpectralCorrection(1.0))[1].to(dtype)
@@ -293,6 +308,18 @@ class TestFactory:
     def test_takes_a_module(self):
         module = nn.MultiheadAttention(8, 2)
         assert build("mmdet", "Conditioned", module=module, conditioning="pc") is module
+
+    def test_hands_the_data_preprocessor_on(self):
+        """Which mmengine's runner gives to the model, wherever the config has it."""
+        given = dict(type="SegDataPreProcessor", size=(32, 32), mean=[1.0] * 3, std=[1.0] * 3)
+        head = dict(type="FCNHead", in_channels=96, in_index=3, channels=8, num_classes=2)
+        backbone = dict(type="SwinTransformer", **SMALL)
+        segmenter = dict(type="EncoderDecoder", backbone=backbone, decode_head=head)
+        model = build("mmseg", "Conditioned", module=segmenter, data_preprocessor=given)
+        assert model.data_preprocessor.mean.unique().item() == 1.0
+        own = dict(segmenter, data_preprocessor=dict(given, mean=[2.0] * 3))
+        model = build("mmseg", "Conditioned", module=own, data_preprocessor=given)
+        assert model.data_preprocessor.mean.unique().item() == 2.0
 
     def test_part_of_a_whole_detector(self):
         attention = dict(embed_dims=32, num_heads=4)

@@ -116,7 +116,7 @@ def test_a_site_that_cannot_be_conditioned_leaves_the_model_untouched():
             return query, None
 
     model = nn.ModuleList([nn.MultiheadAttention(4, 2), Own(4, 2)])
-    with pytest.raises(ValueError, match=r"1 \(Own\): cannot condition its Own, whose forward is not that of Multi"):
+    with pytest.raises(ValueError, match=r"1 \(Own\): cannot condition its Own, which has methods that Multi"):
         condattn.condition(model, "pc")
     assert not any(condattn.conditioning_of(model).values())
     assert condattn.condition(model, "pc", exclude="1").conditioned == ("0",)
@@ -182,18 +182,10 @@ def test_a_user_method_is_one_class(request):
         condattn.register_method(Halve)
 
 
-@pytest.fixture
-def no_fast_path():
-    """Without the fused inference kernel of torch's encoder layers, which rounds differently."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
-
-
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("conditioning", ["sc", "sc+pc", SpectralCorrection(form="svd")], ids=str)
-def test_fold_computes_the_same(no_fast_path, conditioning, dtype, tolerance, training):
+def test_fold_computes_the_same(conditioning, dtype, tolerance, training):
     model = transformer().to(dtype).train(training)
     condattn.condition(model, conditioning)
     want = output(model, dtype)
@@ -202,7 +194,17 @@ def test_fold_computes_the_same(no_fast_path, conditioning, dtype, tolerance, tr
     assert condattn.fold(model) == 0
 
 
-def test_folded_correction_is_the_vanilla_model(no_fast_path):
+def test_a_folded_model_takes_the_fused_inference_kernel():
+    """Which torch's encoder layers use without gradients only, and which rounds otherwise."""
+    model = transformer()
+    condattn.condition(model, SpectralCorrection(1.0))
+    with torch.no_grad():
+        want = output(model)
+        condattn.fold(model)
+        torch.testing.assert_close(output(model), want, rtol=0, atol=1e-5)
+
+
+def test_folded_correction_is_the_vanilla_model():
     model, vanilla = transformer(), transformer()
     condattn.condition(model, SpectralCorrection(2.0, relative=True))
     assert set(model.state_dict()) > set(vanilla.state_dict())

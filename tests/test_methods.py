@@ -14,6 +14,7 @@ from condattn import RowPreconditioner, SpectralCorrection
 pytestmark = pytest.mark.usefixtures("float64")
 
 CLOSE = dict(rtol=0, atol=1e-10)
+GENTLE = SpectralCorrection(1.0)
 
 
 def rows_over_norm(rows, eps=1e-6):
@@ -107,7 +108,7 @@ class TestAgainstFormulas:
         agree(host, module, conditioned, batch, masked, precondition=rows_over_norm, corrections=corrections)
 
 
-@pytest.mark.parametrize("conditioning", ["pc", SpectralCorrection(1.0), "sc+pc"], ids=str)
+@pytest.mark.parametrize("conditioning", ["pc", GENTLE, [GENTLE, "pc"]], ids=["pc", "sc", "sc+pc"])
 class TestModes:
     def test_eval_agrees_with_train(self, host, conditioning):
         _, conditioned = build(host, conditioning)

@@ -8,17 +8,18 @@ from torch import nn
 
 import condattn
 from condattn import SpectralCorrection
+from condattn.methods import multihead
 
-# The conditioned class with a correction of size zero: it must compute what PyTorch's own class computes.
+# Of size zero: the conditioned class must compute what PyTorch's own class computes.
 NOTHING = SpectralCorrection(0.0)
 
 
-def pair(**kwargs):
+def pair(conditioning=NOTHING, **kwargs):
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(12, 3, **kwargs).double().eval()
     conditioned = nn.MultiheadAttention(12, 3, **kwargs).double().eval()
     conditioned.load_state_dict(plain.state_dict())
-    condattn.condition(conditioned, NOTHING)
+    condattn.condition(conditioned, conditioning)
     return plain, conditioned
 
 
@@ -38,9 +39,11 @@ VARIANTS = {
 @pytest.mark.parametrize("masks", ["none", "bool", "float", "per-head", "padding", "both", "causal"])
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_as_pytorch(variant, batched, masks, need_weights, average):
+@pytest.mark.parametrize("conditioning", ["pc", NOTHING], ids=["pc-without-its-norm", "sc-of-size-zero"])
+def test_same_as_pytorch(monkeypatch, conditioning, variant, batched, masks, need_weights, average):
+    monkeypatch.setattr(multihead, "normalize_rows", lambda rows, eps, detach: rows)
     kwargs = VARIANTS[variant]
-    plain, conditioned = pair(**kwargs)
+    plain, conditioned = pair(conditioning, **kwargs)
     batch, target, source = 2, 4, 4 if masks == "causal" else 6
     query = torch.randn(target, batch, 12).double()
     key = torch.randn(source, batch, kwargs.get("kdim", 12)).double()
@@ -75,11 +78,51 @@ def test_same_as_pytorch(variant, batched, masks, need_weights, average):
         assert got_weights is None
 
 
-def test_causal_hint_needs_its_mask():
-    _, conditioned = pair()
+@pytest.mark.parametrize("conditioning", ["pc", NOTHING], ids=["pc", "sc"])
+def test_causal_hint_needs_its_mask(conditioning):
+    _, conditioned = pair(conditioning)
     x = torch.randn(4, 2, 12).double()
-    with pytest.raises(ValueError, match="give attn_mask as well"):
+    with pytest.raises(RuntimeError, match="attn_mask"):
         conditioned(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "name, mask, expected",
+    [
+        ("attn_mask", torch.zeros(4, 1), r"\(4, 4\) or \(6, 4, 4\)"),
+        ("attn_mask", torch.zeros(2, 4, 4), r"\(4, 4\) or \(6, 4, 4\), found torch.float32 of the shape \(2, 4, 4\)"),
+        ("attn_mask", torch.zeros(4, 4, dtype=torch.uint8), "booleans or floats .* found torch.uint8"),
+        ("key_padding_mask", torch.zeros(2, 3, dtype=torch.bool), r"\(2, 4\), found torch.bool of the shape \(2, 3\)"),
+        ("key_padding_mask", torch.zeros(2, 5), r"\(2, 4\)"),
+    ],
+)
+def test_bad_masks(name, mask, expected):
+    _, conditioned = pair("pc")
+    x = torch.randn(4, 2, 12).double()
+    with pytest.raises(ValueError, match=f"{name}: expected .*{expected}"):
+        conditioned(x, x, x, **{name: mask})
+
+
+def test_nested_sequences_in_plain_self_attention_only():
+    _, conditioned = pair("pc", batch_first=True)
+    x = torch.nested.nested_tensor([torch.randn(3, 12), torch.randn(5, 12)], dtype=torch.float64)
+    memory = torch.nested.nested_tensor([torch.randn(3, 12), torch.randn(5, 12)], dtype=torch.float64)
+    for arguments in ((x, memory, memory), (x, x, x, torch.zeros(2, 5))):
+        with pytest.raises(ValueError, match="batch-first self-attention without masks; pad them"):
+            conditioned(*arguments)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_half_precision_does_not_overflow_where_pytorchs_does_not(need_weights):
+    """Logits fit into float16 only after their division by sqrt(d)."""
+    plain, conditioned = nn.MultiheadAttention(64, 1), nn.MultiheadAttention(64, 1)
+    for module in (plain, conditioned):
+        module.load_state_dict(plain.state_dict())
+        nn.init.eye_(module.in_proj_weight[:64].data), nn.init.eye_(module.in_proj_weight[64:128].data)
+    condattn.condition(conditioned, "pc")
+    x = torch.full((3, 1, 64), 60.0)
+    for module in (plain.half(), conditioned.half()):
+        assert module(x.half(), x.half(), x.half(), need_weights=need_weights)[0].isfinite().all()
 
 
 def test_dropout_acts_in_training_only():

@@ -56,7 +56,13 @@ def test_output_rows_have_unit_norm_and_ignore_the_scale(heads, size, scale, see
     torch.testing.assert_close(layer(scale * x), y)
 
 
-def test_norm_is_taken_in_float32_under_autocast():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norm_of_half_precision_is_taken_in_float32(dtype):
+    x = torch.randn(50, 64).to(dtype)
+    assert torch.equal(normalize_rows(x, 1e-6, False), normalize_rows(x.float(), 1e-6, False).to(dtype))
+
+
+def test_autocast():
     module = nn.MultiheadAttention(32, 4, batch_first=True)
     condattn.condition(module, "pc")
     x = torch.randn(2, 9, 32)

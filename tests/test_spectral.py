@@ -79,6 +79,13 @@ def test_identity_is_laid_block_by_block(blocks, rows, columns, strength):
     assert torch.equal(got, want)
 
 
+def test_absolute_identity_of_a_model_built_on_the_meta_device():
+    with torch.device("meta"):
+        module = attention("sc")
+    module.load_state_dict(attention("none").state_dict(), assign=True)
+    assert torch.equal(run(module), run(attention("sc")))
+
+
 def test_absolute_identity_adds_no_key():
     assert set(attention("sc").state_dict()) == set(nn.MultiheadAttention(12, 3).state_dict())
 
@@ -112,12 +119,43 @@ class TestConstantsOfTheWeights:
         resumed.load_state_dict(module.state_dict())
         assert torch.equal(run(resumed), run(module))
 
-    def test_a_checkpoint_before_the_first_forward_has_them(self, method):
+    def test_a_checkpoint_before_the_first_forward_leaves_them_open(self, method):
         module = attention(method)
         state = copy.deepcopy(module.state_dict())
-        assert state["in_proj_weight_correction"].isfinite().all()
+        other = attention(method, seed=1)
+        run(other)
+        other.load_state_dict(state)
+        assert torch.equal(run(other), run(module))
+        assert torch.equal(other.in_proj_weight_correction, module.in_proj_weight_correction)
+
+    def test_the_state_dict_is_the_module_itself(self, method):
+        """As a moving average that keeps one expects."""
+        module = attention(method)
+        state = module.state_dict()
         run(module)
-        assert torch.equal(module.in_proj_weight_correction, state["in_proj_weight_correction"])
+        assert torch.equal(state["in_proj_weight_correction"], module.in_proj_weight_correction)
+
+    @pytest.mark.parametrize("update_buffers", [False, True], ids=["parameters", "and-buffers"])
+    def test_a_moving_average_has_the_same_ones(self, method, update_buffers):
+        averaging = pytest.importorskip("mmengine.model").ExponentialMovingAverage
+        module = attention(method)
+        average = averaging(module, momentum=0.5, update_buffers=update_buffers)
+        for _ in range(3):
+            run(module)
+            with torch.no_grad():
+                module.in_proj_weight.mul_(1.1)
+            average.update_parameters(module)
+        want = run(module)
+        for mine, averages in zip(module.state_dict().values(), average.module.state_dict().values(), strict=True):
+            assert mine.isfinite().all()
+            if update_buffers:
+                assert averages.isfinite().all()
+        run(average.module)
+        assert torch.equal(run(module), want)
+        if update_buffers:
+            torch.testing.assert_close(
+                average.module.in_proj_weight_correction, module.in_proj_weight_correction, rtol=1e-6, atol=1e-7
+            )
 
     def test_a_vanilla_checkpoint_starts_over_from_its_weights(self, method):
         torch.manual_seed(3)
@@ -128,6 +166,18 @@ class TestConstantsOfTheWeights:
         want = copy.deepcopy(vanilla)
         condattn.condition(want, method)
         assert torch.equal(run(module), run(want))
+
+    @pytest.mark.parametrize("assign", [False, True], ids=["", "assign"])
+    def test_a_model_built_on_the_meta_device(self, method, assign):
+        torch.manual_seed(3)
+        weights = nn.MultiheadAttention(12, 3, batch_first=True)
+        with torch.device("meta"):
+            module = attention(method)
+        if not assign:
+            module.to_empty(device="cpu")
+        module.load_state_dict(weights.state_dict(), assign=assign)
+        condattn.condition(weights, method)
+        assert torch.equal(run(module), run(weights))
 
     def test_loading_other_modules_does_not_touch_them(self, method):
         model = nn.ModuleDict({"attention": attention(method), "head": nn.Linear(2, 2)})

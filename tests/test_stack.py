@@ -1,6 +1,8 @@
 """Mixed stacks are refused with one clear line."""
 
+import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,18 @@ def test_mixed_stack(monkeypatch):
         RuntimeError, match="mixes two stacks: onedl-mmengine 0.10.12 and mmcv 2.1.0.*fresh environment"
     ):
         stack.check_stack()
+
+
+@pytest.mark.parametrize("wanted, other", [("default", "mmcv"), ("stock", "onedl-mmcv")])
+def test_set_up_refuses_an_environment_with_the_other_stack(wanted, other, tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n")  # says yes to everything, also to having the other stack
+    python.chmod(0o755)
+    script = Path(__file__).parents[1] / "requirements" / "install.sh"
+    result = subprocess.run(["bash", script, tmp_path / "venv", wanted], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"has the other stack ({other})" in result.stderr
 
 
 def test_this_environment():

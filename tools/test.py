@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on the test data of its configuration."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from condattn.engine.launch import (
     build_runner,
     load_runner_config,
 )
+from condattn.engine.processes import local_rank
 from condattn.engine.tta import add_tta
 
 
@@ -63,8 +65,11 @@ def main() -> None:
     check_data(cfg, "test")
     checkpoint = read_checkpoint(args.checkpoint)
     model = build_model(cfg)
-    check_fit(checkpoint, args.checkpoint, model)
-    cfg.load_from = args.checkpoint
+    first = local_rank(cfg.launcher) == 0
+    check_fit(checkpoint, args.checkpoint, model, warn=first)
+    if first and cfg.launcher != "none" and (args.show or args.show_dir):
+        print("warning: the first process alone draws, its share of the images; run test.py for all", file=sys.stderr)
+    cfg.load_from, cfg.resume = args.checkpoint, False
     if args.tta:
         add_tta(cfg, model)
     del checkpoint, model

@@ -54,9 +54,14 @@ def main() -> None:
         enable_amp(cfg)
     if args.auto_scale_lr:
         enable_lr_scaling(cfg)
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
+    if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and get_device() == "cpu":
+        raise UserError(
+            "mixed precision needs a GPU, and none was found; train without --amp, or with "
+            "--cfg-options optim_wrapper.type=OptimWrapper"
+        )
+    checkpoint = find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
+    if checkpoint:
+        cfg.resume, cfg.load_from = True, checkpoint
     check_data(cfg, "train", "val")
     loaded = check_weights(cfg)
     runner = build_runner(cfg)
@@ -66,12 +71,10 @@ def main() -> None:
 
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision."""
-    if get_device() == "cpu":
-        raise UserError("--amp needs a GPU, and none was found; train without --amp")
-    if cfg.optim_wrapper.type not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise UserError(f"--amp expects optim_wrapper.type OptimWrapper, found {cfg.optim_wrapper.type}")
+    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise UserError(f"--amp expects optim_wrapper.type OptimWrapper, found {wrapper}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
-    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
 
 def enable_lr_scaling(cfg: Config) -> None:
@@ -92,9 +95,10 @@ def check_weights(cfg: Config) -> set[str]:
     if checkpoint and resuming:
         check_resumable(checkpoint, path)
     model = build_model(cfg)
-    loaded = check_fit(checkpoint, path, model) if checkpoint else set()
+    first = local_rank(cfg.launcher) == 0
+    loaded = check_fit(checkpoint, path, model, warn=first) if checkpoint else set()
     drop_pretrained(model, replaced=loaded)
-    if local_rank(cfg.launcher) == 0:
+    if first:
         check_pretrained(model)
     return loaded
 

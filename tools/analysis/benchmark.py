@@ -7,9 +7,9 @@ Peak memory is that of a process of its own per variant on a CPU, and of the dev
 import argparse
 import json
 import multiprocessing
+import re
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mmengine.registry import MODELS, DefaultScope
 from tqdm import tqdm
 
 import condattn.registry  # noqa: F401
+from condattn.engine.errors import UserError, run_tool
 
 UPSTREAM = "upstream"
 STRENGTHS = {"sc": dict(type="SpectralCorrection", strength=1.0)}
@@ -76,7 +77,7 @@ class Variant:
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> float:
-    """Peak memory of three steps, in MiB."""
+    """Peak memory of three steps, in MiB; while no other variant is in memory."""
     if args.device.startswith("cuda"):
         variant = Variant(name, args)
         torch.cuda.reset_peak_memory_stats()
@@ -91,17 +92,25 @@ def _peak_resident(name: str, args: argparse.Namespace) -> float:
     variant = Variant(name, args)
     for _ in range(3):
         variant.step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes, on a Mac
 
 
 def main() -> None:
     """Measure and print."""
     args = parse_args()
+    if args.repeats < 2:
+        raise UserError(f"--repeats: expected 2 or more, found {args.repeats}")
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     names = args.models.split(",")
     try:
+        memory = {name: peak_memory(name, args) for name in tqdm(names, desc="memory", disable=None)}
         variants = {name: Variant(name, args) for name in names}
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        raise UserError(error) from error
     for _ in range(2):
         for variant in variants.values():
             variant.step()
@@ -109,7 +118,6 @@ def main() -> None:
     for _ in tqdm(range(args.repeats), desc="rounds", disable=None):
         for name, variant in variants.items():
             times[name].append(variant.time())
-    del variants
 
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(
@@ -122,12 +130,11 @@ def main() -> None:
         low, median, high = (1000 * q for q in statistics.quantiles(times[name], n=4))
         # Ratios are taken within a round, where both variants saw the same machine.
         ratio = statistics.median(t / r for t, r in zip(times[name], times[names[0]], strict=True))
-        memory = peak_memory(name, args)
-        figures.append(dict(model=name, median_ms=median, quartiles_ms=[low, high], ratio=ratio, peak_mib=memory))
-        print(f"{name:10} {median:10.1f} {f'{low:.1f}-{high:.1f}':>15} {ratio:6.3f} {memory:9.0f}", flush=True)
+        figures.append(dict(model=name, median_ms=median, quartiles_ms=[low, high], ratio=ratio, peak_mib=memory[name]))
+        print(f"{name:10} {median:10.1f} {f'{low:.1f}-{high:.1f}':>15} {ratio:6.3f} {memory[name]:9.0f}")
     if args.out:
         args.out.write_text(json.dumps(dict(settings={**vars(args), "out": str(args.out)}, figures=figures), indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -2,9 +2,9 @@
 
 import argparse
 import inspect
-import sys
 
 from condattn.datasets.digit_scenes import write_digit_scenes
+from condattn.engine.errors import UserError, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,10 +23,10 @@ def main() -> None:
     """Write the scenes and say where they are."""
     try:
         root = write_digit_scenes(**vars(parse_args()))
-    except (ValueError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+    except ValueError as error:
+        raise UserError(error) from error
     print(f"digit scenes: {root}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

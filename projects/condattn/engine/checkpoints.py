@@ -44,8 +44,14 @@ def check_resumable(checkpoint: dict, path: str) -> None:
         )
 
 
-def check_fit(checkpoint: dict, path: str, model: nn.Module) -> set[str]:
-    """Check that ``checkpoint``, which was read from ``path``, fits ``model``; warn if it fits in part.
+def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) -> set[str]:
+    """Check that ``checkpoint``, which was read from ``path``, fits ``model``.
+
+    Args:
+        checkpoint: What was read.
+        path: From where.
+        model: The model that is to load it.
+        warn: Print a warning if it fits in part.
 
     Returns:
         The keys of the weights that the model will load from it.
@@ -65,7 +71,7 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module) -> set[str]:
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected]
     misshapen = sorted(common - fitting)
-    if missing or unexpected or misshapen:
+    if warn and (missing or unexpected or misshapen):
         parts = [
             f"{len(keys)} {what} ({_some(keys)})"
             for keys, what in (
@@ -84,15 +90,21 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module) -> set[str]:
 
 
 def check_pretrained(model: nn.Module) -> None:
-    """Read (and so download, once) the pretrained weights that ``model`` will start from.
+    """Read (and so download, once) the pretrained weights that ``model`` will start from, and load them into it.
 
     Raises:
-        UserError: If they cannot be had; the message says how to train without them.
+        UserError: If they cannot be had or fit no weight; the message says how to train without them.
     """
-    for name, init_cfg in _pretrained(model):
+    for name, init_cfg in list(_pretrained(model)):
         option = f"model.{name + '.' if name else ''}init_cfg"
+        module = model.get_submodule(name)
         try:
-            read_checkpoint(init_cfg["checkpoint"])
+            weights = read_checkpoint(init_cfg["checkpoint"])
+            before = {key: value.clone() for key, value in module.state_dict().items()}
+            module.init_weights()
+            if all(value.equal(before[key]) for key, value in module.state_dict().items()):
+                weights = weights.get("state_dict", weights.get("model", weights))
+                raise UserError(f"none fits: the file has {_some(weights)}, the model expects {_some(before)}")
         except UserError as error:
             raise UserError(
                 f"the pretrained weights {init_cfg['checkpoint']} cannot be loaded; train from a file with "

@@ -7,6 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from .errors import UserError
+from .processes import local_rank
 
 SOURCES = {
     "coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
@@ -36,8 +37,9 @@ def check_data(cfg: Config, *loaders: str) -> None:
         paths = [path for dataset in datasets for path in _paths(dataset)]
         for path in paths:
             _check_path(path, f"{loader}_dataloader", cfg)
-        for dataset in datasets:
-            _check_classes(dataset)
+        if local_rank(cfg.launcher) == 0:
+            for dataset in datasets:
+                _check_classes(dataset)
         if paths:
             for evaluator in _as_list(cfg.get(f"{loader}_evaluator")):
                 if evaluator.get("ann_file"):
@@ -79,7 +81,7 @@ def _check_path(path: str, where: str, cfg: Config) -> None:
 def _check_classes(dataset: dict) -> None:
     classes = (dataset.get("metainfo") or {}).get("classes")
     path = next(_paths(dataset), "")
-    if not classes or not path.endswith(".json") or "://" in path:
+    if not isinstance(classes, list | tuple) or not path.endswith(".json") or "://" in path:
         return
     try:
         content = json.loads(Path(path).read_text())
@@ -88,14 +90,14 @@ def _check_classes(dataset: dict) -> None:
     if not isinstance(content, dict) or "categories" not in content:
         return
     names = [category["name"] for category in content["categories"]]
-    unknown = [name for name in _as_list(classes) if name not in names]
+    unknown = [name for name in classes if name not in names]
     if unknown:
         raise UserError(
             f"{path} has no category {', '.join(map(repr, unknown))}; its categories are "
             f"{', '.join(map(repr, names))}; name classes as there"
         )
     in_file = [name for name in names if name in classes]
-    if in_file != _as_list(classes):
+    if in_file != list(classes):
         raise UserError(
             f"the classes are in another order in {path}, and labels follow the file; set classes = {in_file}"
         )

@@ -12,12 +12,11 @@ def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with its status (None is 0).
 
     A :class:`UserError`, or a file that is in the way of what is to be written, becomes one line on standard error and
-    exit status 2; Ctrl-C exits with 130.
-    Every other exception is a fault of the program and keeps its traceback.
+    exit status 2; Ctrl-C exits with 130. Every other exception is a fault of the program and keeps its traceback.
     """
     try:
         sys.exit(main())
-    except (UserError, FileExistsError) as error:
+    except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from mmengine.structures import BaseDataElement
 
 from .checkpoints import check_fit, read_checkpoint
 from .errors import UserError
-from .launch import build_model
+from .launch import build_model, innermost
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 
@@ -57,7 +58,7 @@ def is_readable(path: Path) -> bool:
     """Whether ``path`` can be decoded as an image."""
     try:
         return mmcv.imread(path) is not None
-    except (OSError, ValueError):
+    except (OSError, ValueError, cv2.error):
         return False
 
 
@@ -110,7 +111,12 @@ def save_prediction(sample: BaseDataElement, out_file: Path) -> None:
 
     Instances go to ``out_file`` + '.json': labels (indices of classes), scores, boxes (x1, y1, x2, y2 in
     pixels) and masks (COCO run lengths). A label map goes to ``out_file`` + '.png', with indices of classes.
+
+    Raises:
+        UserError: If the model predicts neither.
     """
+    if not {"pred_sem_seg", "pred_instances"} & set(sample.keys()):
+        raise UserError(f"expected a model that predicts instances or a label map, found {', '.join(sample.keys())}")
     out_file.parent.mkdir(parents=True, exist_ok=True)
     if "pred_sem_seg" in sample:
         labels = sample.pred_sem_seg.data.squeeze(0).numpy()
@@ -133,13 +139,12 @@ def _instances(instances: BaseDataElement) -> dict:
 
 def _image_pipeline(dataset: dict) -> list[dict]:
     """The test pipeline without the annotations, which new images do not have."""
-    while "dataset" in dataset:
-        dataset = dataset["dataset"]
-    return [step for step in copy.deepcopy(dataset["pipeline"]) if "Annotations" not in step["type"]]
+    return [step for step in copy.deepcopy(innermost(dataset)["pipeline"]) if "Annotations" not in step["type"]]
 
 
 def _dataset_meta(dataset: dict) -> dict:
     """Class names and colours of a data set that is not there: its class's, or those of the configuration."""
+    dataset = innermost(dataset)
     with DATASETS.switch_scope_and_registry(None) as registry:
         cls = registry.get(dataset["type"])
     return {**getattr(cls, "METAINFO", {}), **dataset.get("metainfo", {})}

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
@@ -74,14 +74,14 @@ def load_config(path: str, options: dict | None = None) -> Config:
     try:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(options or {})
-    except (FileNotFoundError, ImportError, SyntaxError) as error:
+    except (FileNotFoundError, ImportError, SyntaxError, AssertionError) as error:  # toolboxes assert on versions
         raise UserError(f"cannot read the configuration {path}: {error}") from error
     scope = cfg.get("default_scope")
     if scope not in TOOLBOXES:
         raise UserError(f"{path}: expected default_scope to be one of {', '.join(TOOLBOXES)}, found {scope!r}")
     try:
         import_module(scope)
-    except ImportError as error:
+    except (ImportError, AssertionError) as error:
         raise UserError(f"{path} needs {scope}, which cannot be imported ({error}); see the README") from error
     init_default_scope(scope)
     return cfg
@@ -126,10 +126,21 @@ def build_model(cfg: Config) -> nn.Module:
         raise UserError(f"the model of {cfg.filename} cannot be built: {message}") from error
 
 
+def innermost(dataset: ConfigDict) -> ConfigDict:
+    """The configuration of the data set in ``dataset``, below wrappers such as RepeatDataset."""
+    while "dataset" in dataset:
+        dataset = dataset["dataset"]
+    return dataset
+
+
 def build_runner(cfg: Config) -> Runner:
     """Join the other processes, if any, and build the runner with a progress bar."""
+    given = copy.deepcopy(cfg)
     start_processes(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    # The configuration that the runner leaves in the work directory is the one that it was given.
+    runner.cfg = given
+    runner.dump_config()
     if not any(isinstance(hook, ProgressHook) for hook in runner.hooks):
         runner.register_hook(ProgressHook())
     return runner

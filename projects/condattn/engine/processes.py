@@ -39,14 +39,13 @@ def start_processes(cfg: Config) -> None:
             f"this machine shows {torch.cuda.device_count()} GPUs, but {int(local) + 1} or more processes "
             "were started on it; start one process for each GPU"
         )
+    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local)
     if get_device() != "cpu":
         return
-    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local)
     os.environ.setdefault("MASTER_PORT", "29500")
     if "MASTER_ADDR" not in os.environ:
         raise UserError("set MASTER_ADDR to the host name of the first machine")
     torch.distributed.init_process_group("gloo")
-    cfg.merge_from_dict({"env_cfg.dist_cfg.backend": "gloo"})
     _revert_sync_bn(cfg.model)
     wrapper = {
         "type": "MMDistributedDataParallel",
@@ -73,6 +72,6 @@ def _variables(launcher: str) -> list[str]:
     if missing:
         raise UserError(
             f"--launcher {launcher} expects the environment variables {', '.join(LAUNCHERS[launcher])}, "
-            f"not set: {', '.join(missing)}; start the run with dist_train.sh or dist_test.sh"
+            f"not set: {', '.join(missing)}; start the run with the scripts in tools/ (dist_*.sh, slurm_*.sh)"
         )
     return [os.environ[name] for name in LAUNCHERS[launcher]]

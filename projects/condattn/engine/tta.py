@@ -6,6 +6,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from .errors import UserError
+from .launch import innermost
 
 _MODELS = {
     "mmdet": {
@@ -35,9 +36,7 @@ def add_tta(cfg: Config, model: nn.Module) -> None:
             "without --tta, or its boxes alone: --cfg-options model.roi_head.mask_head=None "
             "test_evaluator.metric=bbox"
         )
-    dataset = cfg.test_dataloader.dataset
-    while "dataset" in dataset:
-        dataset = dataset.dataset
+    dataset = innermost(cfg.test_dataloader.dataset)
     dataset.pipeline = cfg.get("tta_pipeline") or _flip_pipeline(dataset.pipeline)
     cfg.model = ConfigDict(**cfg.get("tta_model", _MODELS[cfg.default_scope]), module=cfg.model)
 

@@ -122,21 +122,23 @@ def _known() -> str:
 def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSite) -> None:
     """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer``, whose host class is ``layer.host``.
 
-    It can if it computes exactly what the host class computes, from parameters of its own.
+    It can if it is the host class in all but the name, and its parameters are its own.
     """
     if isinstance(owner, layer):
         return
-    if not isinstance(owner, layer.host) or type(owner).forward is not layer.host.forward:
-        problem = f"{type(owner).__name__}, whose forward is not that of {layer.host.__name__}"
-    elif nn.utils.parametrize.is_parametrized(owner):
+    classes = type(owner).__mro__
+    added = classes[: classes.index(layer.host)] if layer.host in classes else classes
+    if nn.utils.parametrize.is_parametrized(owner):
         problem = f"parametrized {layer.host.__name__}"
+    elif any(callable(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
+        problem = f"{type(owner).__name__}, which has methods that {layer.host.__name__} has not"
     else:
         return
     raise ValueError(f"{site}: cannot condition its {problem}; leave the site out with exclude=[{site.name!r}]")
 
 
 def become(owner: nn.Module, layer: type[nn.Module]) -> Any:
-    """Turn ``owner`` in place into an instance of its subclass ``layer`` and return it.
+    """Turn ``owner`` in place into an instance of ``layer``, a subclass of its class, and return it.
 
     The object stays the same one: parameters, buffers, hooks, optimizer groups and references to it all remain.
     """

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,8 @@ class CorrectedModule(nn.Module):
     The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``:
     it is fixed by the first forward or by a checkpoint that has it. Until then it is NaN, so that re-initialising or
     loading weights in between is taken into account; loading a checkpoint without it starts over from the loaded
-    weights. A C that does not depend on the weights is not stored.
+    weights. A C that does not depend on the weights is not stored. Run one forward before ``torch.export`` or
+    ``torch.compile(fullgraph=True)``, which cannot trace the fixing.
     """
 
     corrections: Mapping[str, Correction] = MappingProxyType({})
@@ -82,12 +82,19 @@ class CorrectedModule(nn.Module):
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
         """Correct the weight called ``parameter`` from now on."""
-        weight = getattr(self, parameter)
         self.corrections = {**self.corrections, parameter: correction}
-        constant = correction.compute(weight)
+        self._register(parameter)
+
+    @torch.no_grad()
+    def _register(self, parameter: str) -> None:
+        """Make the buffers of a correction, on the weight's device: C, and where its entries are."""
+        weight, correction = getattr(self, parameter), self.corrections[parameter]
         if correction.depends_on_weight:
-            constant.fill_(torch.nan)
+            shape = weight.shape if correction.svd else weight.shape[:1]
+            constant = weight.new_full(shape, torch.nan)
             self.unsettled |= {parameter}
+        else:
+            constant = correction.compute(weight)
         self.register_buffer(f"{parameter}_correction", constant, persistent=correction.depends_on_weight)
         if not correction.svd:
             self.register_buffer(f"{parameter}_columns", correction.columns(weight), persistent=False)
@@ -122,21 +129,14 @@ class CorrectedModule(nn.Module):
             constant.copy_(self.corrections[parameter].compute(getattr(self, parameter)))
         self.unsettled -= {parameter}
 
-    def _kept_corrections(self, prefix: str) -> dict[str, str]:
-        """State-dict key of each correction that is stored -> the parameter it belongs to."""
-        return {f"{prefix}{p}_correction": p for p, c in self.corrections.items() if c.depends_on_weight}
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, parameter in self._kept_corrections(prefix).items():
-            if destination[key].isnan().any():
-                destination[key] = self.corrections[parameter].compute(getattr(self, parameter))
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        for key, parameter in self._kept_corrections(prefix).items():
-            if key not in state_dict and prefix + parameter in state_dict:
-                getattr(self, f"{parameter}_correction").fill_(torch.nan)
-                self.unsettled |= {parameter}
+        for parameter, correction in self.corrections.items():
+            key = f"{prefix}{parameter}_correction"
+            if correction.depends_on_weight and key in state_dict:
+                self.unsettled |= {parameter}  # the checkpoint may be older than the first forward
+            elif prefix + parameter in state_dict:
+                # From the loaded weight; also where the module was built on the meta device.
+                self._register(parameter)
                 if key in missing:
                     missing.remove(key)

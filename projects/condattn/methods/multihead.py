@@ -45,17 +45,21 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         """Attend from ``query`` to ``key`` and ``value``; arguments and results as ``nn.MultiheadAttention``.
 
         Raises:
-            ValueError: If ``is_causal`` is set without ``attn_mask``.
+            RuntimeError: If ``is_causal`` is set without ``attn_mask``.
+            ValueError: If a mask has another shape or dtype than it must have, or nested sequences are given for
+                anything but plain self-attention.
         """
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal is a hint about attn_mask; give attn_mask as well")
         if query.is_nested:
+            plain = query is key and key is value and attn_mask is None and key_padding_mask is None
+            if not plain or is_causal or not self.batch_first:
+                raise ValueError("expected nested sequences in batch-first self-attention without masks; pad them")
             return self._forward_nested(query), None
-
         if self.preconditioner is None:
             return self._forward_corrected(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask; give attn_mask as well")
         batched = query.dim() == 3
         shared = query is key and key is value
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
@@ -67,7 +71,7 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         causal = is_causal and key_padding_mask is None and not need_weights and k.shape[2] == key.shape[1]
         mask = None if causal else self._additive_mask(attn_mask, key_padding_mask, q, k)
         if need_weights:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
             weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
             weights = F.dropout(weights, dropout)
             heads = weights @ v
@@ -77,9 +81,7 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
             weights = None
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
 
-        heads = heads.transpose(1, 2)
-        if self.preconditioner is not None:
-            heads = normalize_rows(heads, self.preconditioner.eps, self.preconditioner.detach)
+        heads = normalize_rows(heads.transpose(1, 2), self.preconditioner.eps, self.preconditioner.detach)
         output = F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), weights
@@ -88,7 +90,7 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
     def _forward_corrected(
         self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
     ) -> tuple[Tensor, Tensor | None]:
-        """Upstream's own function with W + C, so that folding changes no bit."""
+        """Upstream's own function with W + C: folding changes no bit, but where its inference kernel comes in."""
         transposed = self.batch_first and query.dim() == 3
         if transposed:
             # Upstream projects tensors that are one object at once.
@@ -164,20 +166,20 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
     ) -> Tensor | None:
         """Both masks as one float mask that broadcasts to (batch, heads, query tokens, key tokens)."""
-        masks = []
-        if attn_mask is not None:
-            masks.append(
-                attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask
-            )
-        if key_padding_mask is not None:
-            masks.append(key_padding_mask.reshape(-1, 1, 1, key_padding_mask.shape[-1]))
+        batch, heads, targets, _ = q.shape
+        extra = int(self.bias_k is not None) + int(self.add_zero_attn)
+        sources = k.shape[2] - extra
         total = None
-        for mask in masks:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
-            mask = F.pad(mask.to(q.dtype), (0, k.shape[2] - mask.shape[-1]))
-            total = mask if total is None else total + mask
-        return total
+        if attn_mask is not None:
+            shapes = (targets, sources), (batch * heads, targets, sources)
+            total = _float_mask("attn_mask", attn_mask, q.dtype, *shapes)
+            total = total.unflatten(0, (batch, heads)) if total.dim() == 3 else total
+        if key_padding_mask is not None:
+            shapes = [(batch, sources)] if batch > 1 else [(batch, sources), (sources,)]
+            padding = _float_mask("key_padding_mask", key_padding_mask, q.dtype, *shapes)
+            padding = padding.reshape(batch, 1, 1, sources)
+            total = padding if total is None else total + padding
+        return None if total is None else F.pad(total, (0, extra))
 
     def _forward_nested(self, x: Tensor) -> Tensor:
         """Self-attention over sequences of different lengths, which nn.TransformerEncoder passes in eval mode."""
@@ -186,3 +188,14 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         padding = torch.arange(padded.shape[1], device=x.device) >= lengths[:, None]
         output, _ = self(padded, padded, padded, padding, need_weights=False)
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(output, lengths, strict=True)])
+
+
+def _float_mask(name: str, mask: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
+    """``mask`` to be added to the scores: -inf where a boolean one is True."""
+    if tuple(mask.shape) not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        expected = " or ".join(map(str, shapes))
+        found = f"{mask.dtype} of the shape {tuple(mask.shape)}"
+        raise ValueError(f"{name}: expected booleans or floats of the shape {expected}, found {found}")
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+    return mask.to(dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
@@ -17,6 +18,7 @@ def Conditioned(
     conditioning: Conditioning = "pc",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    data_preprocessor: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build ``module`` in the current scope and condition its attention: whole detectors, or any part.
 
@@ -29,6 +31,8 @@ def Conditioned(
         conditioning: See :func:`condattn.condition`.
         include: Glob patterns of the module names to condition; default: every attention site.
         exclude: Glob patterns of module names to leave out.
+        data_preprocessor: Passed on to ``module``, unless that has its own: mmengine's runner gives a model the
+            config's ``data_preprocessor`` in this way.
 
     Returns:
         The module itself, conditioned in place.
@@ -37,7 +41,8 @@ def Conditioned(
         ValueError: As :func:`condattn.condition`.
     """
     if not isinstance(module, nn.Module):
-        module = MODELS.build(module)
+        inherited = {} if data_preprocessor is None else dict(data_preprocessor=data_preprocessor)
+        module = MODELS.build(ConfigDict({**inherited, **module}))
     report = condition(module, conditioning, include, exclude)
     print_log(f"{type(module).__name__}: {report}", logger="current")
     return module

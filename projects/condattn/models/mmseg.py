@@ -17,8 +17,8 @@ class ConditionedSwinTransformer(ConditionedBackbone, SwinTransformer):
 class ConditionedVisionTransformer(ConditionedBackbone, VisionTransformer):
     """mmseg's ``VisionTransformer``, conditioned.
 
-    Shape: images (B, 3, H, W), H and W multiples of the patch size; one feature map
-    (B, embed_dims, H / patch, W / patch) for each of ``out_indices``.
+    Shape: images (B, 3, H, W) of any size; one feature map (B, embed_dims, H / patch, W / patch), rounded up, for
+    each of ``out_indices``.
     """
 
 

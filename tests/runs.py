@@ -1,0 +1,47 @@
+"""How the tests run the command-line tools."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / "tools"
+CONFIGS = ROOT / "configs"
+DEMO = CONFIGS / "demo"
+LOADERS = ("train", "val", "test")
+NOWHERE = ["model.backbone.init_cfg.type=Pretrained", "model.backbone.init_cfg.checkpoint=nowhere.pth"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training of a demo configuration."""
+
+    config: Path
+    options: list[str]
+    work_dir: Path
+    checkpoint: Path
+    output: str
+
+
+def run(*command, cwd: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess:
+    """Run a tool as a user does; fail with its output unless it exits with ``status``."""
+    if str(command[0]).endswith(".py"):
+        command = (sys.executable, *command)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env}
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == status, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def error_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def train(config: Path, options: list[str], folder: Path, checkpoint: str) -> Run:
+    work_dir = folder / "run"
+    result = run(TOOLS / "train.py", config, "--work-dir", work_dir, "--cfg-options", *options, cwd=folder)
+    return Run(config, options, work_dir, work_dir / checkpoint, result.stdout + result.stderr)

@@ -1,0 +1,252 @@
+"""Bad input: one clear line, an exit status that is not zero, and nothing written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import CONFIGS, DEMO, LOADERS, NOWHERE, TOOLS, error_lines, run
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from condattn.engine import launch
+from condattn.engine.errors import UserError, run_tool
+
+
+def test_a_user_error_is_one_line_and_a_fault_a_traceback(tmp_path):
+    config = CONFIGS / "mask_rcnn_swin_pc.py"
+    result = run(TOOLS / "train.py", config, cwd=tmp_path, status=2)
+    (line,) = error_lines(result.stderr)
+    assert "data/coco/annotations/instances_train2017.json" in line
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError):
+        run_tool(lambda: 1 / 0)
+
+
+def test_the_message_of_an_error_stays_one_line(capsys):
+    def main():
+        raise UserError("two\nlines")
+
+    with pytest.raises(SystemExit):
+        run_tool(main)
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ("mask_rcnn_swin_pc.py", ("data/coco/annotations", "https://cocodataset.org", "configs/demo/")),
+        ("upernet_swin_pc.py", ("data/ade/ADEChallengeData2016/images", "http://data.csail.mit.edu", "configs/demo/")),
+        ("own_data/coco.py", ("data/own/annotations/train.json", "data_root", "configs/demo/")),
+    ],
+)
+def test_missing_data(refuse, config, parts):
+    refuse("train", CONFIGS / config, parts=parts)
+
+
+def test_missing_test_data(refuse):
+    refuse("test", CONFIGS / "retinanet_swin_pc.py", "x.pth", parts=("val2017", "test_dataloader"))
+
+
+def own_data(folder: Path, categories: list[str]) -> list[str]:
+    for name in ("train", "val"):
+        (folder / "images" / name).mkdir(parents=True)
+        (folder / "annotations").mkdir(exist_ok=True)
+        content = {"categories": [{"name": category} for category in categories]}
+        (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
+    return [f"{loader}_dataloader.dataset.data_root={folder}" for loader in LOADERS]
+
+
+def test_classes_that_the_annotations_do_not_have(refuse, tmp_path):
+    options = own_data(tmp_path / "own", ["cat", "horse"])
+    parts = ("no category 'dog'", "'cat', 'horse'")
+    refuse("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options, parts=parts)
+
+
+def test_classes_in_another_order_than_in_the_annotations(refuse, tmp_path):
+    options = own_data(tmp_path / "own", ["dog", "mouse", "cat"])
+    parts = ("another order", "set classes = ['dog', 'cat']")
+    refuse("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options, parts=parts)
+
+
+def test_classes_in_a_file_of_their_own(call, tmp_path):
+    """Which mmengine reads; the run goes on to its next check, the missing pretrained weights."""
+    options = own_data(tmp_path / "own", ["cat", "dog"])
+    (tmp_path / "classes.txt").write_text("cat\ndog")
+    files = [f"{loader}_dataloader.dataset.metainfo.classes=classes.txt" for loader in LOADERS]
+    evaluators = [f"{name}_evaluator.ann_file={tmp_path}/own/annotations/val.json" for name in ("val", "test")]
+    options += [*files, *evaluators, *NOWHERE]
+    status, _, errors = call("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options)
+    assert status == 2
+    assert "nowhere.pth" in errors
+
+
+def test_annotations_that_are_cut_short(refuse, tmp_path):
+    options = own_data(tmp_path / "own", ["cat", "dog"])
+    (tmp_path / "own" / "annotations" / "train.json").write_text('{"categories": [')
+    parts = ("train.json", "no JSON")
+    refuse("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options, parts=parts)
+
+
+def test_missing_configuration(refuse):
+    refuse("train", "configs/no.py", parts=("no configuration file configs/no.py",))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model = dict(", "was never closed"),
+        ("_base_ = 'no.py'", "no.py"),
+        ("model = dict()", "default_scope"),
+        ("default_scope = 'mmpretrain'", "mmdet, mmseg"),
+        ("custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)", "no_such_module"),
+    ],
+)
+def test_bad_configuration(refuse, tmp_path, text, part):
+    (tmp_path / "bad.py").write_text(text)
+    refuse("train", "bad.py", parts=("bad.py", part))
+
+
+def test_mixed_stacks(refuse, monkeypatch):
+    def mixed():
+        raise RuntimeError("this environment mixes two stacks")
+
+    monkeypatch.setattr(launch, "check_stack", mixed)
+    refuse("train", DEMO / "mask_rcnn_swin_pc.py", parts=("mixes two stacks",))
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "parts"),
+    [
+        ("mask_rcnn_swin_pc.py", "model.backbone.conditioning=cp", ("unknown conditioning 'cp'", "'pc'", "'sc'")),
+        ("upernet_swin_pc.py", "model.backbone.type=ConditionedSvin", ("ConditionedSvin",)),
+        ("upernet_swin_pc.py", "model.backbone.conditionning=pc", ("conditionning",)),
+        ("mask_rcnn_swin_sc.py", "model.backbone.conditioning.strength=inf", ("strength", "finite", "inf")),
+    ],
+)
+def test_models_that_cannot_be_built(refuse, config, option, parts):
+    refuse("train", DEMO / config, "--cfg-options", option, parts=(config, *parts))
+
+
+def test_pattern_that_matches_no_site(refuse, tmp_path):
+    text = f"""
+_base_ = {str(DEMO / "mask_rcnn_swin_pc.py")!r}
+model = dict(
+    _delete_=True, type="Conditioned", module={{{{_base_.model}}}}, conditioning="sc", include=["decoder"]
+)
+"""
+    (tmp_path / "pattern.py").write_text(text)
+    refuse("train", "pattern.py", parts=("'decoder'", "matches no attention site", "backbone.stages.0"))
+
+
+@pytest.mark.parametrize("name", ["nowhere.pth", "https://example.invalid/weights.pth"])
+def test_pretrained_weights_that_cannot_be_had(refuse, monkeypatch, name):
+    from mmengine.runner import CheckpointLoader
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(CheckpointLoader, "load_checkpoint", offline)
+    options = ["--cfg-options", NOWHERE[0], f"model.backbone.init_cfg.checkpoint={name}"]
+    parts = (name, "--cfg-options model.backbone.init_cfg.checkpoint=FILE", "model.backbone.init_cfg=None")
+    refuse("train", DEMO / "mask_rcnn_swin_pc.py", *options, parts=parts)
+
+
+def test_pretrained_weights_of_which_none_fits(refuse, detection_options, tmp_path):
+    """A checkpoint in mmdet's names, where the configuration converts the official ones."""
+    torch.save({"state_dict": {"backbone.backbone.norm0.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
+    options = [NOWHERE[0], "model.backbone.init_cfg.checkpoint=foreign.pth", *detection_options]
+    parts = ("foreign.pth", "none fits", "backbone.backbone.norm0.weight", "patch_embed")
+    refuse("train", DEMO / "mask_rcnn_swin_pc.py", "--cfg-options", *options, parts=parts)
+
+
+def test_a_file_in_the_way(call, detection, scenes, tmp_path):
+    (tmp_path / "out").touch()
+    command = [scenes / "images" / "validation", detection.config, detection.checkpoint, "--out-dir", "out"]
+    status, _, errors = call("predict", *command)
+    assert status == 2
+    (line,) = error_lines(errors)
+    assert "out" in line
+    assert (tmp_path / "out").read_bytes() == b""
+
+
+@pytest.fixture
+def bad_checkpoints(detection, tmp_path) -> Path:
+    whole = detection.checkpoint.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pth").touch()
+    torch.save({"state_dict": {"encoder.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    return tmp_path
+
+
+CHECKPOINTS = {
+    "missing.pth": ("no checkpoint file missing.pth",),
+    "cut.pth": ("cannot read the checkpoint cut.pth", "cut short"),
+    "empty.pth": ("cannot read the checkpoint empty.pth",),
+    "foreign.pth": ("no weight of the checkpoint foreign.pth fits", "encoder.weight", "backbone.patch_embed"),
+    "list.pth": ("list.pth is no checkpoint",),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_bad_checkpoints(refuse, bad_checkpoints, detection_options, scenes, name):
+    config, parts = DEMO / "mask_rcnn_swin_pc.py", CHECKPOINTS[name]
+    refuse("test", config, name, "--cfg-options", *detection_options, parts=parts)
+    refuse("train", config, "--cfg-options", *detection_options, f"load_from={name}", parts=parts)
+    refuse("predict", scenes, config, name, "--out-dir", "out", parts=parts)
+
+
+def test_training_that_cannot_be_resumed(refuse, detection, tmp_path):
+    checkpoint = torch.load(detection.checkpoint, weights_only=False)
+    torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "weights.pth")
+    resume = ["train", detection.config, "--cfg-options", *detection.options, "--resume"]
+    refuse(*resume, "missing.pth", parts=("no checkpoint file missing.pth",))
+    refuse(*resume, "weights.pth", parts=("weights.pth holds weights alone", "load_from=weights.pth"))
+
+
+def test_options_that_a_configuration_does_not_serve(refuse, detection, tmp_path):
+    config = DEMO / "mask_rcnn_swin_pc.py"
+    unscaled = ["--auto-scale-lr", "--cfg-options", "auto_scale_lr=None"]
+    refuse("train", config, *unscaled, parts=("auto_scale_lr.base_batch_size",))
+    checked = [config, detection.checkpoint]
+    refuse("test", *checked, "--out", "out.json", parts=("--out", ".pkl", "out.json"))
+    refuse("test", *checked, "--tta", parts=("--tta", "masks"))
+    undrawn = ["--show-dir", "out", "--cfg-options", "default_hooks.visualization=None"]
+    refuse("test", *checked, *undrawn, parts=("default_hooks.visualization",))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPUs")
+def test_mixed_precision_without_a_gpu(refuse):
+    refuse("train", DEMO / "mask_rcnn_swin_pc.py", "--amp", parts=("mixed precision needs a GPU", "OptimWrapper"))
+    options = ["--cfg-options", "optim_wrapper.type=AmpOptimWrapper"]
+    refuse("train", DEMO / "mask_rcnn_swin_pc.py", *options, parts=("mixed precision needs a GPU",))
+
+
+def test_launcher_without_its_environment(refuse, detection_options, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    command = ["train", DEMO / "mask_rcnn_swin_pc.py", "--launcher", "pytorch"]
+    parts = ("--launcher pytorch", "RANK", "dist_*.sh")
+    refuse(*command, "--cfg-options", *detection_options, parts=parts)
+
+
+def test_predicting_what_is_not_there(refuse, tmp_path):
+    command = [DEMO / "mask_rcnn_swin_pc.py", "x.pth", "--out-dir", "out"]
+    refuse("predict", "no", *command, parts=("no image or folder no",))
+    (tmp_path / "empty").mkdir()
+    refuse("predict", "empty", *command, parts=("no image below empty", ".jpg"))
+    refuse("predict", "empty", *command, "--device", "abacus", parts=("--device abacus",))
+
+
+@pytest.mark.parametrize("tool", ["train", "test", "predict"])
+def test_help_names_every_option(call, tool):
+    status, output, _ = call(tool, "--help")
+    assert status == 0
+    options = {
+        "train": "--work-dir --amp --auto-scale-lr --resume --cfg-options --launcher --local-rank",
+        "test": "--work-dir --out --show --show-dir --wait-time --cfg-options --launcher --tta --local-rank",
+        "predict": "--out-dir --score-thr --device --batch-size --cfg-options",
+    }
+    assert all(option in output for option in options[tool].split())

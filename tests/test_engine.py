@@ -1,0 +1,111 @@
+"""The parts that the command-line tools are made of."""
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from condattn.engine import launch
+from condattn.engine.checkpoints import check_fit, check_pretrained, drop_pretrained
+from condattn.engine.errors import UserError
+from condattn.engine.progress import ProgressHook
+
+
+@pytest.mark.parametrize(
+    ("config", "work_dir"),
+    [
+        ("configs/mask_rcnn_swin_pc.py", "work_dirs/mask_rcnn_swin_pc"),
+        ("configs/demo/mask_rcnn_swin_pc.py", "work_dirs/demo/mask_rcnn_swin_pc"),
+        ("elsewhere/mine.v2.py", "work_dirs/mine.v2"),
+    ],
+)
+def test_default_work_dir(config, work_dir):
+    assert launch.default_work_dir(config) == work_dir
+
+
+def test_a_checkpoint_that_fits_in_part_is_named(capsys):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    weights = {"module.0.weight": torch.ones(2, 2), "0.bias": torch.ones(5), "2.bias": torch.ones(1)}
+    check_fit({"state_dict": weights}, "some.pth", model)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: some.pth fits the model in part: 1 of the model's 4 weights")
+    assert "2 are not in it" in line
+    assert "1 have another shape there and keep their initial values (0.bias)" in line
+    assert "1 are only in it and are ignored (2.bias)" in line
+
+
+def test_pretrained_weights_are_not_read_when_a_checkpoint_replaces_them(tmp_path):
+    from mmengine.model import BaseModule
+
+    backbone = BaseModule({"type": "Pretrained", "checkpoint": str(tmp_path / "no.pth")})
+    backbone.layer = nn.Linear(2, 2)
+    model = nn.Sequential(backbone, nn.Linear(2, 2))
+    drop_pretrained(model, replaced={"0.layer.weight", "1.weight"})
+    with pytest.raises(UserError, match=r"model\.0\.init_cfg\.checkpoint=FILE"):
+        check_pretrained(model)
+    drop_pretrained(model, replaced={"0.layer.weight", "0.layer.bias"})
+    check_pretrained(model)
+
+
+class Terminal:
+    """A standard error that says it is a terminal, and keeps what it is sent."""
+
+    encoding = "utf-8"
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text: str):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self) -> bool:
+        return True
+
+
+def drive(hook: ProgressHook, logger: logging.Logger):
+    runner = SimpleNamespace(max_iters=4, iter=2, val_dataloader=[0, 1], logger=logger)
+    hook.before_train(runner)
+    hook.after_train_iter(runner, 0)
+    logger.info("a line of the log")
+    hook.before_val_epoch(runner)
+    for index in range(2):
+        hook.after_val_iter(runner, index)
+    hook.after_val_epoch(runner)
+    hook.after_train_iter(runner, 1)
+    hook.after_train(runner)
+
+
+def drive_on(terminal: Terminal, monkeypatch) -> logging.Logger:
+    """Drive the hook with ``terminal`` as standard error and as the stream of the logger."""
+    logger = logging.Logger("test")
+    logger.addHandler(logging.StreamHandler(terminal))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        drive(ProgressHook(), logger)
+    return logger
+
+
+def test_progress_is_shown_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    logger = drive_on(terminal, monkeypatch)
+    assert "train:  50%" in terminal.text  # a resumed training starts where it stopped
+    assert "train: 100%" in terminal.text
+    assert "val:   0%" in terminal.text
+    assert "\ra line of the log\n" in terminal.text  # on a cleared line of its own
+    assert logger.handlers[0].stream is terminal
+
+
+def test_progress_is_silent_elsewhere(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(Terminal, "isatty", lambda self: False)
+    drive_on(terminal, monkeypatch)
+    assert terminal.text == "a line of the log\n"
