@@ -199,7 +199,7 @@ def test_command_line(tmp_path):
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (first.returncode, first.stdout) == (0, "digit scenes: here\n")
     other = subprocess.run([*command, "--seed", "3"], cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 1
+    assert other.returncode == 2
     assert other.stderr.startswith("error: here holds digit scenes with other parameters")
     assert other.stderr.count("\n") == 1
 

@@ -86,7 +86,7 @@ def draw_predictions(cfg: Config, args: Namespace) -> None:
     hook = cfg.get("default_hooks", {}).get("visualization")
     if not hook:
         raise UserError(f"--show and --show-dir expect default_hooks.visualization in {cfg.filename}")
-    hook.update(draw=True)
+    hook.update(draw=True, interval=1)
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
     if args.show_dir:
