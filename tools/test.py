@@ -16,7 +16,7 @@ from condattn.engine.launch import (
     build_runner,
     load_runner_config,
 )
-from condattn.engine.processes import local_rank
+from condattn.engine.processes import leave_processes, local_rank
 from condattn.engine.tta import add_tta
 
 
@@ -73,11 +73,17 @@ def main() -> None:
     if args.tta:
         add_tta(cfg, model)
     del checkpoint, model
+    test(cfg, dump=args.out if detection else None)
+    leave_processes()
+
+
+def test(cfg: Config, dump: str | None) -> None:
+    """Test; write the predictions of a detector to the pickle file ``dump``."""
     runner = build_runner(cfg)
-    if args.out and detection:
+    if dump:
         from mmdet.evaluation import DumpDetResults
 
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=dump))
     runner.test()
 
 

@@ -22,7 +22,7 @@ from condattn.engine.launch import (
     build_runner,
     load_runner_config,
 )
-from condattn.engine.processes import local_rank
+from condattn.engine.processes import leave_processes, local_rank
 
 
 def parse_args() -> Namespace:
@@ -63,10 +63,8 @@ def main() -> None:
     if checkpoint:
         cfg.resume, cfg.load_from = True, checkpoint
     check_data(cfg, "train", "val")
-    loaded = check_weights(cfg)
-    runner = build_runner(cfg)
-    drop_pretrained(runner.model, replaced=loaded)
-    runner.train()
+    train(cfg, replaced=check_weights(cfg))
+    leave_processes()
 
 
 def enable_amp(cfg: Config) -> None:
@@ -85,6 +83,13 @@ def enable_lr_scaling(cfg: Config) -> None:
             "its learning rate belongs to; add --cfg-options auto_scale_lr.base_batch_size=N"
         )
     cfg.auto_scale_lr.enable = True
+
+
+def train(cfg: Config, replaced: set[str]) -> None:
+    """Train; ``replaced`` are the keys of the weights that a checkpoint will provide."""
+    runner = build_runner(cfg)
+    drop_pretrained(runner.model, replaced)
+    runner.train()
 
 
 def check_weights(cfg: Config) -> set[str]:

@@ -1,5 +1,6 @@
 """Join the processes of a distributed run, with or without GPUs."""
 
+import gc
 import os
 
 import torch
@@ -54,6 +55,16 @@ def start_processes(cfg: Config) -> None:
     }
     # The runner would pass device_ids=[LOCAL_RANK], which torch refuses for a model on the CPU.
     cfg.model_wrapper_cfg = {**(cfg.get("model_wrapper_cfg") or wrapper), "device_ids": None}
+
+
+def leave_processes() -> None:
+    """End a distributed run, once nothing refers to its runner any more.
+
+    The threads of a process group that lives on until the interpreter ends may abort it (pytorch #179291).
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def _revert_sync_bn(node) -> None:
