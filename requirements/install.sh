@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?usage: install.sh VENV [default|stock]}
 case ${2:-default} in
-    default) torch=torch.txt packages=default.txt mmcv=onedl-mmcv other=mmcv ;;
-    stock) torch=stock-torch.txt packages=stock.txt mmcv=mmcv other=onedl-mmcv ;;
+    default) torch=torch.txt packages=default mmcv=onedl-mmcv other=mmcv ;;
+    stock) torch=stock-torch.txt packages=stock mmcv=mmcv other=onedl-mmcv ;;
     *) echo "error: unknown stack '$2'; expected default or stock" >&2 && exit 2 ;;
 esac
 python=${PYTHON:-python3}
@@ -36,14 +36,14 @@ echo "[1/3] torch (several GB the first time)"
 
 echo "[2/3] OpenMMLab; mmcv compiles once, 15 to 20 minutes on two cores"
 log=$venv/mmcv-build.log
-version=$(grep -x "$mmcv==.*" "requirements/$packages")
+version=$(grep -x "$mmcv==.*" "requirements/$packages.txt")
 if ! "${pip[@]}" install -v --no-build-isolation "$version" $(grep '^numpy' "requirements/$torch") 2>&1 | tee "$log" |
     { grep --line-buffered -oE '^ *\[[0-9]+/[0-9]+\]' || true; } | sed -u 's/^ */  compiling mmcv /'; then
     echo "error: mmcv did not install; the log is $log, its end:" >&2
     tail -n 20 "$log" >&2
     exit 1
 fi
-"${pip[@]}" install -q --no-build-isolation -r "requirements/$packages"
+"${pip[@]}" install -q --no-build-isolation -r "requirements/$packages.txt" -r "requirements/$packages-test.txt"
 
 echo "[3/3] condattn"
 "${pip[@]}" install -q --no-build-isolation -e '.[data,openmmlab,test]'

@@ -169,7 +169,7 @@ class TestSwin:
         for site in condattn.find_sites(ours):
             effective = site.module.qkv.effective_weight().detach()
             norm = np.linalg.norm(site.q.weight.detach().numpy(), 2)
-            added = effective[site.q.rows] - site.q.weight.detach()
+            added = effective[site.q.rows[0]] - site.q.weight.detach()
             np.testing.assert_allclose(added.numpy(), 3.0 * norm * np.eye(len(added)), rtol=1e-10, atol=1e-12)
 
     @pytest.mark.parametrize("conditioning", ["pc", "sc"])

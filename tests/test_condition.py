@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import condattn
-from condattn import RowPreconditioner, SpectralCorrection
+from condattn import RowPreconditioner, SpectralCorrection, sites
 
 
 def transformer():
@@ -81,8 +82,56 @@ def test_patterns_that_leave_nothing():
 
 
 def test_no_site():
-    with pytest.raises(ValueError, match="Linear has no attention site to condition; expected a module of one of"):
+    with pytest.raises(ValueError, match="Linear has no attention site to condition: none of its modules is of the"):
         condattn.condition(nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"StrangeAttention\) looks like attention: describe it with condattn.register_rule"
+    ):
+        condattn.condition(StrangeAttention())
+
+
+class StrangeAttention(nn.Module):
+    """Attention that no rule describes."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
+
+
+def test_unknown_attention_is_named_with_the_rule_to_add():
+    model = nn.ModuleDict({"known": nn.MultiheadAttention(4, 2), "strange": StrangeAttention()})
+    with pytest.warns(UserWarning, match=r"no rule describes it: strange \(.*StrangeAttention\); add condattn.regis"):
+        assert condattn.condition(model, "pc").conditioned == ("known",)
+    condattn.register_exception(f"{__name__}.StrangeAttention", "it is a test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        condattn.condition(model, "sc")
+    del sites._EXCEPTIONS[f"{__name__}.StrangeAttention"]
+
+
+def test_heads_that_do_not_divide_the_channels():
+    timm = pytest.importorskip("timm")
+    module = timm.layers.Attention(8, 2)
+    module.num_heads = 3
+    with pytest.raises(ValueError, match="cannot be preconditioned: 3 heads do not divide its 8 channels"):
+        condattn.condition(module, "pc")
+    with pytest.raises(ValueError, match="3 heads do not divide the 8 rows of its q"):
+        condattn.condition(module, SpectralCorrection(layout="per_head"))
+
+
+def test_a_convolution_that_is_no_projection():
+    from condattn.sites import into, thirds
+
+    class Convolved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Conv2d(4, 12, 3), nn.Conv2d(4, 4, 1)
+
+    name = f"{__name__}.{Convolved.__qualname__}"
+    condattn.register_rule(name, lambda m: dict(num_heads=2, out=into(m.proj), **thirds(m.qkv)))
+    with pytest.raises(ValueError, match="its q is no 1 x 1 convolution of all channels"):
+        condattn.condition(Convolved(), "sc")
+    del sites._RULES[name]
 
 
 @pytest.mark.parametrize("name", ["pcc", "", "none+pc", "pc+", 3, dict(strength=1.0), dict(type="Nothing")])
@@ -125,17 +174,9 @@ def test_a_site_that_cannot_be_conditioned_leaves_the_model_untouched():
 def test_parametrized_weights_are_refused():
     timm = pytest.importorskip("timm")
     module = timm.layers.Attention(8, 2)
-    nn.utils.parametrizations.weight_norm(module.proj)
+    nn.utils.parametrizations.weight_norm(module.qkv)
     with pytest.raises(ValueError, match="cannot condition its parametrized Linear"):
-        condattn.condition(module, "pc")
-
-
-def test_a_gate_between_heads_and_projection_is_refused_for_pc_only():
-    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
-    module = vision_transformer.Attention(8, 2, scale_norm=True, norm_layer=nn.LayerNorm)
-    with pytest.raises(ValueError, match="a norm or gate stands between its heads and its output projection"):
-        condattn.condition(module, "pc")
-    assert condattn.condition(module, "sc").conditioned == ("",)
+        condattn.condition(module, "sc")
 
 
 def test_conditioning_of_gives_the_long_form_back():
@@ -243,10 +284,8 @@ def test_register_rule():
             q, k, v = self.qkv(x).unflatten(-1, (3, 2, 3)).movedim(-2, -3).unbind(-4 + 1)
             return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
 
-    from condattn import sites
-
     name = f"{Mine.__module__}.{Mine.__qualname__}"
-    condattn.register_rule(name, lambda m: dict(num_heads=2, out=sites.whole(m.proj), **sites.thirds(m.qkv)))
+    condattn.register_rule(name, lambda m: dict(num_heads=2, out=sites.into(m.proj), **sites.thirds(m.qkv)))
     try:
         model = nn.Sequential(Mine())
         assert condattn.condition(model, "sc+pc").conditioned == ("0",)

@@ -1,5 +1,7 @@
 """The row normalisation at its edges: zero rows, tiny and huge values, half precision."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ import condattn
 from condattn import RowPreconditioner
 from condattn.kernels.row_norm import normalize_rows
 from condattn.methods import PreconditionedLinear
+from condattn.sites import AttentionSite, into
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -48,8 +51,8 @@ def test_output_rows_have_unit_norm_and_ignore_the_scale(heads, size, scale, see
     torch.manual_seed(seed)
     layer = nn.Linear(heads * size, heads * size, bias=False).double()
     nn.init.eye_(layer.weight)
-    layer.__class__ = PreconditionedLinear
-    layer.num_heads, layer.preconditioner = heads, RowPreconditioner()
+    RowPreconditioner().apply(AttentionSite("", layer, heads, out=into(layer)))
+    assert type(layer) is PreconditionedLinear
     x = torch.randn(7, heads * size, dtype=torch.float64)
     y = layer(x)
     torch.testing.assert_close(y.unflatten(-1, (heads, size)).norm(dim=-1), torch.ones(7, heads).double())
@@ -77,3 +80,21 @@ def test_autocast():
 def test_bad_eps(eps):
     with pytest.raises(ValueError, match="eps is .*expected a positive finite number"):
         RowPreconditioner(eps=eps)
+
+
+def test_rows_of_cross_covariance_attention():
+    """Each token's channels of a head, or each channel over all tokens."""
+    timm = pytest.importorskip("timm")
+    module = timm.models.xcit.XCA(12, 3)
+    received = []
+    module.proj.register_forward_pre_hook(lambda m, args: received.append(args[0]))
+    x = torch.randn(2, 5, 12)
+    module(x)
+    for rows, along in (("channels", -1), ("tokens", 1)):
+        conditioned = copy.deepcopy(module)
+        condattn.condition(conditioned, RowPreconditioner(cross_covariance=rows))
+        heads = received[0].reshape(2, 5, 3, 4)
+        want = module.proj((heads / heads.norm(dim=along, keepdim=True)).reshape(2, 5, 12))
+        torch.testing.assert_close(conditioned(x), want)
+    with pytest.raises(ValueError, match="cross_covariance is 'rows'; expected 'channels' or 'tokens'"):
+        RowPreconditioner(cross_covariance="rows")

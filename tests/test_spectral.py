@@ -54,7 +54,7 @@ def test_exact_form_has_kappa_at_most_two(shape):
     rows, columns, seed = shape
     torch.manual_seed(seed)
     weight = torch.randn(rows, columns, dtype=torch.float64)
-    got = corrected(weight, Correction((Block(0, rows, 1.0),), relative=True, svd=True))
+    got = corrected(weight, Correction((Block((slice(0, rows),), 1.0),), relative=True, svd=True))
     assert kappa(got) <= 2 + 1e-9
 
 
@@ -65,7 +65,7 @@ def test_relative_identity_meets_its_guarantee(shape, strength):
     rows, columns, seed = shape
     torch.manual_seed(seed)
     weight = torch.randn(rows, columns, dtype=torch.float64)
-    got = corrected(weight, Correction((Block(0, rows, strength),), relative=True, svd=False))
+    got = corrected(weight, Correction((Block((slice(0, rows),), strength),), relative=True, svd=False))
     assert kappa(got) <= (strength + 1) / (strength - 1) * (1 + 1e-9)
 
 
@@ -73,7 +73,7 @@ def test_relative_identity_meets_its_guarantee(shape, strength):
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 12), st.floats(-20, 20))
 def test_identity_is_laid_block_by_block(blocks, rows, columns, strength):
     weight = torch.zeros(blocks * rows, columns, dtype=torch.float64)
-    layout = tuple(Block(i * rows, (i + 1) * rows, strength) for i in range(blocks))
+    layout = tuple(Block((slice(i * rows, (i + 1) * rows),), strength) for i in range(blocks))
     got = corrected(weight, Correction(layout, relative=False, svd=False))
     want = torch.cat([strength * torch.eye(rows, columns, dtype=torch.float64)] * blocks)
     assert torch.equal(got, want)

@@ -7,12 +7,13 @@ conditioned backbones with OpenMMLab.
 from . import hosts, methods
 from .condition import Report, condition, conditioning_of, fold
 from .methods import Method, RowPreconditioner, SpectralCorrection, register_method
-from .sites import AttentionSite, Projection, find_sites, register_rule
+from .sites import AttentionSite, HeadOutputs, Projection, find_sites, register_exception, register_rule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSite",
+    "HeadOutputs",
     "Method",
     "Projection",
     "Report",
@@ -24,6 +25,7 @@ __all__ = [
     "fold",
     "hosts",
     "methods",
+    "register_exception",
     "register_method",
     "register_rule",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,8 +11,15 @@ from typing import Any
 from torch import nn
 
 from .methods.base import Conditioning, Method, parse, registered_methods
-from .methods.correction import CorrectedModule
-from .sites import AttentionSite, find_sites, known_hosts
+from .methods.correction import CorrectedModule, Lender
+from .sites import AttentionSite, find_sites, find_unknown, known_hosts, qualified_name
+
+RULE = (
+    "condattn.register_rule('MODULE.CLASS', "
+    "lambda m: dict(num_heads=m.num_heads, out=into(m.proj), **thirds(m.qkv))), "
+    "with into and thirds of condattn.sites"
+)
+"""The rule of the commonest kind, as advice."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ def condition(
         exclude: Patterns of sites to leave out, likewise.
 
     Returns:
-        The sites that were conditioned and those that were left out.
+        The sites that were conditioned and those that were left out. What looks like attention and has no rule is
+        named in a warning.
 
     Raises:
         ValueError: If the conditioning is unknown or invalid, no site is found, a pattern matches no site, or a chosen
@@ -66,10 +75,16 @@ def condition(
     if not methods:
         return Report((), (), ())
     sites = find_sites(model)
+    unknown = [f"{name or '(the model itself)'} ({qualified_name(type(m))})" for name, m in find_unknown(model)]
     if not sites:
+        looks = f"; {', '.join(unknown)} looks like attention: describe it with {RULE}" if unknown else ""
         raise ValueError(
-            f"{type(model).__name__} has no attention site to condition; expected a module of one of "
-            f"{', '.join(known_hosts())} (or a subclass); describe others with condattn.register_rule"
+            f"{type(model).__name__} has no attention site to condition: none of its modules is of the "
+            f"{len(known_hosts())} classes that condattn knows{looks}"
+        )
+    if unknown:
+        warnings.warn(
+            f"left unconditioned, because no rule describes it: {', '.join(unknown)}; add {RULE}", stacklevel=2
         )
     chosen = _select(sites, include, exclude)
     for method in methods:
@@ -96,6 +111,8 @@ def fold(model: nn.Module) -> int:
     foldable = [m for m in model.modules() if isinstance(m, CorrectedModule) and m.corrections]
     for module in foldable:
         module.fold()
+    for module in model.modules():
+        Lender.detach(module)
     return len(foldable)
 
 

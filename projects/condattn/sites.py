@@ -1,11 +1,14 @@
 """Attention sites: what every softmax-attention module has in common, whoever wrote it.
 
-A *rule* describes the sites of one host class. Rules are matched by the qualified name of the class (subclasses
-included), so describing a class never imports the library it belongs to.
+A *rule* describes the site of one host class. Rules are matched by the qualified name of the class (subclasses
+included), so describing a class never imports the library it belongs to::
+
+    register_rule('my.models.Attention', lambda m: dict(num_heads=m.heads, out=into(m.proj), **thirds(m.qkv)))
 """
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,44 +19,75 @@ class Projection:
     """One linear map of a site: some rows of a weight matrix.
 
     Attributes:
-        owner: The module that evaluates the map (an ``nn.Linear``, or the attention module itself where it calls
-            its projections functionally, as ``nn.MultiheadAttention`` does).
-        parameter: Name of the weight in ``owner``, a matrix of shape (out features, in features).
-        rows: The rows of that matrix that belong to the map.
+        owner: The module that evaluates the map (an ``nn.Linear``, a 1 x 1 ``nn.Conv2d``, or the attention module
+            itself where it calls its projections functionally, as ``nn.MultiheadAttention`` does).
+        parameter: Name of the weight in ``owner``.
+        rows: The rows of that matrix that belong to the map, head after head, as slices.
+        num_heads: Number of heads of the map; fewer than the site's where keys and values are shared by groups of
+            queries. None: as the site.
+        reader: The module whose forward uses the weight of ``owner`` without calling ``owner``, or None.
     """
 
     owner: nn.Module
     parameter: str
-    rows: slice
+    rows: tuple[slice, ...]
+    num_heads: int | None = None
+    reader: nn.Module | None = None
 
     @property
     def weight(self) -> Tensor:
         """The rows of the trained weight, without any correction: (out features of the map, in features)."""
-        return self.owner.get_parameter(self.parameter)[self.rows]
+        matrix = as_matrix(self.owner, getattr(self.owner, self.parameter))
+        return matrix[self.rows[0]] if len(self.rows) == 1 else matrix[indices(self.rows)]
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """Where the outputs of all heads of a site pass, side by side: the input of a module.
+
+    Attributes:
+        owner: The module whose (first) input they are; the attention module itself if it projects them functionally.
+        projection: The output projection that they reach, here or behind an activation, a norm or a gate; None if
+            there is none.
+        axis: The axis of that input along which the channels of the heads lie.
+        channels: The channels that are head outputs, where others lie beside them; None: all.
+        num_heads: Number of heads along the axis; None: as the site. 1 where the heads have an axis of their own.
+        interleaved: Whether channel c belongs to head c modulo the number of heads, and not to head c // head size.
+    """
+
+    owner: nn.Module
+    projection: nn.Module | None
+    axis: int = -1
+    channels: slice | None = None
+    num_heads: int | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """Where one attention module projects q, k and v, and where its concatenated head outputs go.
+    """Where one attention module projects q, k and v, and where its head outputs go.
 
     Attributes:
         name: Qualified name of ``module`` in the model that was searched; '' for the model itself.
         module: The host module.
-        num_heads: Number of heads; q, k, v and the input of ``out`` are laid out head after head.
-        q: The query projection.
-        k: The key projection.
-        v: The value projection.
-        out: The projection that takes the concatenated head outputs, or None where something (a norm, a gate)
-            stands between the heads and the output projection.
+        num_heads: Number of heads.
+        q: The query projection, or None where the queries are made elsewhere.
+        k: The key projection, or None.
+        v: The value projection, or None.
+        out: Where the head outputs pass, or None where no module receives them.
+        cross_covariance: Whether attention is between the channels of a head (XCiT, DaViT), not between tokens.
+        obstacle: Why a part is None, in words that end a sentence "cannot be conditioned: ...".
     """
 
     name: str
     module: nn.Module
     num_heads: int
-    q: Projection
-    k: Projection
-    v: Projection
-    out: Projection | None
+    q: Projection | None = None
+    k: Projection | None = None
+    v: Projection | None = None
+    out: HeadOutputs | None = None
+    cross_covariance: bool = False
+    obstacle: str = ""
 
     def __str__(self) -> str:
         return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
@@ -61,6 +95,7 @@ class AttentionSite:
 
 Describe = Callable[[Any], Mapping[str, Any]]
 _RULES: dict[str, Describe] = {}
+_EXCEPTIONS: dict[str, str] = {}
 
 
 def register_rule(class_name: str, describe: Describe) -> None:
@@ -68,8 +103,8 @@ def register_rule(class_name: str, describe: Describe) -> None:
 
     Args:
         class_name: Qualified name of the class, for instance ``'mmdet.models.backbones.swin.WindowMSA'``.
-        describe: Takes an instance and returns the fields ``num_heads``, ``q``, ``k``, ``v`` and ``out`` of its
-            :class:`AttentionSite`; :func:`whole` and :func:`thirds` make the projections.
+        describe: Takes an instance and returns the fields of its :class:`AttentionSite` but ``name`` and ``module``;
+            :func:`whole`, :func:`thirds`, :func:`split`, :func:`split_each_head` and :func:`into` make them.
 
     Raises:
         ValueError: If the class has a rule already.
@@ -79,15 +114,57 @@ def register_rule(class_name: str, describe: Describe) -> None:
     _RULES[class_name] = describe
 
 
-def whole(linear: nn.Linear) -> Projection:
-    """All rows of ``linear`` as one projection."""
-    return Projection(linear, "weight", slice(0, linear.weight.shape[0]))
+def register_exception(class_name: str, reason: str) -> None:
+    """Say why a class that calls itself attention has no site: ``reason`` ends a sentence "it has no site: ..."."""
+    _EXCEPTIONS[class_name] = reason
+
+
+def whole(owner: nn.Module, parameter: str = "weight", num_heads: int | None = None) -> Projection:
+    """All rows of a weight as one projection; ``num_heads`` if it has fewer heads than the site."""
+    return Projection(owner, parameter, (slice(0, _out_features(owner, parameter)),), num_heads)
 
 
 def thirds(owner: nn.Module, parameter: str = "weight") -> dict[str, Projection]:
     """q, k and v as the three equal parts, in this order, of the rows of one fused weight."""
-    size = owner.get_parameter(parameter).shape[0] // 3
-    return {name: Projection(owner, parameter, slice(i * size, (i + 1) * size)) for i, name in enumerate("qkv")}
+    size = _out_features(owner, parameter) // 3
+    return split(owner, parameter, q=size, k=size, v=size)
+
+
+def split(owner: nn.Module, parameter: str = "weight", **sizes: int) -> dict[str, Projection]:
+    """Parts of given ``sizes``, in their order, of the rows of one weight; those called q, k and v are returned."""
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        parts[name] = Projection(owner, parameter, (slice(start, start + size),))
+        start += size
+    return {name: part for name, part in parts.items() if name in ("q", "k", "v")}
+
+
+def split_each_head(owner: nn.Module, num_heads: int, **sizes: int) -> dict[str, Projection]:
+    """Parts of given ``sizes``, in their order, of each head's rows of one weight, head after head."""
+    step = sum(sizes.values())
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        rows = tuple(slice(h * step + start, h * step + start + size) for h in range(num_heads))
+        parts[name] = Projection(owner, "weight", rows)
+        start += size
+    return parts
+
+
+def read_by(module: nn.Module, projections: Mapping[str, Projection]) -> dict[str, Projection]:
+    """The same projections, whose weights the forward of ``module`` uses without calling their owners."""
+    return {name: replace(projection, reader=module) for name, projection in projections.items()}
+
+
+def into(owner: nn.Module, projection: nn.Module | None = None, axis: int | None = None, **settings) -> HeadOutputs:
+    """Head outputs that are the input of ``owner``, by default the output projection itself.
+
+    ``axis`` is by default 1 before a two-dimensional convolution, else the last; ``settings`` are the other fields of
+    :class:`HeadOutputs`.
+    """
+    projection = owner if projection is None else projection
+    if axis is None:
+        axis = 1 if isinstance(projection, nn.Conv2d | nn.ConvTranspose2d) else -1
+    return HeadOutputs(owner, projection, axis, **settings)
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
@@ -97,10 +174,28 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     """
     sites = []
     for name, module in model.named_modules():
-        describe = _rule_of(type(module))
+        describe = _lookup(_RULES, type(module))
         if describe is not None:
             sites.append(AttentionSite(name=name, module=module, **describe(module)))
     return sites
+
+
+def find_unknown(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of what looks like attention in ``model``, and that neither a rule nor an exception describes.
+
+    It looks like attention if its class says so, it has layers of its own, and no site is in it or around it.
+    """
+    sites = [site.name for site in find_sites(model)]
+    unknown = []
+    for name, module in model.named_modules():
+        if not re.search("atte?n|mh?sa$", type(module).__name__, re.IGNORECASE) or _lookup(_EXCEPTIONS, type(module)):
+            continue
+        around = any(site == name or f"{site}.".startswith(f"{name}.") or not name for site in sites)
+        inside = any(f"{name}.".startswith(f"{site}.") or not site for site in sites)
+        layers = any(isinstance(child, nn.Linear | nn.Conv2d) for child in module.modules())
+        if layers and not around and not inside:
+            unknown.append((name, module))
+    return unknown
 
 
 def known_hosts() -> list[str]:
@@ -108,9 +203,34 @@ def known_hosts() -> list[str]:
     return sorted(_RULES)
 
 
-def _rule_of(cls: type) -> Describe | None:
-    for base in cls.__mro__:
-        describe = _RULES.get(f"{base.__module__}.{base.__qualname__}")
-        if describe is not None:
-            return describe
-    return None
+def known_exceptions() -> dict[str, str]:
+    """Qualified name of each class that calls itself attention and has no site -> why not."""
+    return dict(sorted(_EXCEPTIONS.items()))
+
+
+def qualified_name(cls: type) -> str:
+    """The name of a class as rules give it: its module and its name there."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def indices(rows: tuple[slice, ...]) -> list[int]:
+    """The row numbers that slices stand for, in their order."""
+    return [row for part in rows for row in range(part.start, part.stop)]
+
+
+def is_transposed(owner: nn.Module) -> bool:
+    """Whether ``owner`` keeps its weight as (in features, out features): transformers' ``Conv1D`` (GPT-2)."""
+    return any(qualified_name(cls) == "transformers.pytorch_utils.Conv1D" for cls in type(owner).__mro__)
+
+
+def as_matrix(owner: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` of ``owner`` as a matrix (out features, in features)."""
+    return weight.T if is_transposed(owner) else weight.flatten(1)
+
+
+def _out_features(owner: nn.Module, parameter: str) -> int:
+    return getattr(owner, parameter).shape[1 if is_transposed(owner) else 0]
+
+
+def _lookup(table: Mapping[str, Any], cls: type) -> Any:
+    return next((table[name] for base in cls.__mro__ if (name := qualified_name(base)) in table), None)

@@ -2,15 +2,15 @@
 
 from importlib import metadata
 
-DEFAULT_STACK = ("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation")
-STOCK_STACK = ("mmengine", "mmcv", "mmdet", "mmsegmentation")
+DEFAULT_STACK = ("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "onedl-mmpretrain")
+STOCK_STACK = ("mmengine", "mmcv", "mmdet", "mmsegmentation", "mmpretrain")
 
 
 def check_stack() -> None:
     """Raise a ``RuntimeError`` if packages of the maintained forks and of the stock releases are mixed.
 
-    Both provide the modules ``mmengine``, ``mmcv``, ``mmdet`` and ``mmseg`` and overwrite each other's files, so
-    imports then fail in confusing ways.
+    Both provide the modules ``mmengine``, ``mmcv``, ``mmdet``, ``mmseg`` and ``mmpretrain`` and overwrite each other's
+    files, so imports then fail in confusing ways.
     """
     forks, stock = (_installed(names) for names in (DEFAULT_STACK, STOCK_STACK))
     if forks and stock:

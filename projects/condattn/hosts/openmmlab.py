@@ -1,18 +1,130 @@
-"""OpenMMLab: the window attention of mmdet's and mmseg's Swin.
+"""OpenMMLab: the attention of mmcv, mmdet, mmseg and mmpretrain.
 
-mmcv's ``MultiheadAttention`` (mmseg's ViT, mmdet's DETR family) wraps ``nn.MultiheadAttention`` and needs no rule.
+mmcv's ``MultiheadAttention`` (the DETR family, mmseg's ViT) and the spatial-reduction attention of PVT, MiT and Twins
+wrap ``nn.MultiheadAttention`` and need no rule.
 """
 
 from typing import Any
 
 from torch import nn
 
-from ..sites import register_rule, thirds, whole
+from ..sites import into, read_by, register_exception, register_rule, split, split_each_head, thirds, whole
 
 
-def _window_msa(module: nn.Module) -> dict[str, Any]:
-    return dict(num_heads=module.num_heads, out=whole(module.proj), **thirds(module.qkv))
+def _fused(module: nn.Module) -> dict[str, Any]:
+    return dict(num_heads=module.num_heads, out=into(module.proj), **thirds(module.qkv))
 
 
-register_rule("mmdet.models.backbones.swin.WindowMSA", _window_msa)
-register_rule("mmseg.models.backbones.swin.WindowMSA", _window_msa)
+for name in (
+    *("mmdet.models.backbones.swin.WindowMSA", "mmseg.models.backbones.swin.WindowMSA"),
+    *("mmseg.models.backbones.twins.LocallyGroupedSelfAttention", "mmpretrain.models.utils.attention.WindowMSA"),
+    *("mmpretrain.models.utils.attention.MultiheadAttention", "mmpretrain.models.backbones.hivit.Attention"),
+    *("mmpretrain.models.backbones.davit.DaViTWindowMSA", "mmpretrain.models.backbones.vit_sam.Attention"),
+    *(
+        "mmpretrain.models.backbones.mvit.MultiScaleAttention",
+        "mmpretrain.models.backbones.vit_eva02.AttentionWithRoPE",
+    ),
+    "mmpretrain.models.backbones.twins.LocallyGroupedSelfAttention",
+):
+    register_rule(name, _fused)
+
+
+def _q_and_kv(module: nn.Module) -> dict[str, Any]:
+    half = module.kv.out_features // 2
+    projections = dict(q=whole(module.q), **split(module.kv, k=half, v=half))
+    return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
+
+
+register_rule("mmpretrain.models.backbones.twins.GlobalSubsampledAttention", _q_and_kv)
+register_rule("mmpretrain.models.utils.attention.PromptMultiheadAttention", _q_and_kv)
+
+
+def _separate(module: nn.Module) -> dict[str, Any]:
+    projections = dict(q=whole(module.q), k=whole(module.k), v=whole(module.v))
+    return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
+
+
+register_rule("mmpretrain.models.backbones.xcit.ClassAttntion", _separate)
+register_rule("mmpretrain.models.utils.attention.CrossMultiheadAttention", lambda m: _read(m, _separate(m)))
+
+
+def _read(module: nn.Module, described: dict[str, Any]) -> dict[str, Any]:
+    """The forward computes with the weights of the projections itself, because it makes their bias."""
+    return described | read_by(module, {name: described[name] for name in "qkv"})
+
+
+def _beit(module: nn.Module) -> dict[str, Any]:
+    return _read(module, _fused(module)) if module.bias == "qv_bias" else _fused(module)
+
+
+register_rule("mmseg.models.backbones.beit.BEiTAttention", _beit)
+register_rule("mmpretrain.models.utils.attention.BEiTAttention", _beit)
+register_rule("mmpretrain.models.utils.attention.WindowMSAV2", lambda m: _read(m, _fused(m)))
+
+
+def _cross_covariance(module: nn.Module) -> dict[str, Any]:
+    return _fused(module) | dict(cross_covariance=True)
+
+
+def _davit_channels(module: nn.Module) -> dict[str, Any]:
+    # Its code calls the queries k, the keys v, and what the map is applied to q.
+    named = thirds(module.qkv)
+    return _cross_covariance(module) | dict(q=named["k"], k=named["v"], v=named["q"])
+
+
+register_rule("mmpretrain.models.backbones.xcit.XCA", _cross_covariance)
+register_rule("mmpretrain.models.utils.attention.ChannelMultiheadAttention", _cross_covariance)
+register_rule("mmpretrain.models.backbones.davit.ChannelAttention", _davit_channels)
+
+
+def _sized_heads(module: nn.Module) -> dict[str, Any]:
+    """LeViT and its relatives: q, k and v of a head lie together, and a head's values are wider than its keys."""
+    linear = getattr(module.qkv, "linear", module.qkv)
+    each = split_each_head(linear, module.num_heads, q=module.key_dim, k=module.key_dim, v=module.d)
+    return dict(num_heads=module.num_heads, out=_levit_out(module), **each)
+
+
+def _levit_downsample(module: nn.Module) -> dict[str, Any]:
+    each = split_each_head(module.kv.linear, module.num_heads, k=module.key_dim, v=module.d)
+    return dict(num_heads=module.num_heads, out=_levit_out(module), q=whole(module.q[1].linear), **each)
+
+
+def _levit_out(module: nn.Module):
+    """Its output projection is behind an activation."""
+    return into(module.proj, module.proj[1].linear if isinstance(module.proj, nn.Sequential) else None)
+
+
+register_rule("mmpretrain.models.backbones.levit.Attention", _sized_heads)
+register_rule("mmpretrain.models.backbones.levit.AttentionSubsample", _levit_downsample)
+register_rule("mmpretrain.models.backbones.efficientformer.AttentionWithBias", _sized_heads)
+register_rule("mmpretrain.models.utils.attention.LeAttention", _sized_heads)
+
+
+def _deformable(module: nn.Module) -> dict[str, Any]:
+    reason = "its weights come from the queries alone"
+    return dict(num_heads=module.num_heads, v=whole(module.value_proj), out=into(module.output_proj), obstacle=reason)
+
+
+def _conditional(module: nn.Module) -> dict[str, Any]:
+    """Conditional DETR: content and position have projections of their own; the content's are q and k."""
+    q, k, v = (whole(layer) for layer in (module.qcontent_proj, module.kcontent_proj, module.v_proj))
+    return dict(num_heads=module.num_heads, q=q, k=k, v=v, out=into(module.out_proj))
+
+
+register_rule("mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention", _deformable)
+register_rule("mmdet.models.layers.transformer.utils.ConditionalAttention", _conditional)
+
+for name, reason in {
+    "mmcv.cnn.bricks.generalized_attention.GeneralizedAttention": "its terms are switched on and off one by one",
+    "mmcv.ops.cc_attention.CrissCrossAttention": "it has neither heads nor an output projection",
+    "mmdet.models.layers.se_layer.ChannelAttention": "it weighs channels, without queries and keys",
+    "mmdet.models.backbones.resnest.SplitAttentionConv2d": "it weighs the branches of a convolution",
+    "mmseg.models.backbones.resnest.SplitAttentionConv2d": "it weighs the branches of a convolution",
+    "mmpretrain.models.backbones.resnest.SplitAttentionConv2d": "it weighs the branches of a convolution",
+    "mmseg.models.backbones.bisenetv1.AttentionRefinementModule": "it weighs channels, without queries and keys",
+    "mmseg.models.backbones.mscan.MSCAAttention": "it is convolutions",
+    "mmseg.models.backbones.mscan.MSCASpatialAttention": "it is convolutions",
+    "mmpretrain.models.backbones.van.SpatialAttention": "it is convolutions",
+    "mmdet.models.utils.vlfuse_helper.BiMultiHeadAttention": "it attends in two directions with one map",
+}.items():
+    register_exception(name, reason)

@@ -4,17 +4,15 @@ from typing import Any
 
 from torch import nn
 
-from ..sites import Projection, register_rule, thirds
+from ..sites import into, register_rule, thirds, whole
 
 
 def _multihead_attention(module: nn.MultiheadAttention) -> dict[str, Any]:
     if module.in_proj_weight is not None:
         projections = thirds(module, "in_proj_weight")
     else:
-        rows = slice(0, module.embed_dim)
-        projections = {name: Projection(module, f"{name}_proj_weight", rows) for name in "qkv"}
-    out = Projection(module, "out_proj.weight", slice(0, module.embed_dim))
-    return dict(num_heads=module.num_heads, out=out, **projections)
+        projections = {name: whole(module, f"{name}_proj_weight") for name in "qkv"}
+    return dict(num_heads=module.num_heads, out=into(module, module.out_proj), **projections)
 
 
 register_rule("torch.nn.modules.activation.MultiheadAttention", _multihead_attention)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..sites import AttentionSite
+from ..sites import AttentionSite, qualified_name
 
 _METHODS: dict[str, type[Method]] = {}
 _ALIASES: dict[str, str] = {}
@@ -119,6 +119,10 @@ def _known() -> str:
     return f"Known: 'none', {names}, and several of them joined by '+'"
 
 
+# Wrappers that differ from what they wrap in versions of torch below 1.5 alone.
+SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
+
+
 def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSite) -> None:
     """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer``, whose host class is ``layer.host``.
 
@@ -128,13 +132,19 @@ def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSi
         return
     classes = type(owner).__mro__
     added = classes[: classes.index(layer.host)] if layer.host in classes else classes
+    added = [cls for cls in added if qualified_name(cls) not in SAME]
     if nn.utils.parametrize.is_parametrized(owner):
         problem = f"parametrized {layer.host.__name__}"
     elif any(callable(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
         problem = f"{type(owner).__name__}, which has methods that {layer.host.__name__} has not"
     else:
         return
-    raise ValueError(f"{site}: cannot condition its {problem}; leave the site out with exclude=[{site.name!r}]")
+    raise ValueError(f"{site}: cannot condition its {problem}; {leave_out(site)}")
+
+
+def leave_out(site: AttentionSite) -> str:
+    """The advice that ends a refusal to condition ``site``."""
+    return f"leave the site out with exclude=[{site.name!r}]"
 
 
 def become(owner: nn.Module, layer: type[nn.Module]) -> Any:

@@ -1,4 +1,7 @@
-"""Constant corrections W + C of trained weights, for any module that holds its weights as parameters."""
+"""Constant corrections W + C of trained weights, for any module that holds its weights as parameters.
+
+Weights count as matrices (out features, in features), whatever the layout in which their layer keeps them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,14 +10,20 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..sites import as_matrix, indices, is_transposed
+
 
 @dataclass(frozen=True)
 class Block:
-    """Rows ``start:stop`` of a weight that get their own correction of size ``strength``."""
+    """Rows of a weight, as slices in their order, that get their own correction of size ``strength``."""
 
-    start: int
-    stop: int
+    rows: tuple[slice, ...]
     strength: float
+
+    @property
+    def index(self) -> slice | list[int]:
+        """The rows as one index."""
+        return self.rows[0] if len(self.rows) == 1 else indices(self.rows)
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,8 @@ class Correction:
         """Column of each row's entry in the identity form: (out features,), 0 in rows that have none."""
         columns = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
         for block in self.blocks:
-            size = min(block.stop - block.start, weight.shape[1])
-            columns[block.start : block.start + size] = torch.arange(size, device=weight.device)
+            entries = torch.arange(len(columns[block.index]), device=weight.device)
+            columns[block.index] = entries * (entries < weight.shape[1])
         return columns
 
     @torch.no_grad()
@@ -54,16 +63,17 @@ class Correction:
             The matrix C, (out features, in features), in the SVD form; its one entry per row, (out features,), in
             the identity form.
         """
-        exact = weight.detach().double()
+        exact = weight.detach().double() if self.depends_on_weight else weight.detach()
         constant = torch.zeros_like(exact) if self.svd else exact.new_zeros(exact.shape[0])
         for block in self.blocks:
-            rows = exact[block.start : block.stop]
+            rows = exact[block.index]
             scale = block.strength * (torch.linalg.matrix_norm(rows, 2) if self.relative else 1.0)
             if self.svd:
                 u, _, vh = torch.linalg.svd(rows, full_matrices=False)
-                constant[block.start : block.stop] = scale * (u @ vh)
+                constant[block.index] = scale * (u @ vh)
             else:
-                constant[block.start : block.start + min(rows.shape)] = scale
+                diagonal = torch.arange(len(rows), device=rows.device) < rows.shape[1]
+                constant[block.index] = scale * diagonal.to(rows.dtype)
         return constant.to(weight.dtype)
 
 
@@ -88,7 +98,7 @@ class CorrectedModule(nn.Module):
     @torch.no_grad()
     def _register(self, parameter: str) -> None:
         """Make the buffers of a correction, on the weight's device: C, and where its entries are."""
-        weight, correction = getattr(self, parameter), self.corrections[parameter]
+        weight, correction = as_matrix(self, getattr(self, parameter)), self.corrections[parameter]
         if correction.depends_on_weight:
             shape = weight.shape if correction.svd else weight.shape[:1]
             constant = weight.new_full(shape, torch.nan)
@@ -100,8 +110,9 @@ class CorrectedModule(nn.Module):
             self.register_buffer(f"{parameter}_columns", correction.columns(weight), persistent=False)
 
     def effective_weight(self, parameter: str = "weight") -> Tensor:
-        """W + C, or W itself if it has no correction: (out features, in features), differentiable in W."""
+        """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
         weight = getattr(self, parameter)
+        matrix = as_matrix(self, weight)
         correction = self.corrections.get(parameter)
         if correction is None:
             return weight
@@ -109,9 +120,11 @@ class CorrectedModule(nn.Module):
         if parameter in self.unsettled:
             self._settle(parameter, constant)
         if correction.svd:
-            return weight + constant
-        columns = getattr(self, f"{parameter}_columns")
-        return weight.scatter_add(1, columns[:, None], constant[:, None])
+            corrected = matrix + constant
+        else:
+            columns = getattr(self, f"{parameter}_columns")
+            corrected = matrix.scatter_add(1, columns[:, None], constant[:, None])
+        return corrected.T if is_transposed(self) else corrected.view_as(weight)
 
     @torch.no_grad()
     def merge_corrections(self) -> None:
@@ -126,7 +139,7 @@ class CorrectedModule(nn.Module):
 
     def _settle(self, parameter: str, constant: Tensor) -> None:
         if constant.isnan().any():
-            constant.copy_(self.corrections[parameter].compute(getattr(self, parameter)))
+            constant.copy_(self.corrections[parameter].compute(as_matrix(self, getattr(self, parameter))))
         self.unsettled -= {parameter}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
@@ -140,3 +153,36 @@ class CorrectedModule(nn.Module):
                 self._register(parameter)
                 if key in missing:
                     missing.remove(key)
+
+
+class Lender:
+    """Forward hooks of a module that uses the weight of a corrected one without calling it: they lend it W + C.
+
+    Args:
+        owner: The corrected module.
+        parameter: Its weight.
+    """
+
+    def __init__(self, owner: CorrectedModule, parameter: str) -> None:
+        self.owner, self.parameter = owner, parameter
+
+    def attach(self, reader: nn.Module) -> None:
+        """Lend while ``reader`` runs."""
+        reader.register_forward_pre_hook(self.lend)
+        reader.register_forward_hook(self.take_back, always_call=True)
+
+    def lend(self, reader: nn.Module, args: tuple) -> None:
+        """Put W + C in front of the parameter."""
+        object.__setattr__(self.owner, self.parameter, self.owner.effective_weight(self.parameter))
+
+    def take_back(self, reader: nn.Module, args: tuple, output: object) -> None:
+        """Leave the parameter alone again."""
+        self.owner.__dict__.pop(self.parameter, None)
+
+    @staticmethod
+    def detach(reader: nn.Module) -> None:
+        """Take all of them from ``reader``."""
+        for hooks in (reader._forward_pre_hooks, reader._forward_hooks):
+            for number in [n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Lender)]:
+                del hooks[number]
+                reader._forward_hooks_always_called.pop(number, None)

@@ -6,57 +6,118 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.row_norm import normalize_rows
-from ..sites import AttentionSite
-from .base import Method, become, check_can_become, register_method
+from ..sites import AttentionSite, HeadOutputs
+from .base import Method, become, check_can_become, leave_out, register_method
 from .multihead import ConditionedMultiheadAttention
 
 
 @register_method
 @dataclass(frozen=True)
 class RowPreconditioner(Method):
-    """Row equilibration of each head's output in front of the output projection.
+    """Row equilibration of each head's output, where it leaves the heads.
+
+    Mostly that is in front of the output projection; where an activation, a norm, a gate, or a residual stands between
+    the two, it is in front of that.
 
     Attributes:
         detach: If False, the gradient is that of the forward pass; if True, C is a constant in backpropagation, as
             one unofficial source reports of the paper (its own words leave it open).
         eps: Smallest norm that a row is divided by; the papers give none.
+        cross_covariance: What a row is where attention is between channels (XCiT, DaViT), which the paper does not
+            say: 'channels' takes each token's channels of a head, as elsewhere; 'tokens' each channel over all tokens.
 
     Raises:
-        ValueError: If ``eps`` is not positive and finite.
+        ValueError: If a setting is not one of these.
     """
 
     alias: ClassVar[str] = "pc"
 
     detach: bool = False
     eps: float = 1e-6
+    cross_covariance: str = "channels"
 
     def __post_init__(self):
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"RowPreconditioner: eps is {self.eps!r}; expected a positive finite number")
+        if self.cross_covariance not in ("channels", "tokens"):
+            raise ValueError(
+                f"RowPreconditioner: cross_covariance is {self.cross_covariance!r}; expected 'channels' or 'tokens'"
+            )
 
     def check(self, site: AttentionSite) -> None:
-        """Raise unless the head outputs of ``site`` reach a plain output projection."""
-        if site.out is None:
+        """Raise unless a module receives the head outputs of ``site``, and its heads divide their channels."""
+        out = site.out
+        if out is None:
+            raise ValueError(f"{site}: cannot be preconditioned: {site.obstacle}; {leave_out(site)}")
+        if isinstance(out.owner, nn.MultiheadAttention):
+            check_can_become(out.owner, ConditionedMultiheadAttention, site)
+        channels, heads = _channels(out), out.num_heads or site.num_heads
+        if channels and channels % heads:
             raise ValueError(
-                f"{site}: cannot be preconditioned, because a norm or gate stands between its heads and its output "
-                f"projection; leave it out with exclude=[{site.name!r}]"
+                f"{site}: cannot be preconditioned: {heads} heads do not divide its {channels} channels; "
+                f"{leave_out(site)}"
             )
-        check_can_become(site.out.owner, _layer(site), site)
 
     def apply(self, site: AttentionSite) -> None:
-        """Put the preconditioner in front of the output projection."""
-        layer = become(site.out.owner, _layer(site))
-        layer.num_heads = site.num_heads
-        layer.preconditioner = self
+        """Put the preconditioner in front of what receives the head outputs."""
+        owner = site.out.owner
+        owner.preconditioner = self
+        if isinstance(owner, nn.MultiheadAttention):
+            become(owner, ConditionedMultiheadAttention)
+            return
+        head_norm = HeadNorm(self, site)
+        if type(owner) in PLAIN_LINEAR and owner is site.out.projection:
+            become(owner, PreconditionedLinear).head_norm = head_norm
+        else:
+            owner.register_forward_pre_hook(head_norm)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> RowPreconditioner | None:
         """The preconditioner of ``site``, or None."""
         return getattr(site.out and site.out.owner, "preconditioner", None)
+
+
+class HeadNorm:
+    """Normalises the rows of all heads of a site, which lie side by side in one tensor; also a forward pre-hook.
+
+    Args:
+        method: The settings.
+        site: Describes the heads.
+    """
+
+    def __init__(self, method: RowPreconditioner, site: AttentionSite) -> None:
+        self.method = method
+        self.axis = site.out.axis
+        self.channels = site.out.channels
+        self.num_heads = site.out.num_heads or site.num_heads
+        self.interleaved = site.out.interleaved
+        self.over_tokens = site.cross_covariance and method.cross_covariance == "tokens"
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        """As a forward pre-hook: normalise the first argument."""
+        return self.normalize(args[0]), *args[1:]
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalise the rows of ``x``, a tensor with the channels of all heads along the site's axis."""
+        if self.channels is None:
+            return self._normalize(x)
+        before, after = self.channels.start, x.shape[self.axis] - self.channels.stop
+        parts = list(x.split([before, x.shape[self.axis] - before - after, after], dim=self.axis))
+        parts[1] = self._normalize(parts[1])
+        return torch.cat(parts, dim=self.axis)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        eps, detach = self.method.eps, self.method.detach
+        if self.over_tokens:
+            return normalize_rows(x, eps, detach, dim=-2)
+        axis = self.axis % x.dim()
+        heads = x.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1))
+        return normalize_rows(heads, eps, detach, dim=axis + (not self.interleaved)).flatten(axis, axis + 1)
 
 
 class PreconditionedLinear(nn.Linear):
@@ -66,20 +127,25 @@ class PreconditionedLinear(nn.Linear):
     """
 
     host = nn.Linear
-    num_heads: int
+    head_norm: HeadNorm
     preconditioner: RowPreconditioner
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the row-normalised head outputs."""
-        heads = input.unflatten(-1, (self.num_heads, -1))
-        rows = normalize_rows(heads, self.preconditioner.eps, self.preconditioner.detach)
-        return F.linear(rows.flatten(-2), self.weight, self.bias)
+        return F.linear(self.head_norm.normalize(input), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The settings, behind those of ``nn.Linear``."""
-        return f"{super().extra_repr()}, num_heads={self.num_heads}, {self.preconditioner}"
+        return f"{super().extra_repr()}, num_heads={self.head_norm.num_heads}, {self.preconditioner}"
 
 
-def _layer(site: AttentionSite) -> type[nn.Module]:
-    functional = isinstance(site.out.owner, nn.MultiheadAttention)
-    return ConditionedMultiheadAttention if functional else PreconditionedLinear
+PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _channels(out: HeadOutputs) -> int | None:
+    """How many channels of head outputs lie along the axis, where the layers tell."""
+    if out.channels is not None:
+        return out.channels.stop - out.channels.start
+    if out.num_heads == 1:
+        return None
+    return getattr(out.projection, "in_features", getattr(out.projection, "in_channels", None))

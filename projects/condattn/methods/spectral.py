@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..sites import AttentionSite, Projection
-from .base import Method, become, check_can_become, register_method, restore
-from .correction import Block, CorrectedModule, Correction
+from ..sites import AttentionSite, Projection, is_transposed
+from .base import Method, become, check_can_become, leave_out, register_method, restore
+from .correction import Block, CorrectedModule, Correction, Lender
 from .multihead import ConditionedMultiheadAttention
 
 
@@ -74,45 +75,61 @@ class SpectralCorrection(Method):
         object.__setattr__(self, "relative", svd if self.relative is None else self.relative)
 
     def check(self, site: AttentionSite) -> None:
-        """Raise unless the targets of ``site`` are plain linear maps."""
-        for target in self.targets:
-            owner = getattr(site, target).owner
+        """Raise unless ``site`` has some of the targets, as plain linear maps that its heads divide."""
+        projections = self._projections(site)
+        if not projections:
+            wanted = ", ".join(self.targets)
+            raise ValueError(f"{site}: has no projection of its own for {wanted}: {site.obstacle}; {leave_out(site)}")
+        for target, projection in projections.items():
+            owner, heads = projection.owner, projection.num_heads or site.num_heads
             check_can_become(owner, _layer(owner), site)
+            if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
+                raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
+            rows = len(projection.weight)
+            if self.layout == "per_head" and rows % heads:
+                raise ValueError(
+                    f"{site}: {heads} heads do not divide the {rows} rows of its {target}; {leave_out(site)}"
+                )
 
     def apply(self, site: AttentionSite) -> None:
         """Replace W by W + C in the projections of ``site`` that are targets."""
         by_weight: dict[tuple[nn.Module, str], list[Block]] = {}
-        for target in self.targets:
-            projection: Projection = getattr(site, target)
+        for target, projection in self._projections(site).items():
             blocks = by_weight.setdefault((projection.owner, projection.parameter), [])
-            blocks.extend(self._blocks(target, projection, site.num_heads))
+            blocks.extend(self._blocks(target, projection, projection.num_heads or site.num_heads))
         for (owner, parameter), blocks in by_weight.items():
             layer = become(owner, _layer(owner))
             layer.spectral = self
             layer.add_correction(parameter, Correction(tuple(blocks), self.relative, self.form == "svd"))
+        readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
+        for (owner, parameter), reader in readers.items():
+            Lender(owner, parameter).attach(reader)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> SpectralCorrection | None:
         """The correction of ``site``, or None."""
-        owners = (site.q.owner, site.k.owner, site.v.owner)
+        owners = (projection.owner for projection in (site.q, site.k, site.v) if projection is not None)
         return next((owner.spectral for owner in owners if getattr(owner, "spectral", None)), None)
 
+    def _projections(self, site: AttentionSite) -> dict[str, Projection]:
+        """The projections of ``site`` that are targets; those that the site does not have are left out."""
+        return {name: getattr(site, name) for name in self.targets if getattr(site, name) is not None}
+
     def _blocks(self, target: str, projection: Projection, num_heads: int) -> list[Block]:
-        strength = self.strength[target] if isinstance(self.strength, dict) else self.strength
-        start, stop = projection.rows.start, projection.rows.stop
-        step = (stop - start) // num_heads if self.layout == "per_head" else stop - start
-        return [Block(row, row + step, float(strength)) for row in range(start, stop, step)]
+        strength = float(self.strength[target] if isinstance(self.strength, dict) else self.strength)
+        if self.layout == "fused":
+            return [Block(projection.rows, strength)]
+        if len(projection.rows) == num_heads:
+            return [Block((rows,), strength) for rows in projection.rows]
+        (rows,) = projection.rows
+        step = (rows.stop - rows.start) // num_heads
+        return [Block((slice(row, row + step),), strength) for row in range(rows.start, rows.stop, step)]
 
 
-class SpectralLinear(CorrectedModule, nn.Linear):
-    """An input projection with the weight W + C. Shape: as ``nn.Linear``."""
+class SpectralLayer(CorrectedModule):
+    """Mixin of the layers that are an input projection with the weight W + C."""
 
-    host = nn.Linear
     spectral: SpectralCorrection
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Project with the effective weight."""
-        return F.linear(input, self.effective_weight(), self.bias)
 
     def fold(self) -> None:
         """Merge C into the weight and become the plain layer again."""
@@ -121,9 +138,33 @@ class SpectralLinear(CorrectedModule, nn.Linear):
         restore(self)
 
     def extra_repr(self) -> str:
-        """The settings, behind those of ``nn.Linear``."""
+        """The settings, behind those of the plain layer."""
         return f"{super().extra_repr()}, {self.spectral}"
 
 
+class SpectralLinear(SpectralLayer, nn.Linear):
+    """An input projection with the weight W + C. Shape: as ``nn.Linear``."""
+
+    host = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project with the effective weight."""
+        return F.linear(input, self.effective_weight(), self.bias)
+
+
+class SpectralConv2d(SpectralLayer, nn.Conv2d):
+    """A 1 x 1 convolution with the weight W + C. Shape: as ``nn.Conv2d``."""
+
+    host = nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project every pixel with the effective weight."""
+        return self._conv_forward(input, self.effective_weight(), self.bias)
+
+
 def _layer(owner: nn.Module) -> type[nn.Module]:
-    return ConditionedMultiheadAttention if isinstance(owner, nn.MultiheadAttention) else SpectralLinear
+    if isinstance(owner, nn.MultiheadAttention):
+        return ConditionedMultiheadAttention
+    if is_transposed(owner):
+        return import_module(".conv1d", __package__).SpectralConv1D
+    return SpectralConv2d if isinstance(owner, nn.Conv2d) else SpectralLinear

@@ -1,0 +1,78 @@
+"""Print docs/attention.md: python tests/supported.py > docs/attention.md. Needs timm, mmpretrain and transformers."""
+
+import contextlib
+import importlib
+import os
+import warnings
+
+import torch
+
+import condattn
+from condattn import RowPreconditioner, SpectralCorrection
+from condattn.sites import known_exceptions, known_hosts, qualified_name
+
+ZOOS = {"zoo_timm": "NAMES", "zoo_openmmlab": "NAMES", "zoo_transformers": "MODELS"}
+INTRODUCTION = """# Supported attention
+
+What `condattn.condition` knows, by the class that computes the attention; subclasses count as their base. *PC* is row
+preconditioning of the head outputs, *SC* spectral correction and the projections that it applies to. *Seen in* names a
+model in which the test suite checks the class against the untouched model. `python tools/analysis/sites.py MODEL` lists
+the sites of any model; `condattn.register_rule` teaches another class. Written by `python tests/supported.py`, checked
+by the tests.
+"""
+
+
+def walk() -> dict[str, tuple[str, str, str]]:
+    """Qualified name of each class in the zoo -> what PC and SC can do there, and the first model that has it."""
+    found = {}
+    for zoo, names in ZOOS.items():
+        zoo = importlib.import_module(zoo)
+        for name in getattr(zoo, names):
+            for site in condattn.find_sites(zoo.build(name)[0]):
+                found.setdefault(rule_of(type(site.module)), (can_pc(site), can_sc(site), name))
+    return found
+
+
+def rule_of(cls: type) -> str:
+    hosts = set(known_hosts())
+    return next(name for base in cls.__mro__ if (name := qualified_name(base)) in hosts)
+
+
+def can_pc(site) -> str:
+    try:
+        RowPreconditioner().check(site)
+    except ValueError:
+        return f"no: {site.obstacle}"
+    return "yes"
+
+
+def can_sc(site) -> str:
+    try:
+        SpectralCorrection().check(site)
+    except ValueError:
+        return f"no: {site.obstacle}"
+    return ", ".join(name for name in "qkv" if getattr(site, name) is not None)
+
+
+def page() -> str:
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        found = walk()
+    lines = [INTRODUCTION]
+    for library in ("torch", "timm", "mmcv", "mmdet", "mmseg", "mmpretrain", "transformers"):
+        lines += [f"## {library}", "", "| class | PC | SC | seen in |", "|---|---|---|---|"]
+        for host in known_hosts():
+            if host.split(".")[0] == library:
+                pc, sc, model = found.get(host, ("", "", "no model; the rule is untested"))
+                lines.append(f"| `{host.removeprefix(library + '.')}` | {pc} | {sc} | {model} |")
+        reasons = {n: r for n, r in known_exceptions().items() if n.split(".")[0] == library}
+        if reasons:
+            lines += ["", "No attention site, although the name says so:", ""]
+            lines += [f"- `{name.removeprefix(library + '.')}`: {reason}" for name, reason in reasons.items()]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(page())

@@ -1,0 +1,179 @@
+"""What the rules promise beyond single models: all of timm, exports, other implementations, the table, the tool."""
+
+import copy
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from runs import CONFIGS, ROOT, TOOLS, error_lines, run
+
+import condattn
+from condattn import SpectralCorrection, sites
+
+GENTLE = SpectralCorrection(1.0)
+METHODS = {"pc": "pc", "sc": GENTLE, "sc+pc": [GENTLE, "pc"]}
+
+
+def small(name, **settings):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    return timm.create_model(name, **settings).eval()
+
+
+MODELS = {
+    "ViT": lambda: small("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5),
+    "Swin": lambda: small("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 1, 1, 1), num_classes=5),
+    "XCiT": lambda: small("xcit_nano_12_p16_224", depth=2, num_classes=5),
+    "BEiT": lambda: small("beit_base_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=5),
+}
+SIDES = {"ViT": 32, "Swin": 56, "XCiT": 64, "BEiT": 32}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param](), torch.randn(2, 3, SIDES[request.param], SIDES[request.param])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export(model, method):
+    model, image = model
+    condattn.condition(model, METHODS[method])
+    with torch.no_grad():
+        want = model(image)
+        got = torch.export.export(model, (image,)).module()(image)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pc", "sc"])
+@pytest.mark.parametrize("name", ["ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Swin", "XCiT"))])
+def test_inductor(name, method):
+    model, image = MODELS[name](), torch.randn(2, 3, SIDES[name], SIDES[name])
+    condattn.condition(model, METHODS[method])
+    with torch.no_grad():
+        want = model(image)
+        got = torch.compile(model)(image)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pc", "sc"])
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_onnx(name, method, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, image = MODELS[name](), torch.randn(2, 3, SIDES[name], SIDES[name])
+    condattn.condition(model, METHODS[method])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = model(image)
+        torch.onnx.export(model, (image,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    torch.testing.assert_close(torch.as_tensor(got), want, rtol=1e-3, atol=1e-4)
+
+
+def test_every_implementation_of_transformers_is_conditioned_alike():
+    zoo = pytest.importorskip("zoo_transformers")
+    for name in ("ViT", "BERT", "GPT-2", "Llama"):
+        outputs = []
+        for implementation in ("eager", "sdpa"):
+            torch.manual_seed(0)
+            model, forward = zoo.build(name, implementation)
+            condattn.condition(model.double().eval(), [GENTLE, "pc"])
+            with torch.no_grad():
+                outputs.append(forward(model))
+        # Some take the softmax in float32 whatever the model's precision.
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6)
+
+
+def test_weights_that_the_host_reads_are_lent_for_its_forward_only():
+    model = MODELS["BEiT"]()
+    image = torch.randn(1, 3, 32, 32)
+    condattn.condition(model, "sc")
+    model(image)
+    linear = model.blocks[0].attn.qkv
+    assert isinstance(linear.weight, torch.nn.Parameter)
+    with pytest.raises(RuntimeError):
+        model.blocks[0].attn(torch.randn(1, 3, 7))
+    assert isinstance(linear.weight, torch.nn.Parameter)
+    twin = copy.deepcopy(model)
+    condattn.fold(model)
+    assert not model.blocks[0].attn._forward_hooks and not model.blocks[0].attn._forward_pre_hooks
+    torch.testing.assert_close(model(image), twin(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_no_model_of_timm_has_attention_that_nobody_knows():
+    """All registered models; prints how many families are conditioned, and why the others are not."""
+    timm = pytest.importorskip("timm")
+    from zoo_timm import FAMILIES
+
+    families, excepted = set(), {}
+    for name in timm.list_models():
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = timm.create_model(name)
+        family = timm.models._registry._model_entrypoints[name].__module__.split(".")[-1]
+        assert sites.find_unknown(model) == [], name
+        if condattn.find_sites(model):
+            families.add(family)
+        for module in model.modules():
+            if reason := sites.known_exceptions().get(sites.qualified_name(type(module))):
+                excepted[family] = f"{type(module).__name__}: {reason}"
+    alone = {family: reason for family, reason in excepted.items() if family not in families}
+    # Channel attention in a convolutional network is no transformer.
+    attention = {family: reason for family, reason in alone.items() if "without queries" not in reason}
+    ratio = len(families) / (len(families) + len(attention))
+    print(f"\n{len(families)} families conditioned, {ratio:.1%}; not: {attention}")
+    assert families == {name.split(":")[0] for name in FAMILIES}
+    assert ratio >= 0.95
+
+
+def test_large_models_are_conditioned_at_once():
+    """Not a matter of milliseconds here, but of not touching every weight: nothing is computed from the weights."""
+    model = small("vit_large_patch16_224")
+    before = time.perf_counter()
+    condattn.condition(model, "pc")
+    print(f"\npc: {1000 * (time.perf_counter() - before):.0f} ms")
+    before = time.perf_counter()
+    condattn.condition(model, "sc")
+    print(f"sc: {1000 * (time.perf_counter() - before):.0f} ms")
+    assert len(condattn.find_sites(model)) == 24
+
+
+LIBRARIES = ("timm", "mmpretrain", "transformers")
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, LIBRARIES)), reason="needs all libraries of the table")
+def test_the_table_of_supported_classes_is_up_to_date():
+    page = subprocess.run([sys.executable, ROOT / "tests" / "supported.py"], capture_output=True, text=True, check=True)
+    assert page.stdout == (ROOT / "docs" / "attention.md").read_text(), "python tests/supported.py > docs/attention.md"
+    assert "untested" not in page.stdout
+
+
+@pytest.mark.parametrize(
+    "library, name, parts",
+    [
+        ("timm", "vit_tiny_patch16_224", ("12 attention sites", "blocks.11.attn", "Attention", "192 x 192", "q, k, v")),
+        ("timm", "iformer_t", ("SHMA", "a gate multiplies its head output")),
+        ("transformers", "LlamaModel", ("32 attention sites", "LlamaAttention", "4096 x 4096")),
+        ("mmdet", CONFIGS / "demo" / "mask_rcnn_swin_pc.py", ("attention sites", "backbone.stages.0", "WindowMSA")),
+    ],
+)
+def test_tool_prints_the_sites(library, name, parts, tmp_path):
+    pytest.importorskip(library)
+    output = run(TOOLS / "analysis" / "sites.py", name, cwd=tmp_path).stdout
+    assert all(part in output for part in parts), output
+
+
+@pytest.mark.parametrize(
+    "name, part", [("resnet18", "has no attention site"), ("vit_huge_tiny", "no model vit_huge_tiny")]
+)
+def test_tool_refuses(name, part, tmp_path):
+    pytest.importorskip("timm")
+    (line,) = error_lines(run(TOOLS / "analysis" / "sites.py", name, cwd=tmp_path, status=2).stderr)
+    assert re.search(part, line)

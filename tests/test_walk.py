@@ -1,0 +1,207 @@
+"""Every known attention class in its own model, against the untouched model."""
+
+import copy
+import importlib
+import warnings
+
+import pytest
+import torch
+from attention_taps import HeadTap
+from torch import nn
+
+import condattn
+from condattn import SpectralCorrection, sites
+
+ZOO = []
+for library, zoo, names in (
+    ("timm", "zoo_timm", "NAMES"),
+    ("mmpretrain", "zoo_openmmlab", "NAMES"),
+    ("transformers", "zoo_transformers", "MODELS"),
+):
+    if importlib.util.find_spec(library):
+        ZOO += [(zoo, name) for name in getattr(importlib.import_module(zoo), names)]
+
+# Classes whose head outputs are more than a map times values; they are checked where a module receives them.
+MORE_THAN_A_PRODUCT = (
+    "coat.FactorAttnConvRelPosEnc",
+    "efficientformer_v2.Attention2d",
+    "efficientformer_v2.Attention2dDownsample",
+    "efficientvit_mit.LiteMLA",
+    "efficientvit_msra.CascadedGroupAttention",
+    "mvitv2.MultiScaleAttention",
+    "multi_scale_deform_attn.MultiScaleDeformableAttention",
+    "mvit.MultiScaleAttention",
+    "volo.OutlookAttention",
+)
+NO_PC = ("iformer.SHMA",)
+NO_SC = ("efficientvit_msra.CascadedGroupAttention", "attention_pool.AttentionPoolPrr")
+
+
+def is_one_of(site, names):
+    return sites.qualified_name(type(site.module)).endswith(tuple(names))
+
+
+@pytest.fixture(scope="module", params=ZOO, ids=lambda entry: f"{entry[0].removeprefix('zoo_')}: {entry[1]}")
+def family(request):
+    """A model in float64, with weights that let every branch count, and a function that runs it."""
+    zoo, name = request.param
+    torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, forward = importlib.import_module(zoo).build(name)
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or not parameter.any():  # layer scales near zero, norms and heads that start at zero
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    model.double()
+    model.eval()
+    yield model, forward
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def run(model, forward):
+    with torch.no_grad():
+        return forward(model)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * max(1.0, want.abs().max().item()))
+
+
+def unit_rows(x, dim):
+    return x / x.square().sum(dim, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def unit_heads(x, heads, axis):
+    """Head after head along ``axis``, by hand."""
+    return torch.cat([unit_rows(part, axis) for part in x.chunk(heads, dim=axis)], dim=axis)
+
+
+def test_none_is_the_untouched_model(family):
+    model, forward = family
+    other = copy.deepcopy(model)
+    assert condattn.condition(other, "none").conditioned == ()
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(run(other, forward), run(model, forward))
+
+
+def test_every_site_is_known(family):
+    model, _ = family
+    assert condattn.find_sites(model)
+    assert sites.find_unknown(model) == []
+
+
+def test_preconditioned(family):
+    """All sites at once, against the model itself, watched by someone who knows none of its classes."""
+    model, forward = family
+    chosen = [site for site in condattn.find_sites(model) if not is_one_of(site, NO_PC)]
+    if not chosen:
+        with pytest.raises(ValueError, match="cannot be preconditioned: a gate multiplies"):
+            condattn.condition(copy.deepcopy(model), "pc")
+        return
+    conditioned = copy.deepcopy(model)
+    condattn.condition(conditioned, "pc", include=[site.name for site in chosen])
+
+    plain = [site for site in chosen if not is_one_of(site, MORE_THAN_A_PRODUCT)]
+    between_tokens = [site.module for site in plain if not site.cross_covariance]
+    between_channels = [site.module for site in plain if site.cross_covariance]
+    handles = []
+    for site in chosen:
+        if site not in plain:
+            heads, axis = site.num_heads, 1 if isinstance(site.out.projection, nn.Conv2d | nn.Sequential) else -1
+
+            def hook(module, args, heads=heads, axis=axis):
+                return (unit_heads(args[0], heads, axis), *args[1:])
+
+            handles.append(site.out.owner.register_forward_pre_hook(hook))
+    with (
+        HeadTap(lambda _, heads, dim: unit_rows(heads, dim), between_tokens),
+        HeadTap(lambda _, heads, dim: unit_rows(heads, -3 - dim), between_channels),
+    ):
+        want = run(model, forward)
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(want, run(model, forward))
+    close(run(conditioned, forward), want)
+
+
+def test_corrected(family):
+    """All sites at once, against the model with weights W + C."""
+    model, forward = family
+    chosen = [site.name for site in condattn.find_sites(model) if not is_one_of(site, NO_SC)]
+    if not chosen:
+        with pytest.raises(ValueError, match="has no projection of its own for q, k, v"):
+            condattn.condition(copy.deepcopy(model), "sc")
+        return
+    conditioned, by_hand = copy.deepcopy(model), copy.deepcopy(model)
+    report = condattn.condition(conditioned, SpectralCorrection(1.0), include=chosen)
+    assert len(report.conditioned) == len(chosen)
+    for site in condattn.find_sites(by_hand):
+        for projection in filter(None, (site.q, site.k, site.v)):
+            weight = getattr(projection.owner, projection.parameter).detach()
+            weight = weight.T if type(projection.owner).__name__ == "Conv1D" else weight.flatten(1)
+            rows = [row for part in projection.rows for row in range(part.start, part.stop)]
+            for i in range(min(len(rows), weight.shape[1])):
+                weight[rows[i], i] += 1.0
+    want = run(by_hand, forward)
+    assert not torch.equal(want, run(model, forward))
+    close(run(conditioned, forward), want)
+    condattn.fold(conditioned)
+    close(run(conditioned, forward), want)
+    assert [type(m) for m in conditioned.modules()] == [type(m) for m in model.modules()]
+
+
+def firsts(model):
+    """The first site of each class."""
+    found = {}
+    for site in condattn.find_sites(model):
+        found.setdefault(type(site.module), site)
+    return found.values()
+
+
+def test_queries_and_keys_make_the_map_and_values_do_not(family):
+    model, forward = family
+    for site in firsts(model):
+        if is_one_of(site, MORE_THAN_A_PRODUCT):
+            continue
+        seen = {}
+        for target in ("none", *(name for name in "qkv" if getattr(site, name) is not None)):
+            other = copy.deepcopy(model)
+            if target != "none":
+                method = SpectralCorrection(0.1, targets=(target,))
+                condattn.condition(other, method, include=[site.name] if site.name else None)
+            maps, outputs = [], []
+            record = lambda m, heads, _, maps=maps, outputs=outputs: (maps.append(m), outputs.append(heads), heads)[2]  # noqa: E731
+            with HeadTap(record, [other.get_submodule(site.name)]):
+                run(other, forward)
+            seen[target] = maps[0].clone(), outputs[0].clone()
+        for target in seen.keys() - {"none"}:
+            moved = [(a - b).abs().max() > 1e-9 for a, b in zip(seen[target], seen["none"], strict=True)]
+            assert moved == [target != "v", True], (site, target)
+
+
+def test_trains_copies_and_keeps_its_keys(family):
+    model, forward = family
+    conditioned = copy.deepcopy(model)
+    conditioned.train()
+    for method, barred in (("pc", NO_PC), (SpectralCorrection(1.0), NO_SC)):
+        chosen = [site.name for site in condattn.find_sites(model) if not is_one_of(site, barred)]
+        if chosen:
+            condattn.condition(conditioned, method, include=chosen)
+    assert list(conditioned.state_dict()) == list(model.state_dict())
+    if list(conditioned.parameters()):
+        forward(conditioned).square().mean().backward()
+    gradients = [
+        getattr(projection.owner, projection.parameter).grad
+        for site in condattn.find_sites(conditioned)
+        for projection in filter(None, (site.q, site.k, site.v))
+    ]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients) == bool(gradients)
+    other = copy.deepcopy(conditioned)
+    missing, unexpected = other.load_state_dict(conditioned.state_dict(), strict=False)
+    assert not unexpected and not set(missing) & {name for name, _ in other.named_parameters()}
+    for m in (other, conditioned):
+        m.eval()  # which some models do not return
+    assert torch.equal(run(other, forward), run(conditioned, forward))
+    assert condattn.conditioning_of(other) == condattn.conditioning_of(conditioned)

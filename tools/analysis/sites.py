@@ -1,0 +1,127 @@
+"""Print the attention sites of a model, and what each method can do there."""
+
+import warnings
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from condattn import RowPreconditioner, SpectralCorrection
+from condattn.engine.errors import UserError, run_tool
+from condattn.sites import AttentionSite, HeadOutputs, Projection, find_sites, find_unknown, qualified_name
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "model",
+        help="a configuration file of mmdet or mmseg; a model name of timm (vit_base_patch16_224); or a class of "
+        "Hugging Face transformers (ViTModel), in its default size",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table, and what looks like attention but is not in it."""
+    name = parse_args().model
+    model = build(name)
+    sites = find_sites(model)
+    if not sites:
+        raise UserError(f"{name} has no attention site that condattn knows{unknown_of(model)}")
+    console = Console()
+    # Without a terminal there is no width to fold the lines into.
+    console = console if console.is_terminal else Console(width=200)
+    console.print(table_of(name, sites))
+    if find_unknown(model):
+        console.print(f"Not described by any rule{unknown_of(model)}")
+
+
+def build(name: str) -> nn.Module:
+    """Build the model that ``name`` stands for, without its weights where possible.
+
+    Raises:
+        UserError: If there is no such configuration, model or class.
+    """
+    if name.endswith((".py", ".json", ".yaml", ".yml")):
+        from condattn.engine.launch import build_model, load_config
+
+        return build_model(load_config(name))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _timm(name) or _transformers(name) or _refuse(name)
+
+
+def _timm(name: str) -> nn.Module | None:
+    try:
+        import timm
+    except ImportError:
+        return None
+    return timm.create_model(name) if timm.is_model(name) else None
+
+
+def _transformers(name: str) -> nn.Module | None:
+    try:
+        import transformers
+    except ImportError:
+        return None
+    cls = getattr(transformers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        return None
+    return cls(cls.config_class())
+
+
+def _refuse(name: str) -> nn.Module:
+    hint = "expected a configuration file (.py), a model name of timm, or a class of transformers"
+    if Path(name).exists():
+        raise UserError(f"{name} is no configuration file; {hint}")
+    raise UserError(f"no model {name}; {hint}, with that library installed")
+
+
+def table_of(title: str, sites: list[AttentionSite]) -> Table:
+    """One row a site."""
+    table = Table(title=f"{title}: {len(sites)} attention sites", title_justify="left")
+    for column in ("name", "class", "heads", "q", "k", "v", "out", "PC", "SC"):
+        table.add_column(column, overflow="fold")
+    for site in sites:
+        maps = [shape_of(projection) for projection in (site.q, site.k, site.v)]
+        methods = [ability(method, site) for method in (RowPreconditioner(), SpectralCorrection())]
+        cls = type(site.module).__name__
+        table.add_row(site.name or "(itself)", cls, str(site.num_heads), *maps, shape_of_output(site.out), *methods)
+    return table
+
+
+def shape_of(projection: Projection | None) -> str:
+    """Rows and columns of a projection."""
+    return "-" if projection is None else " x ".join(map(str, projection.weight.shape))
+
+
+def shape_of_output(out: HeadOutputs | None) -> str:
+    """Rows and columns of the output projection, or the class that receives the head outputs if there is none."""
+    weight = getattr(out and out.projection, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return "-" if out is None else type(out.owner).__name__
+    return " x ".join(map(str, weight.flatten(1).shape))
+
+
+def ability(method: RowPreconditioner | SpectralCorrection, site: AttentionSite) -> str:
+    """Whether ``method`` can condition ``site``, or why not."""
+    try:
+        method.check(site)
+    except ValueError as error:
+        return site.obstacle or str(error)
+    targets = [name for name in "qkv" if getattr(site, name) is not None]
+    return ", ".join(targets) if isinstance(method, SpectralCorrection) else "yes"
+
+
+def unknown_of(model: nn.Module) -> str:
+    """What looks like attention and has no rule, as the end of a sentence."""
+    unknown = [f"{name or '(itself)'} ({qualified_name(type(module))})" for name, module in find_unknown(model)]
+    return f"; {', '.join(unknown)} looks like attention: see condattn.register_rule" if unknown else ""
+
+
+if __name__ == "__main__":
+    run_tool(main)
