@@ -1,6 +1,6 @@
 """Register everything with OpenMMLab: ``custom_imports = dict(imports=['condattn.registry'])`` in a config.
 
-What needs a toolbox is registered where that toolbox is installed.
+What needs a library is registered where that library is installed.
 """
 
 from importlib import import_module
@@ -8,8 +8,9 @@ from importlib.util import find_spec
 
 from .stack import check_stack
 
-MODULES = ("models.factory", "engine.progress")
-TOOLBOX_MODULES = {
+MODULES = ("models.factory", "models.pyramid", "engine.progress")
+LIBRARY_MODULES = {
+    "timm": ("models.timm",),
     "mmdet": ("models.mmdet", "engine.datasets_mmdet"),
     "mmseg": ("models.mmseg", "engine.datasets_mmseg"),
 }
@@ -17,7 +18,7 @@ TOOLBOX_MODULES = {
 check_stack()
 for name in MODULES:
     import_module(f"condattn.{name}")
-for toolbox, names in TOOLBOX_MODULES.items():
-    if find_spec(toolbox):
+for library, names in LIBRARY_MODULES.items():
+    if find_spec(library):
         for name in names:
             import_module(f"condattn.{name}")
