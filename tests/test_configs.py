@@ -48,6 +48,7 @@ TWINS = {
     "dino-4scale_r50_pc": (mmdet, "dino/dino-4scale_r50_8xb2-12e_coco.py"),
     "detr_r50_pc": (mmdet, "detr/detr_r50_8xb2-150e_coco.py"),
     "mask2former_swin_pc": (mmdet, "mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py"),
+    "mask2former_swin_pc_ade20k": (mmseg, "mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py"),
     "upernet_vit_pc": (mmseg, "vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py"),
 }
 # What mmdet and mmseg do not ship.
@@ -56,6 +57,7 @@ WITHOUT_TWIN = {
     *("mask_rcnn_xcit-s_pc_3x", "mask_rcnn_xcit-s_sc_3x", "mask_rcnn_xcit-m_pc_3x", "mask_rcnn_xcit-m_sc_3x"),
     *("mask_rcnn_deit-s_pc_3x", "mask_rcnn_vit-b_pc_3x"),
     *("upernet_xcit-s_pc", "upernet_davit-t_pc", "upernet_deit-s_pc"),
+    *("segformer_xcit-s_pc", "segformer_davit-t_pc", "segformer_deit-s_pc"),
 }
 RECIPE = {
     *("model", "optim_wrapper", "param_scheduler", "train_cfg", "val_cfg", "test_cfg"),

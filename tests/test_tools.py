@@ -120,6 +120,25 @@ def test_ones_own_data(base, parts, scenes, tmp_path):
     assert all(re.search(rf"\(val\).*{part}: ", output) for part in parts), output[-2000:]
 
 
+def test_a_backbone_of_timm_through_the_tools(detection_options, scenes, tmp_path):
+    pytest.importorskip("timm")
+    (tmp_path / "xcit.py").write_text(f"""
+_base_ = {str(DEMO / "mask_rcnn_swin_pc.py")!r}
+model = dict(
+    backbone=dict(_delete_=True, type="ConditionedTimmBackbone", model_name="xcit_nano_12_p16_224"),
+    neck=dict(
+        _delete_=True, type="SimpleFeaturePyramid", in_channels=128, out_channels=64, num_outs=3, scales=(4, 2, 1)
+    ),
+)
+""")
+    options = ["--cfg-options", *detection_options]
+    output = run(TOOLS / "train.py", "xcit.py", *options, cwd=tmp_path).stdout
+    assert re.search(r"Epoch\(val\) \[1\]\[1/1\].*coco/bbox_mAP: ", output)
+    image = next((scenes / "images" / "validation").glob("*.jpg"))
+    run(TOOLS / "predict.py", image, "xcit.py", "work_dirs/xcit/epoch_1.pth", "--out-dir", "out", cwd=tmp_path)
+    assert (tmp_path / "out" / "vis" / image.name).is_file()
+
+
 def test_detection_is_tested(detection, tmp_path):
     outputs = ["--work-dir", "test", "--out", "out/predictions.pkl", "--show-dir", "drawn"]
     options = ["--cfg-options", *detection.options, *NOWHERE]
