@@ -45,7 +45,8 @@ def test_export(model, method):
     condattn.condition(model, METHODS[method])
     with torch.no_grad():
         want = model(image)
-        got = torch.export.export(model, (image,)).module()(image)
+        # Strict tracing cannot follow the weights that are lent to BEiT in older versions.
+        got = torch.export.export(model, (image,), strict=False).module()(image)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ class SpectralConv1D(SpectralLayer, Conv1D):
     """An input projection with the weight W + C, kept as (in features, out features). Shape: as ``Conv1D``."""
 
     host = Conv1D
+    transposed = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Project with the effective weight."""

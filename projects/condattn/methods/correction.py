@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..sites import as_matrix, indices, is_transposed
+from ..sites import indices
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class CorrectedModule(nn.Module):
     ``torch.compile(fullgraph=True)``, which cannot trace the fixing.
     """
 
+    transposed = False
+    """Whether the weight is kept as (in features, out features)."""
     corrections: Mapping[str, Correction] = MappingProxyType({})
     unsettled: frozenset[str] = frozenset()
 
@@ -98,7 +100,7 @@ class CorrectedModule(nn.Module):
     @torch.no_grad()
     def _register(self, parameter: str) -> None:
         """Make the buffers of a correction, on the weight's device: C, and where its entries are."""
-        weight, correction = as_matrix(self, getattr(self, parameter)), self.corrections[parameter]
+        weight, correction = self._matrix(getattr(self, parameter)), self.corrections[parameter]
         if correction.depends_on_weight:
             shape = weight.shape if correction.svd else weight.shape[:1]
             constant = weight.new_full(shape, torch.nan)
@@ -112,7 +114,7 @@ class CorrectedModule(nn.Module):
     def effective_weight(self, parameter: str = "weight") -> Tensor:
         """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
         weight = getattr(self, parameter)
-        matrix = as_matrix(self, weight)
+        matrix = self._matrix(weight)
         correction = self.corrections.get(parameter)
         if correction is None:
             return weight
@@ -124,7 +126,7 @@ class CorrectedModule(nn.Module):
         else:
             columns = getattr(self, f"{parameter}_columns")
             corrected = matrix.scatter_add(1, columns[:, None], constant[:, None])
-        return corrected.T if is_transposed(self) else corrected.view_as(weight)
+        return corrected.T if self.transposed else corrected.view_as(weight)
 
     @torch.no_grad()
     def merge_corrections(self) -> None:
@@ -137,9 +139,12 @@ class CorrectedModule(nn.Module):
         del self.corrections
         self.__dict__.pop("unsettled", None)
 
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transposed else weight.flatten(1)
+
     def _settle(self, parameter: str, constant: Tensor) -> None:
         if constant.isnan().any():
-            constant.copy_(self.corrections[parameter].compute(as_matrix(self, getattr(self, parameter))))
+            constant.copy_(self.corrections[parameter].compute(self._matrix(getattr(self, parameter))))
         self.unsettled -= {parameter}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
