@@ -3,30 +3,11 @@
 Twin: the Mask R-CNN of XCiT-M24/16, 36 epochs, of the XCiT authors' detection code.
 """
 
-_base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
-custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
+_base_ = "mask_rcnn_xcit-s_pc_3x.py"
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="ConditionedTimmBackbone",
-        model_name="xcit_medium_24_p16_224",
-        pretrained=True,
-        out_indices=(7, 11, 15, 23),
-        drop_path_rate=0.15,
-    ),
+    backbone=dict(model_name="xcit_medium_24_p16_224", out_indices=(7, 11, 15, 23), drop_path_rate=0.15),
     neck=[
         dict(type="mmseg.Feature2Pyramid", embed_dim=512),
         dict(type="FPN", in_channels=[512] * 4, out_channels=256, num_outs=5),
     ],
 )
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        _delete_=True,
-        norm_decay_mult=0.0,
-        custom_keys={"pos_embed": dict(decay_mult=0.0), "cls_token": dict(decay_mult=0.0)},
-    )
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", begin=0, end=36, by_epoch=True, milestones=[27, 33], gamma=0.1),
-]

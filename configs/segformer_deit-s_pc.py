@@ -3,22 +3,8 @@
 Twin: mmseg's segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py with another backbone.
 """
 
-_base_ = [
-    "_base_/upernet.py",
-    "_base_/ade20k.py",
-    "_base_/schedule_160k.py",
-    "_base_/segmentation_runtime.py",
-]
-custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
+_base_ = "upernet_deit-s_pc.py"
 model = dict(
-    backbone=dict(
-        type="ConditionedTimmBackbone",
-        model_name="deit_small_patch16_224",
-        pretrained=True,
-        out_indices=(2, 5, 8, 11),
-        drop_path_rate=0.1,
-    ),
-    neck=dict(type="Feature2Pyramid", embed_dim=384),
     decode_head=dict(
         _delete_=True,
         type="SegformerHead",
@@ -33,13 +19,4 @@ model = dict(
     ),
     auxiliary_head=None,
 )
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        custom_keys={
-            "pos_embed": dict(decay_mult=0.0),
-            "cls_token": dict(decay_mult=0.0),
-            "decode_head": dict(lr_mult=10.0),
-        },
-    )
-)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(decode_head=dict(lr_mult=10.0))))

@@ -3,28 +3,7 @@
 Twin: mmseg's vit/vit_deit-s16_upernet_8xb2-160k_ade20k-512x512.py, with timm's model and weights.
 """
 
-_base_ = [
-    "_base_/upernet.py",
-    "_base_/ade20k.py",
-    "_base_/schedule_160k.py",
-    "_base_/segmentation_runtime.py",
-]
-custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
+_base_ = "upernet_xcit-s_pc.py"
 model = dict(
-    backbone=dict(
-        type="ConditionedTimmBackbone",
-        model_name="deit_small_patch16_224",
-        pretrained=True,
-        out_indices=(2, 5, 8, 11),
-        drop_path_rate=0.1,
-    ),
-    neck=dict(type="Feature2Pyramid", embed_dim=384),
-    decode_head=dict(in_channels=[384, 384, 384, 384]),
-    auxiliary_head=dict(in_channels=384, in_index=2),
-)
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        custom_keys={"pos_embed": dict(decay_mult=0.0), "cls_token": dict(decay_mult=0.0)},
-    )
+    backbone=dict(model_name="deit_small_patch16_224", out_indices=(2, 5, 8, 11), drop_path_rate=0.1),
 )
