@@ -8,12 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..sites import into, read_by, register_exception, register_rule, split, split_each_head, thirds, whole
-
-
-def _fused(module: nn.Module) -> dict[str, Any]:
-    return dict(num_heads=module.num_heads, out=into(module.proj), **thirds(module.qkv))
-
+from ..sites import into, read_by, register_exception, register_rule, split_each_head, whole
+from .common import cross_covariance, davit_channels, fused, q_and_kv, separate
 
 for name in (
     *("mmdet.models.backbones.swin.WindowMSA", "mmseg.models.backbones.swin.WindowMSA"),
@@ -26,26 +22,15 @@ for name in (
     ),
     "mmpretrain.models.backbones.twins.LocallyGroupedSelfAttention",
 ):
-    register_rule(name, _fused)
+    register_rule(name, fused)
 
 
-def _q_and_kv(module: nn.Module) -> dict[str, Any]:
-    half = module.kv.out_features // 2
-    projections = dict(q=whole(module.q), **split(module.kv, k=half, v=half))
-    return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
+register_rule("mmpretrain.models.backbones.twins.GlobalSubsampledAttention", q_and_kv)
+register_rule("mmpretrain.models.utils.attention.PromptMultiheadAttention", q_and_kv)
 
 
-register_rule("mmpretrain.models.backbones.twins.GlobalSubsampledAttention", _q_and_kv)
-register_rule("mmpretrain.models.utils.attention.PromptMultiheadAttention", _q_and_kv)
-
-
-def _separate(module: nn.Module) -> dict[str, Any]:
-    projections = dict(q=whole(module.q), k=whole(module.k), v=whole(module.v))
-    return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
-
-
-register_rule("mmpretrain.models.backbones.xcit.ClassAttntion", _separate)
-register_rule("mmpretrain.models.utils.attention.CrossMultiheadAttention", lambda m: _read(m, _separate(m)))
+register_rule("mmpretrain.models.backbones.xcit.ClassAttntion", separate)
+register_rule("mmpretrain.models.utils.attention.CrossMultiheadAttention", lambda m: _read(m, separate(m)))
 
 
 def _read(module: nn.Module, described: dict[str, Any]) -> dict[str, Any]:
@@ -54,27 +39,17 @@ def _read(module: nn.Module, described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _beit(module: nn.Module) -> dict[str, Any]:
-    return _read(module, _fused(module)) if module.bias == "qv_bias" else _fused(module)
+    return _read(module, fused(module)) if module.bias == "qv_bias" else fused(module)
 
 
 register_rule("mmseg.models.backbones.beit.BEiTAttention", _beit)
 register_rule("mmpretrain.models.utils.attention.BEiTAttention", _beit)
-register_rule("mmpretrain.models.utils.attention.WindowMSAV2", lambda m: _read(m, _fused(m)))
+register_rule("mmpretrain.models.utils.attention.WindowMSAV2", lambda m: _read(m, fused(m)))
 
 
-def _cross_covariance(module: nn.Module) -> dict[str, Any]:
-    return _fused(module) | dict(cross_covariance=True)
-
-
-def _davit_channels(module: nn.Module) -> dict[str, Any]:
-    # Its code calls the queries k, the keys v, and what the map is applied to q.
-    named = thirds(module.qkv)
-    return _cross_covariance(module) | dict(q=named["k"], k=named["v"], v=named["q"])
-
-
-register_rule("mmpretrain.models.backbones.xcit.XCA", _cross_covariance)
-register_rule("mmpretrain.models.utils.attention.ChannelMultiheadAttention", _cross_covariance)
-register_rule("mmpretrain.models.backbones.davit.ChannelAttention", _davit_channels)
+register_rule("mmpretrain.models.backbones.xcit.XCA", cross_covariance)
+register_rule("mmpretrain.models.utils.attention.ChannelMultiheadAttention", cross_covariance)
+register_rule("mmpretrain.models.backbones.davit.ChannelAttention", davit_channels)
 
 
 def _sized_heads(module: nn.Module) -> dict[str, Any]:

@@ -11,11 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..sites import into, read_by, register_exception, register_rule, split, split_each_head, thirds, whole
-
-
-def _fused(module: nn.Module) -> dict[str, Any]:
-    return dict(num_heads=module.num_heads, out=into(module.proj), **thirds(module.qkv))
-
+from .common import cross_covariance, davit_channels, fused, q_and_kv, separate
 
 for name in (
     *(
@@ -30,27 +26,15 @@ for name in (
     *("models.twins.LocallyGroupedAttn", "models.visformer.Attention", "models.coat.FactorAttnConvRelPosEnc"),
     *("models.cait.TalkingHeadAttn", "models.davit.WindowAttention"),
 ):
-    register_rule(f"timm.{name}", _fused)
-
-
-def _separate(module: nn.Module) -> dict[str, Any]:
-    projections = dict(q=whole(module.q), k=whole(module.k), v=whole(module.v))
-    return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
+    register_rule(f"timm.{name}", fused)
 
 
 for name in ("cait.ClassAttn", "nextvit.EfficientAttention"):
-    register_rule(f"timm.models.{name}", _separate)
-
-
-def _q_and_kv(module: nn.Module) -> dict[str, Any]:
-    half = module.kv.out_features // 2
-    return dict(
-        num_heads=module.num_heads, out=into(module.proj), q=whole(module.q), **split(module.kv, k=half, v=half)
-    )
+    register_rule(f"timm.models.{name}", separate)
 
 
 for name in ("pvt_v2.Attention", "twins.GlobalSubSampleAttn", "volo.ClassAttention"):
-    register_rule(f"timm.models.{name}", _q_and_kv)
+    register_rule(f"timm.models.{name}", q_and_kv)
 
 
 def _qk_and_v(module: nn.Module) -> dict[str, Any]:
@@ -64,20 +48,9 @@ for name in ("convit.GPSA", "tnt.Attention"):
     register_rule(f"timm.models.{name}", _qk_and_v)
 
 
-def _cross_covariance(module: nn.Module) -> dict[str, Any]:
-    heads = module.groups if hasattr(module, "groups") else module.num_heads
-    return dict(num_heads=heads, cross_covariance=True, out=into(module.proj), **thirds(module.qkv))
-
-
-def _davit_channels(module: nn.Module) -> dict[str, Any]:
-    # Its code calls the queries k, the keys v, and what the map is applied to q.
-    named = thirds(module.qkv)
-    return _cross_covariance(module) | dict(q=named["k"], k=named["v"], v=named["q"])
-
-
 for name in ("xcit.XCA", "edgenext.CrossCovarianceAttn", "davit.ChannelAttentionV2"):
-    register_rule(f"timm.models.{name}", _cross_covariance)
-register_rule("timm.models.davit.ChannelAttention", _davit_channels)
+    register_rule(f"timm.models.{name}", cross_covariance)
+register_rule("timm.models.davit.ChannelAttention", davit_channels)
 
 
 def _read_by_host(module: nn.Module) -> dict[str, Any]:
@@ -221,7 +194,7 @@ def _gemma4(module: nn.Module) -> dict[str, Any]:
 
 def _global_context(module: nn.Module) -> dict[str, Any]:
     if not module.use_global:
-        return _fused(module)
+        return fused(module)
     half = module.qkv.out_features // 2
     projections = split(module.qkv, k=half, v=half)
     return dict(num_heads=module.num_heads, out=into(module.proj), obstacle="its queries are global", **projections)

@@ -144,6 +144,7 @@ class ConditionedTimmBackbone(BaseModule):
 
 
 def _create(model_name: str, settings: dict[str, Any]) -> torch.nn.Module:
+    """Build the model, with the first of ANY_SIZE that it takes; the last is nothing, and its error the caller's."""
     for option in ANY_SIZE:
         try:
             return timm.create_model(model_name, **{**option, **settings})
