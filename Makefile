@@ -1,20 +1,22 @@
-# make demo | test | test-all | test-stock | lint | benchmark.  PYTHON=python3.11 chooses the interpreter.
+# make demo | test | test-all | test-stock | test-transformers | lint | benchmark.  PYTHON=python3.11 chooses the interpreter.
 SHELL := bash -o pipefail
 VENV := .venv
 STOCK := .venv-stock
+NEWEST := $(VENV)/newest-transformers
 PY := $(VENV)/bin/python
 DEMO := configs/demo/mask_rcnn_swin_pc.py
 DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
 WORK := work_dirs/demo/mask_rcnn_swin_pc
 REQUIREMENTS := pyproject.toml $(wildcard requirements/*)
 
-.PHONY: help setup demo test test-slow test-all test-stock lint benchmark
+.PHONY: help setup demo test test-slow test-all test-stock test-transformers lint benchmark
 
 help:
 	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
 	@echo "make test        the tests, up to 15 minutes on two cores"
 	@echo "make test-all    the tests and their repetitions, up to 30 minutes"
 	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
+	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
 	@echo "make lint        ruff"
 	@echo "make benchmark   what conditioning costs, as ratios to the upstream backbone"
 
@@ -56,6 +58,14 @@ test-all: test test-slow
 
 test-stock: $(STOCK)/.installed
 	$(STOCK)/bin/python -m pytest
+
+# Beside the environment, because mmpretrain, and with it mmdet, cannot be imported with this release.
+$(NEWEST)/.installed: | setup
+	$(PY) -m pip --disable-pip-version-check install -q --target $(NEWEST) -c requirements/torch.txt 'transformers>=5,<6'
+	@touch $@
+
+test-transformers: $(NEWEST)/.installed
+	PYTHONPATH=$(NEWEST) $(PY) -m pytest tests/test_walk.py tests/test_hosts.py -k transformers
 
 lint: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

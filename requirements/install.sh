@@ -43,10 +43,10 @@ if ! "${pip[@]}" install -v --no-build-isolation "$version" $(grep '^numpy' "req
     tail -n 20 "$log" >&2
     exit 1
 fi
-"${pip[@]}" install -q --no-build-isolation -r "requirements/$packages.txt" -r "requirements/$packages-test.txt"
+"${pip[@]}" install -q --no-build-isolation -c "requirements/$torch" -r "requirements/$packages.txt" -r "requirements/$packages-test.txt"
 
 echo "[3/3] condattn"
-"${pip[@]}" install -q --no-build-isolation -e '.[data,openmmlab,test]'
+"${pip[@]}" install -q --no-build-isolation -c "requirements/$torch" -e '.[data,openmmlab,test]'
 
 # The dependencies bring opencv-python, which needs a desktop's libGL; the headless build is the same module without it.
 opencv=$("${pip[@]}" show opencv-python 2>/dev/null | sed -n 's/^Version: //p')

@@ -64,7 +64,7 @@ def page() -> str:
         lines += [f"## {library}", "", "| class | PC | SC | seen in |", "|---|---|---|---|"]
         for host in known_hosts():
             if host.split(".")[0] == library:
-                pc, sc, model = found.get(host, ("", "", "no model; the rule is untested"))
+                pc, sc, model = found.get(host, ("", "", f"only in other versions of {library}"))
                 lines.append(f"| `{host.removeprefix(library + '.')}` | {pc} | {sc} | {model} |")
         reasons = {n: r for n, r in known_exceptions().items() if n.split(".")[0] == library}
         if reasons:

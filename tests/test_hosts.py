@@ -1,12 +1,12 @@
 """What the rules promise beyond single models: all of timm, exports, other implementations, the table, the tool."""
 
 import copy
-import importlib.util
 import re
 import subprocess
 import sys
 import time
 import warnings
+from importlib import metadata
 
 import pytest
 import torch
@@ -146,14 +146,15 @@ def test_large_models_are_conditioned_at_once():
     assert len(condattn.find_sites(model)) == 24
 
 
-LIBRARIES = ("timm", "mmpretrain", "transformers")
-
-
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, LIBRARIES)), reason="needs all libraries of the table")
+@pytest.mark.skipif(
+    all(found.name != "onedl-mmpretrain" for found in metadata.distributions()),
+    reason="the table is of the default stack",
+)
 def test_the_table_of_supported_classes_is_up_to_date():
     page = subprocess.run([sys.executable, ROOT / "tests" / "supported.py"], capture_output=True, text=True, check=True)
     assert page.stdout == (ROOT / "docs" / "attention.md").read_text(), "python tests/supported.py > docs/attention.md"
-    assert "untested" not in page.stdout
+    untested = re.findall(r"(\w+)`.*only in other versions", page.stdout)
+    assert untested == ["DetrCrossAttention", "DetrSelfAttention"]  # transformers 5: make test-transformers
 
 
 @pytest.mark.parametrize(

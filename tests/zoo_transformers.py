@@ -11,15 +11,49 @@ IMAGE, LARGER = (
     for n in (32, 96)
 )
 TEXT = dict(input_ids=torch.arange(14).reshape(2, 7), attention_mask=torch.tensor([[1] * 7, [1] * 5 + [0] * 2]))
-STAGES = dict(depths=[2, 2], num_heads=[2, 3], embed_dim=12, window_size=4)
+PATCHES = dict(WIDTHS, image_size=32, patch_size=8)
+STAGES = dict(depths=[2, 2], num_heads=[2, 3], embed_dim=12, window_size=4, image_size=32, patch_size=2)
+GROUPED = dict(WIDTHS, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=20)
 
 # Name -> class of the configuration, settings, class of the model, inputs.
 MODELS = {
-    "ViT": ("ViTConfig", dict(WIDTHS, image_size=32, patch_size=8), "ViTModel", IMAGE),
-    "DeiT": ("DeiTConfig", dict(WIDTHS, image_size=32, patch_size=8), "DeiTModel", IMAGE),
-    "DINOv2": ("Dinov2Config", dict(WIDTHS, image_size=32, patch_size=8), "Dinov2Model", IMAGE),
-    "DINOv3": ("DINOv3ViTConfig", dict(WIDTHS, image_size=32, patch_size=8), "DINOv3ViTModel", IMAGE),
-    "Swin": ("SwinConfig", dict(STAGES, image_size=32, patch_size=2), "SwinModel", IMAGE),
+    "ViT": ("ViTConfig", PATCHES, "ViTModel", IMAGE),
+    "ViTMAE": ("ViTMAEConfig", dict(PATCHES, mask_ratio=0.0), "ViTMAEModel", dict(IMAGE, noise=torch.rand(2, 16))),
+    "ViTPose": (
+        "VitPoseBackboneConfig",
+        dict(WIDTHS, image_size=[32, 32], patch_size=[8, 8], out_indices=[1, 2]),
+        "VitPoseBackbone",
+        IMAGE,
+    ),
+    "ViTDet": (
+        "VitDetConfig",
+        dict(WIDTHS, image_size=32, patch_size=8, use_relative_position_embeddings=True, window_block_indices=[0]),
+        "VitDetModel",
+        IMAGE,
+    ),
+    "YOLOS": ("YolosConfig", dict(PATCHES, image_size=[32, 32], num_detection_tokens=3), "YolosModel", IMAGE),
+    "DeiT": ("DeiTConfig", PATCHES, "DeiTModel", IMAGE),
+    "BEiT": ("BeitConfig", dict(PATCHES, use_relative_position_bias=True), "BeitModel", IMAGE),
+    "DINOv2": ("Dinov2Config", PATCHES, "Dinov2Model", IMAGE),
+    "DINOv2 with registers": ("Dinov2WithRegistersConfig", PATCHES, "Dinov2WithRegistersModel", IMAGE),
+    "DINOv3": ("DINOv3ViTConfig", PATCHES, "DINOv3ViTModel", IMAGE),
+    "CLIP": ("CLIPVisionConfig", PATCHES, "CLIPVisionModel", IMAGE),
+    "SigLIP": ("SiglipVisionConfig", dict(PATCHES, vision_use_head=False), "SiglipVisionModel", IMAGE),
+    "Swin": ("SwinConfig", STAGES, "SwinModel", IMAGE),
+    "Swin v2": ("Swinv2Config", STAGES, "Swinv2Model", IMAGE),
+    "MaskFormer Swin": ("MaskFormerSwinConfig", STAGES, "MaskFormerSwinModel", IMAGE),
+    "Hiera": (
+        "HieraConfig",
+        dict(embed_dim=12, image_size=[96, 96], depths=[1, 1, 1], num_heads=[1, 2, 3], num_query_pool=2),
+        "HieraModel",
+        LARGER,
+    ),
+    "PVT v2": (
+        "PvtV2Config",
+        dict(hidden_sizes=[12, 24, 36, 48], depths=[1] * 4, num_attention_heads=[1, 2, 3, 4], image_size=64),
+        "PvtV2Model",
+        LARGER,
+    ),
     "SegFormer": (
         "SegformerConfig",
         dict(depths=[1] * 4, hidden_sizes=[12, 24, 24, 24], num_attention_heads=[1, 2, 3, 3]),
@@ -46,6 +80,7 @@ MODELS = {
         LARGER,
     ),
     "BERT": ("BertConfig", dict(WIDTHS, vocab_size=20), "BertModel", TEXT),
+    "RoBERTa": ("RobertaConfig", dict(WIDTHS, vocab_size=20), "RobertaModel", TEXT),
     "GPT-2": ("GPT2Config", dict(n_embd=24, n_layer=2, n_head=3, vocab_size=20), "GPT2Model", TEXT),
     "GPT-2 with cross attention": (
         "GPT2Config",
@@ -53,13 +88,12 @@ MODELS = {
         "GPT2Model",
         dict(TEXT, encoder_hidden_states=torch.linspace(-1, 1, 2 * 4 * 24, dtype=torch.float64).reshape(2, 4, 24)),
     ),
-    "Llama": (
-        "LlamaConfig",
-        dict(WIDTHS, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=20),
-        "LlamaModel",
-        TEXT,
-    ),
+    "Llama": ("LlamaConfig", GROUPED, "LlamaModel", TEXT),
+    "Mistral": ("MistralConfig", GROUPED, "MistralModel", TEXT),
+    "Qwen2": ("Qwen2Config", GROUPED, "Qwen2Model", TEXT),
 }
+
+MODELS = {name: entry for name, entry in MODELS.items() if hasattr(transformers, entry[2])}  # older versions have fewer
 
 
 def build(name: str, implementation: str = "eager"):
@@ -70,4 +104,5 @@ def build(name: str, implementation: str = "eager"):
 
 
 def run(model, inputs):
-    return model(**inputs).last_hidden_state
+    outputs = model(**inputs)
+    return outputs.feature_maps[-1] if "feature_maps" in outputs else outputs.last_hidden_state

@@ -1,7 +1,6 @@
 """Hugging Face transformers: whichever attention implementation (eager, sdpa, flash) the model runs.
 
-Many of its models have q, k and v in one module and the output projection in another; the site is the module that holds
-both.
+Its classes follow two conventions, and version 5 moves some from the first to the second under the same name.
 """
 
 from typing import Any
@@ -9,52 +8,52 @@ from typing import Any
 from torch import nn
 
 from ..sites import into, register_exception, register_rule, split, thirds, whole
+from .common import fused
 
 
-def _described(inner: nn.Module, output: nn.Module, num_heads: int, names: tuple[str, str, str]) -> dict[str, Any]:
-    q, k, v = (whole(getattr(inner, name)) for name in names)
-    return dict(num_heads=num_heads, q=q, k=k, v=v, out=into(output))
+def _conventional(module: nn.Module) -> dict[str, Any]:
+    """``query``, ``key`` and ``value`` in an inner module, ``output.dense`` beside it; or four ``*_proj`` in one.
 
-
-def _vit(module: nn.Module) -> dict[str, Any]:
-    inner = module.attention
-    return _described(inner, module.output.dense, inner.num_attention_heads, ("query", "key", "value"))
+    Heads are counted by their size, because keys and values may have fewer than the queries (grouped heads).
+    """
+    if hasattr(module, "q_proj"):
+        layers, size = (module.q_proj, module.k_proj, module.v_proj), module.head_dim
+        output = module.o_proj if hasattr(module, "o_proj") else module.out_proj
+    else:
+        inner = module.attention if hasattr(module, "attention") else module.self
+        layers, size = (inner.query, inner.key, inner.value), inner.attention_head_size
+        output = module.output.dense
+    q, k, v = (whole(layer, num_heads=layer.out_features // size) for layer in layers)
+    return dict(num_heads=layers[0].out_features // size, q=q, k=k, v=v, out=into(output))
 
 
 for name in (
-    "vit.modeling_vit.ViTAttention",
-    "deit.modeling_deit.DeiTAttention",
-    "dinov2.modeling_dinov2.Dinov2Attention",
+    *("beit.modeling_beit.BeitAttention", "deit.modeling_deit.DeiTAttention", "vit.modeling_vit.ViTAttention"),
+    *("dinov2.modeling_dinov2.Dinov2Attention", "dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention"),
+    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersAttention",
+    "vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneAttention",
+    *("vit_mae.modeling_vit_mae.ViTMAEAttention", "yolos.modeling_yolos.YolosAttention"),
+    "segformer.modeling_segformer.SegformerAttention",
+    *("swin.modeling_swin.SwinAttention", "swinv2.modeling_swinv2.Swinv2Attention"),
+    "maskformer.modeling_maskformer_swin.MaskFormerSwinAttention",
+    *("clip.modeling_clip.CLIPAttention", "siglip.modeling_siglip.SiglipAttention"),
+    *(f"detr.modeling_detr.Detr{kind}Attention" for kind in ("", "Self", "Cross")),
+    *("bert.modeling_bert.BertAttention", "roberta.modeling_roberta.RobertaAttention"),
+    *("llama.modeling_llama.LlamaAttention", "mistral.modeling_mistral.MistralAttention"),
+    "qwen2.modeling_qwen2.Qwen2Attention",
 ):
-    register_rule(f"transformers.models.{name}", _vit)
+    register_rule(f"transformers.models.{name}", _conventional)
+
+for name in ("hiera.modeling_hiera.HieraMaskUnitAttention", "vitdet.modeling_vitdet.VitDetAttention"):
+    register_rule(f"transformers.models.{name}", fused)
 
 
-def _bert(module: nn.Module) -> dict[str, Any]:
-    inner = module.self
-    return _described(inner, module.output.dense, inner.num_attention_heads, ("query", "key", "value"))
+def _pvt(module: nn.Module) -> dict[str, Any]:
+    q, k, v = (whole(layer) for layer in (module.query, module.key, module.value))
+    return dict(num_heads=module.num_attention_heads, q=q, k=k, v=v, out=into(module.proj))
 
 
-for name in ("bert.modeling_bert.BertAttention", "segformer.modeling_segformer.SegformerAttention"):
-    register_rule(f"transformers.models.{name}", _bert)
-register_rule("transformers.models.swin.modeling_swin.SwinAttention", _bert)
-
-
-def _grouped(module: nn.Module) -> dict[str, Any]:
-    groups = module.config.num_key_value_heads
-    k, v = (whole(layer, num_heads=groups) for layer in (module.k_proj, module.v_proj))
-    heads = module.config.num_attention_heads
-    return dict(num_heads=heads, q=whole(module.q_proj), k=k, v=v, out=into(module.o_proj))
-
-
-register_rule("transformers.models.llama.modeling_llama.LlamaAttention", _grouped)
-register_rule(
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention",
-    lambda m: _described(m, m.o_proj, m.num_heads, ("q_proj", "k_proj", "v_proj")),
-)
-register_rule(
-    "transformers.models.detr.modeling_detr.DetrAttention",
-    lambda m: _described(m, m.out_proj, m.num_heads, ("q_proj", "k_proj", "v_proj")),
-)
+register_rule("transformers.models.pvt_v2.modeling_pvt_v2.PvtV2SelfAttention", _pvt)
 
 
 def _gpt2(module: nn.Module) -> dict[str, Any]:
