@@ -84,9 +84,7 @@ def test_patterns_that_leave_nothing():
 def test_no_site():
     with pytest.raises(ValueError, match="Linear has no attention site to condition: none of its modules is of the"):
         condattn.condition(nn.Linear(2, 2))
-    with pytest.raises(
-        ValueError, match=r"StrangeAttention\) looks like attention: describe it with condattn.register_rule"
-    ):
+    with pytest.raises(ValueError, match=r"StrangeAttention \(the model itself\): no rule describes it; add cond"):
         condattn.condition(StrangeAttention())
 
 
@@ -99,14 +97,24 @@ class StrangeAttention(nn.Module):
 
 
 def test_unknown_attention_is_named_with_the_rule_to_add():
-    model = nn.ModuleDict({"known": nn.MultiheadAttention(4, 2), "strange": StrangeAttention()})
-    with pytest.warns(UserWarning, match=r"no rule describes it: strange \(.*StrangeAttention\); add condattn.regis"):
+    model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), a=StrangeAttention(), b=StrangeAttention()))
+    with pytest.warns(UserWarning, match=r"StrangeAttention \(a and 1 more\): no rule describes it; add cond"):
         assert condattn.condition(model, "pc").conditioned == ("known",)
     condattn.register_exception(f"{__name__}.StrangeAttention", "it is a test")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         condattn.condition(model, "sc")
     del sites._EXCEPTIONS[f"{__name__}.StrangeAttention"]
+
+
+def test_attention_that_cannot_be_conditioned_hides_what_is_in_it(monkeypatch):
+    monkeypatch.setattr(sites, "_EXCEPTIONS", {})
+    monkeypatch.setattr(sites, "_ATTENDING", set())
+    condattn.register_exception("torch.nn.modules.transformer.TransformerDecoderLayer", "it is a test", attends=True)
+    model = transformer()
+    with pytest.warns(UserWarning, match=r"TransformerDecoderLayer \(decoder.layers.0 and . more\): it is a test"):
+        conditioned = condattn.condition(model, "pc").conditioned
+    assert conditioned and all(name.startswith("encoder.") for name in conditioned)
 
 
 def test_heads_that_do_not_divide_the_channels():

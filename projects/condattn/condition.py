@@ -12,14 +12,7 @@ from torch import nn
 
 from .methods.base import Conditioning, Method, parse, registered_methods
 from .methods.correction import CorrectedModule, Lender
-from .sites import AttentionSite, find_sites, find_unknown, known_hosts, qualified_name
-
-RULE = (
-    "condattn.register_rule('MODULE.CLASS', "
-    "lambda m: dict(num_heads=m.num_heads, out=into(m.proj), **thirds(m.qkv))), "
-    "with into and thirds of condattn.sites"
-)
-"""The rule of the commonest kind, as advice."""
+from .sites import AttentionSite, find_siteless, find_sites, known_hosts
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,8 @@ def condition(
         exclude: Patterns of sites to leave out, likewise.
 
     Returns:
-        The sites that were conditioned and those that were left out. What looks like attention and has no rule is
-        named in a warning.
+        The sites that were conditioned and those that were left out. Attention that has no site
+        is named in a warning, with the reason.
 
     Raises:
         ValueError: If the conditioning is unknown or invalid, no site is found, a pattern matches no site, or a chosen
@@ -75,17 +68,14 @@ def condition(
     if not methods:
         return Report((), (), ())
     sites = find_sites(model)
-    unknown = [f"{name or '(the model itself)'} ({qualified_name(type(m))})" for name, m in find_unknown(model)]
+    siteless = find_siteless(model)
     if not sites:
-        looks = f"; {', '.join(unknown)} looks like attention: describe it with {RULE}" if unknown else ""
         raise ValueError(
             f"{type(model).__name__} has no attention site to condition: none of its modules is of the "
-            f"{len(known_hosts())} classes that condattn knows{looks}"
+            f"{len(known_hosts())} classes that condattn knows{''.join(f'; {text}' for text in siteless)}"
         )
-    if unknown:
-        warnings.warn(
-            f"left unconditioned, because no rule describes it: {', '.join(unknown)}; add {RULE}", stacklevel=2
-        )
+    if siteless:
+        warnings.warn(f"left unconditioned: {'; '.join(siteless)}", stacklevel=2)
     chosen = _select(sites, include, exclude)
     for method in methods:
         for site in chosen:

@@ -7,7 +7,7 @@ included), so describing a class never imports the library it belongs to::
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +96,14 @@ class AttentionSite:
 Describe = Callable[[Any], Mapping[str, Any]]
 _RULES: dict[str, Describe] = {}
 _EXCEPTIONS: dict[str, str] = {}
+_ATTENDING: set[str] = set()
+
+RULE = (
+    "condattn.register_rule('MODULE.CLASS', "
+    "lambda m: dict(num_heads=m.num_heads, out=into(m.proj), **thirds(m.qkv))), "
+    "with into and thirds of condattn.sites"
+)
+"""The rule of the commonest kind, as advice."""
 
 
 def register_rule(class_name: str, describe: Describe) -> None:
@@ -114,9 +122,17 @@ def register_rule(class_name: str, describe: Describe) -> None:
     _RULES[class_name] = describe
 
 
-def register_exception(class_name: str, reason: str) -> None:
-    """Say why a class that calls itself attention has no site: ``reason`` ends a sentence "it has no site: ..."."""
+def register_exception(class_name: str, reason: str, attends: bool = False) -> None:
+    """Say why a class has no site, and nothing in it either.
+
+    Args:
+        class_name: Qualified name of the class.
+        reason: Ends a sentence "it has no site: ...".
+        attends: Whether it is attention all the same, so that :func:`condattn.condition` warns that it is left out.
+    """
     _EXCEPTIONS[class_name] = reason
+    if attends:
+        _ATTENDING.add(class_name)
 
 
 def whole(owner: nn.Module, parameter: str = "weight", num_heads: int | None = None) -> Projection:
@@ -173,29 +189,38 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     Sites are found alike before and after conditioning.
     """
     sites = []
-    for name, module in model.named_modules():
+    for name, module in _named_modules(model):
         describe = _lookup(_RULES, type(module))
-        if describe is not None:
+        if describe is not None and not _excepted(module):
             sites.append(AttentionSite(name=name, module=module, **describe(module)))
     return sites
 
 
-def find_unknown(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Name and module of what looks like attention in ``model``, and that neither a rule nor an exception describes.
+def find_siteless(model: nn.Module) -> list[str]:
+    """Attention of ``model`` that has no site: for each class a text that says what, where, and why not.
 
-    It looks like attention if its class says so, it has layers of its own, and no site is in it or around it.
+    These are the exceptions that attend, and what neither a rule nor an exception describes but looks like attention:
+    its class says so, it has layers of its own, and no site is in it or around it.
     """
     sites = [site.name for site in find_sites(model)]
-    unknown = []
-    for name, module in model.named_modules():
-        if not re.search("atte?n|mh?sa$", type(module).__name__, re.IGNORECASE) or _lookup(_EXCEPTIONS, type(module)):
-            continue
-        around = any(site == name or f"{site}.".startswith(f"{name}.") or not name for site in sites)
-        inside = any(f"{name}.".startswith(f"{site}.") or not site for site in sites)
-        layers = any(isinstance(child, nn.Linear | nn.Conv2d) for child in module.modules())
-        if layers and not around and not inside:
-            unknown.append((name, module))
-    return unknown
+    places: dict[type, list[str]] = {}
+    for name, module in _named_modules(model):
+        cls = type(module)
+        if _excepted(module):
+            found = any(qualified_name(base) in _ATTENDING for base in cls.__mro__)
+        else:
+            calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE)
+            layers = any(isinstance(child, nn.Linear | nn.Conv2d) for child in module.modules())
+            near = any(_contains(name, site) or _contains(site, name) for site in sites)
+            found = calls_itself and layers and not near
+        if found:
+            places.setdefault(cls, []).append(name or "the model itself")
+    texts = []
+    for cls, (first, *others) in places.items():
+        where = first + (f" and {len(others)} more" if others else "")
+        reason = _lookup(_EXCEPTIONS, cls) or f"no rule describes it; add {RULE}"
+        texts.append(f"{qualified_name(cls)} ({where}): {reason}")
+    return texts
 
 
 def known_hosts() -> list[str]:
@@ -230,6 +255,24 @@ def as_matrix(owner: nn.Module, weight: Tensor) -> Tensor:
 
 def _out_features(owner: nn.Module, parameter: str) -> int:
     return getattr(owner, parameter).shape[1 if is_transposed(owner) else 0]
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside an exception."""
+    excepted: list[str] = []
+    for name, module in model.named_modules():
+        if not any(_contains(outer, name) for outer in excepted):
+            yield name, module
+            if _excepted(module):
+                excepted.append(name)
+
+
+def _excepted(module: nn.Module) -> bool:
+    return _lookup(_EXCEPTIONS, type(module)) is not None
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return not outer or f"{inner}.".startswith(f"{outer}.")
 
 
 def _lookup(table: Mapping[str, Any], cls: type) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.engine.errors import UserError, run_tool
-from condattn.sites import AttentionSite, HeadOutputs, Projection, find_sites, find_unknown, qualified_name
+from condattn.sites import AttentionSite, HeadOutputs, Projection, find_siteless, find_sites
 
 
 def parse_args() -> Namespace:
@@ -26,18 +26,18 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Print the table, and what looks like attention but is not in it."""
+    """Print the table, and the attention that is not in it."""
     name = parse_args().model
     model = build(name)
-    sites = find_sites(model)
+    sites, siteless = find_sites(model), find_siteless(model)
     if not sites:
-        raise UserError(f"{name} has no attention site that condattn knows{unknown_of(model)}")
+        raise UserError("; ".join([f"{name} has no attention site that condattn knows", *siteless]))
     console = Console()
     # Without a terminal there is no width to fold the lines into.
     console = console if console.is_terminal else Console(width=200)
     console.print(table_of(name, sites))
-    if find_unknown(model):
-        console.print(f"Not described by any rule{unknown_of(model)}")
+    for text in siteless:
+        console.print(f"No site: {text}", markup=False)
 
 
 def build(name: str) -> nn.Module:
@@ -115,12 +115,6 @@ def ability(method: RowPreconditioner | SpectralCorrection, site: AttentionSite)
         return site.obstacle or str(error)
     targets = [name for name in "qkv" if getattr(site, name) is not None]
     return ", ".join(targets) if isinstance(method, SpectralCorrection) else "yes"
-
-
-def unknown_of(model: nn.Module) -> str:
-    """What looks like attention and has no rule, as the end of a sentence."""
-    unknown = [f"{name or '(itself)'} ({qualified_name(type(module))})" for name, module in find_unknown(model)]
-    return f"; {', '.join(unknown)} looks like attention: see condattn.register_rule" if unknown else ""
 
 
 if __name__ == "__main__":

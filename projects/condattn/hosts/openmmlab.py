@@ -90,8 +90,6 @@ register_rule("mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention", 
 register_rule("mmdet.models.layers.transformer.utils.ConditionalAttention", _conditional)
 
 for name, reason in {
-    "mmcv.cnn.bricks.generalized_attention.GeneralizedAttention": "its terms are switched on and off one by one",
-    "mmcv.ops.cc_attention.CrissCrossAttention": "it has neither heads nor an output projection",
     "mmdet.models.layers.se_layer.ChannelAttention": "it weighs channels, without queries and keys",
     "mmdet.models.backbones.resnest.SplitAttentionConv2d": "it weighs the branches of a convolution",
     "mmseg.models.backbones.resnest.SplitAttentionConv2d": "it weighs the branches of a convolution",
@@ -100,6 +98,13 @@ for name, reason in {
     "mmseg.models.backbones.mscan.MSCAAttention": "it is convolutions",
     "mmseg.models.backbones.mscan.MSCASpatialAttention": "it is convolutions",
     "mmpretrain.models.backbones.van.SpatialAttention": "it is convolutions",
-    "mmdet.models.utils.vlfuse_helper.BiMultiHeadAttention": "it attends in two directions with one map",
 }.items():
     register_exception(name, reason)
+
+for name, reason in {
+    "mmcv.cnn.bricks.generalized_attention.GeneralizedAttention": "its terms are switched on and off one by one",
+    "mmcv.ops.cc_attention.CrissCrossAttention": "it has neither heads nor an output projection",
+    "mmdet.models.utils.vlfuse_helper.BiMultiHeadAttention": "it attends in two directions with one map",
+    "mmseg.models.decode_heads.san_head.RecWithAttnbias": "it uses the weights of its layers without running them",
+}.items():
+    register_exception(name, reason, attends=True)

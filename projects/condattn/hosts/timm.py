@@ -275,11 +275,15 @@ for name, reason in {
     "layers.non_local_attn.BilinearAttnTransform": "it transforms a map by rows and columns, without values",
     "layers.non_local_attn.BatNonLocalAttn": "it transforms a map by rows and columns, without values",
     "layers.attention2d.MultiQueryAttentionV2": "its weights are no matrices, and no model uses it",
-    "models.mobilevit.LinearSelfAttention": "separable attention has one context vector for all tokens, and no heads",
-    "models.swiftformer.EfficientAdditiveAttention": "additive attention pools the queries, and has no heads",
-    "models.csatv2.SpatialAttention": "it attends between single numbers, without an output projection",
     "models.mvitv2.MultiScaleAttentionPoolFirst": "no model uses it, and its forward fails",
     "models.nextvit.ConvAttention": "it is a grouped convolution",
     "models.byobnet.SelfAttnBlock": "its lambda layer makes no map of attention between tokens",
 }.items():
     register_exception(f"timm.{name}", reason)
+
+for name, reason in {
+    "csatv2.SpatialAttention": "it attends between single numbers, without an output projection",
+    "mobilevit.LinearSelfAttention": "separable attention has one context vector for all tokens, and no heads",
+    "swiftformer.EfficientAdditiveAttention": "additive attention pools the queries, and has no heads",
+}.items():
+    register_exception(f"timm.models.{name}", reason, attends=True)
