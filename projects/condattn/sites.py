@@ -123,12 +123,13 @@ def register_rule(class_name: str, describe: Describe) -> None:
 
 
 def register_exception(class_name: str, reason: str, attends: bool = False) -> None:
-    """Say why a class has no site, and nothing in it either.
+    """Say why a class that calls itself attention has no site.
 
     Args:
         class_name: Qualified name of the class.
         reason: Ends a sentence "it has no site: ...".
-        attends: Whether it is attention all the same, so that :func:`condattn.condition` warns that it is left out.
+        attends: Whether it is attention all the same. Then there are no sites in it either, and
+            :func:`condattn.condition` warns that it is left out.
     """
     _EXCEPTIONS[class_name] = reason
     if attends:
@@ -191,7 +192,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     sites = []
     for name, module in _named_modules(model):
         describe = _lookup(_RULES, type(module))
-        if describe is not None and not _excepted(module):
+        if describe is not None and not _attends(type(module)):
             sites.append(AttentionSite(name=name, module=module, **describe(module)))
     return sites
 
@@ -206,8 +207,8 @@ def find_siteless(model: nn.Module) -> list[str]:
     places: dict[type, list[str]] = {}
     for name, module in _named_modules(model):
         cls = type(module)
-        if _excepted(module):
-            found = any(qualified_name(base) in _ATTENDING for base in cls.__mro__)
+        if _lookup(_EXCEPTIONS, cls):
+            found = _attends(cls)
         else:
             calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE)
             layers = any(isinstance(child, nn.Linear | nn.Conv2d) for child in module.modules())
@@ -258,17 +259,18 @@ def _out_features(owner: nn.Module, parameter: str) -> int:
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules but those inside an exception."""
+    """All modules but those inside attention that has no site."""
     excepted: list[str] = []
     for name, module in model.named_modules():
         if not any(_contains(outer, name) for outer in excepted):
             yield name, module
-            if _excepted(module):
+            if _attends(type(module)):
                 excepted.append(name)
 
 
-def _excepted(module: nn.Module) -> bool:
-    return _lookup(_EXCEPTIONS, type(module)) is not None
+def _attends(cls: type) -> bool:
+    """Whether it is attention that is known to have no site."""
+    return any(qualified_name(base) in _ATTENDING for base in cls.__mro__)
 
 
 def _contains(outer: str, inner: str) -> bool:
