@@ -104,5 +104,6 @@ def build(name: str, implementation: str = "eager"):
 
 
 def run(model, inputs):
+    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     outputs = model(**inputs)
     return outputs.feature_maps[-1] if "feature_maps" in outputs else outputs.last_hidden_state
