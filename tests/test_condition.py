@@ -84,7 +84,7 @@ def test_patterns_that_leave_nothing():
 def test_no_site():
     with pytest.raises(ValueError, match="Linear has no attention site to condition: none of its modules is of the"):
         condattn.condition(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"StrangeAttention \(the model itself\): no rule describes it; add cond"):
+    with pytest.raises(ValueError, match=r"StrangeAttention \(the model itself\): no rule describes it; add a rule"):
         condattn.condition(StrangeAttention())
 
 
@@ -98,13 +98,74 @@ class StrangeAttention(nn.Module):
 
 def test_unknown_attention_is_named_with_the_rule_to_add():
     model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), a=StrangeAttention(), b=StrangeAttention()))
-    with pytest.warns(UserWarning, match=r"StrangeAttention \(a and 1 more\): no rule describes it; add cond"):
+    with pytest.warns(UserWarning, match=r"StrangeAttention \(a and 1 more\): no rule describes it; add a rule"):
         assert condattn.condition(model, "pc").conditioned == ("known",)
     condattn.register_exception(f"{__name__}.StrangeAttention", "it is a test")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         condattn.condition(model, "sc")
     del sites._EXCEPTIONS[f"{__name__}.StrangeAttention"]
+
+
+def test_unknown_attention_is_left_out_without_a_warning_where_patterns_say_so():
+    model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), strange=StrangeAttention()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert condattn.condition(model, "pc", exclude="strange").conditioned == ("known",)
+        assert condattn.condition(model, "sc", include="known").conditioned == ("known",)
+        with pytest.raises(ValueError, match="leave no attention site"):
+            condattn.condition(model, "none", include="strange")
+
+
+def test_patterns_of_the_baseline_are_checked():
+    with pytest.raises(ValueError, match="pattern 'typo' matches no attention site"):
+        condattn.condition(transformer(), "none", include="typo")
+    assert condattn.condition(transformer(), "none", include="encoder").conditioned == ()
+
+
+def test_sites_that_share_a_layer():
+    sites.register_rule(f"{__name__}.Shared", lambda m: dict(num_heads=m.heads, out=sites.into(m.proj)))
+    model = nn.ModuleDict(dict(a=Shared(2), b=Shared(4)))
+    model["b"].proj = model["a"].proj
+    with pytest.raises(ValueError, match=r"a \(Shared\) and b \(Shared\) share a Linear; exclude one of them"):
+        condattn.condition(model)
+    assert condattn.condition(model, exclude="a").conditioned == ("b",)
+    del sites._RULES[f"{__name__}.Shared"]
+
+
+class Shared(nn.Module):
+    """Attention whose output projection may be another one's."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads, self.proj = heads, nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize("conditioning", ["pc", "sc"])
+def test_heads_that_do_not_divide(conditioning):
+    sites.register_rule(
+        f"{__name__}.Shared",
+        lambda m: dict(num_heads=m.heads, out=sites.into(m.proj), q=sites.whole(m.proj)),
+    )
+    with pytest.raises(ValueError, match="3 heads do not divide"):
+        condattn.condition(Shared(3), conditioning)
+    del sites._RULES[f"{__name__}.Shared"]
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match=r"model is a str; expected a torch.nn.Module"):
+        condattn.condition("swin")
+
+
+def test_a_compiled_model_notices():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    compiled, image = torch.compile(model, backend="eager"), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = compiled(image)
+        condattn.condition(model, "pc")
+        torch.testing.assert_close(compiled(image), model(image))
+        assert not torch.allclose(before, model(image))
 
 
 def test_attention_that_cannot_be_conditioned_hides_what_is_in_it(monkeypatch):
@@ -145,7 +206,7 @@ def test_a_convolution_that_is_no_projection():
 @pytest.mark.parametrize("name", ["pcc", "", "none+pc", "pc+", 3, dict(strength=1.0), dict(type="Nothing")])
 def test_unknown_name(name):
     model = transformer()
-    with pytest.raises(ValueError, match=r"Known: 'none', 'pc' \(RowPreconditioner\), 'sc' \(SpectralCorrection\)"):
+    with pytest.raises(ValueError, match=r"Known: 'pc' \(RowPreconditioner\), 'sc' \(SpectralCorrection\).*'none'"):
         condattn.condition(model, name)
     assert not any(condattn.conditioning_of(model).values())
 

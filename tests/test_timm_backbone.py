@@ -12,6 +12,7 @@ pytest.importorskip("timm")
 import timm
 
 import condattn.registry
+from condattn.models.image_size import ImageSizes, map_size
 from condattn.models.pyramid import SimpleFeaturePyramid
 from condattn.models.timm import ConditionedTimmBackbone
 
@@ -33,6 +34,31 @@ def test_images_of_any_size(name, size):
     assert len(maps) == len(backbone.strides) == (4 if name in PYRAMIDS else 1)
     for m, channels, stride in zip(maps, backbone.out_channels, backbone.strides, strict=True):
         assert m.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
+
+
+@pytest.mark.parametrize("name, unit", [("maxvit_pico_rw_256", 256), ("eva02_tiny_patch14_224", 14)])
+def test_windows_of_a_fixed_grid_see_padded_images(name, unit):
+    backbone = build(name).eval()
+    assert backbone.image_sizes == ImageSizes((unit, unit))
+    image = torch.zeros(1, 3, 40, 300)
+    with torch.no_grad():
+        maps = backbone(image)
+    assert [m.shape[-2:] for m in maps] == [map_size((40, 300), stride) for stride in backbone.strides]
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "hiera_tiny_224", "levit_128s", "gcvit_xxtiny"])
+def test_models_of_one_size_take_smaller_images(name):
+    settings = dict(depth=1, img_size=(64, 96)) if "beit" in name else {}
+    backbone = build(name, **settings).eval()
+    height, width = backbone.image_sizes.unit
+    assert backbone.image_sizes.fixed and (height, width) == ((64, 96) if "beit" in name else (224, 224))
+    image = torch.randn(1, 3, 50, 70)
+    padded = nn.functional.pad(image, (0, width - 70, 0, height - 50))
+    with torch.no_grad():
+        for small, whole in zip(backbone(image), backbone(padded), strict=True):
+            assert torch.equal(small, whole[..., : small.shape[-2], : small.shape[-1]])
+    with pytest.raises(ValueError, match=rf"an image of 300 x 70 pixels; this model takes {height} x {width} and less"):
+        backbone(torch.zeros(1, 3, 300, 70))
 
 
 @pytest.mark.parametrize("name", [*PYRAMIDS, *COLUMNS])
@@ -68,21 +94,40 @@ def test_conditioning_and_its_patterns():
     assert [len(methods) for methods in told.values()] == [0] + [2] * 11
 
 
-def test_frozen_stages():
-    backbone = build("swin_tiny_patch4_window7_224", frozen_stages=1, drop_path_rate=0.5).train()
-    still = ("model.patch_embed", "model.layers.0")
+@pytest.mark.parametrize(
+    "name, stages, still",
+    [
+        ("swin_tiny_patch4_window7_224", 1, ("model.patch_embed", "model.layers.0")),
+        (
+            "vit_tiny_patch16_224",
+            2,
+            ("model.patch_embed", "model.cls", "model.pos", "model.blocks.0", "model.blocks.1."),
+        ),
+    ],
+)
+def test_frozen_stages(name, stages, still):
+    """Neither their weights nor their dropout move; all others do."""
+    backbone = build(name, frozen_stages=stages, drop_path_rate=0.5, proj_drop_rate=0.5).train()
     assert all(p.requires_grad != n.startswith(still) for n, p in backbone.named_parameters())
-    assert all(m.training != n.startswith(still) for n, m in backbone.named_modules() if isinstance(m, nn.LayerNorm))
-    assert all(p.requires_grad for p in build("swin_tiny_patch4_window7_224").parameters())
+    last = max(n for n, _ in backbone.named_modules() if n.startswith(still) and n.count(".") == 2)
+    seen = []
+    dict(backbone.named_modules())[last].register_forward_hook(lambda m, args, output: seen.append((args[0], output)))
+    image = torch.randn(2, 3, 64, 64)
+    one, two = backbone(image)[-1], backbone(image)[-1]
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(one, two)
+    assert all(p.requires_grad for p in build(name).parameters())
 
 
 def test_checkpointing_changes_no_gradient():
-    gradients = []
+    gradients, calls = [], []
     for with_cp in (False, True):
         backbone = build("vit_tiny_patch16_224", with_cp=with_cp).train()
+        backbone.model.blocks[0].register_forward_pre_hook(lambda *_, with_cp=with_cp: calls.append(with_cp))
         torch.manual_seed(1)
         backbone(torch.randn(1, 3, 32, 32))[0].square().mean().backward()
         gradients.append([p.grad for p in backbone.parameters()])
+    assert calls == [False, True, True]  # once more in the backward pass
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -108,6 +153,12 @@ def test_weights(tmp_path):
     [
         (dict(model_name="vit_tiny_patch_16"), "timm has no model vit_tiny_patch_16; it has .*vit"),
         (dict(model_name="pvt_v2_b0", out_indices=(0, 4)), r"out_indices is \[0, 4\]; pvt_v2_b0 has 4 features"),
+        (dict(model_name="pvt_v2_b0", out_indices=(1, 1)), r"out_indices is \[1, 1\].* ascending"),
+        (dict(model_name="pvt_v2_b0", out_indices=(3, 0)), r"out_indices is \[3, 0\].* ascending"),
+        (dict(model_name="pvt_v2_b0", frozen_stages=5), "frozen_stages is 5; pvt_v2_b0 has 4 stages"),
+        (dict(model_name="caformer_s18", frozen_stages=0), "MetaFormer does not say what its stages are"),
+        (dict(model_name="twins_svt_small", with_cp=True), "twins_svt_small has no activation checkpointing"),
+        (dict(model_name="crossvit_tiny_240"), "crossvit_tiny_240 gives no feature maps .* its maps are of"),
         (dict(model_name="resnet18"), "has no attention site"),
         (dict(model_name="pvt_v2_b0", sails=3), "timm's pvt_v2_b0: .*sails"),
         (dict(model_name="pvt_v2_b0", conditioning="cp"), "unknown conditioning 'cp'"),

@@ -107,10 +107,62 @@ def prompt():
     return PromptMultiheadAttention(24, 3)
 
 
+def non_local(**settings):
+    from mmcv.cnn import NonLocal2d
+
+    return NonLocal2d(24, reduction=2, zeros_init=False, **settings)
+
+
+def disentangled():
+    from mmseg.models.decode_heads.dnl_head import DisentangledNonLocal2d
+
+    return DisentangledNonLocal2d(24, reduction=2, zeros_init=False, temperature=1.0)
+
+
+def interlaced():
+    from mmseg.models.decode_heads.isa_head import SelfAttentionBlock
+
+    return SelfAttentionBlock(24, 12, None, dict(type="BN"), dict(type="ReLU"))
+
+
+def object_context():
+    from mmseg.models.decode_heads.ocr_head import ObjectAttentionBlock
+
+    return ObjectAttentionBlock(24, 12, 1, None, dict(type="BN"), dict(type="ReLU"))
+
+
+def asymmetric():
+    from mmseg.models.decode_heads.ann_head import SelfAttentionBlock
+
+    return SelfAttentionBlock(24, 24, 12, 24, True, 1, (1, 2), None, dict(type="BN"), dict(type="ReLU"))
+
+
+def position():
+    from mmseg.models.decode_heads.da_head import PAM
+
+    return PAM(24, 12)
+
+
+def as_map(x):
+    """Tokens (2, 20, 24) as a map (2, 24, 4, 5)."""
+    return x.mT.unflatten(-1, (4, 5))
+
+
+def on_map(module, x):
+    return module(as_map(x)).flatten(1)
+
+
 # Layers that no backbone above has: constructor, and how to call it with tokens (2, 20, 24).
 LAYERS = {
     "mmcv MultiScaleDeformableAttention": (Deformable, lambda m, x: m(x)),
     "mmdet ConditionalAttention": (conditional, lambda m, x: m(x, x, query_pos=x.flip(1), key_pos=x.flip(1))),
+    "mmcv NonLocal2d": (non_local, on_map),
+    "mmcv NonLocal2d, gaussian": (functools.partial(non_local, mode="gaussian", sub_sample=True), on_map),
+    "mmseg DNL": (disentangled, on_map),
+    "mmseg ISA": (interlaced, on_map),
+    "mmseg ANN": (asymmetric, lambda m, x: m(as_map(x), as_map(x.flip(1))).flatten(1)),
+    "mmseg OCR": (object_context, lambda m, x: m(as_map(x), as_map(x.flip(1))[..., :3]).flatten(1)),
+    "mmseg PAM": (position, on_map),
     "mmpretrain CrossMultiheadAttention": (cross, lambda m, x: m(x, x[:, 5:], x[:, 5:])),
     "mmpretrain PromptMultiheadAttention": (
         prompt,

@@ -33,6 +33,10 @@ FAMILIES = {
     "efficientformer_v2": ("efficientformerv2_s0", dict(img=224)),
     "efficientvit_mit": ("efficientvit_b0", dict(img=64)),
     "efficientvit_msra": ("efficientvit_m0", dict(img_size=64)),
+    "beit: without biases": (
+        "beit_base_patch16_224",
+        dict(img_size=32, depth=2, embed_dim=48, num_heads=3, qkv_bias=False),
+    ),
     "eva: unfused": ("eva02_base_patch14_224", dict(img_size=28, depth=2, embed_dim=48, num_heads=3)),
     "eva": ("eva02_tiny_patch14_224", dict(img_size=28, depth=2)),
     "fastvit": ("fastvit_sa12", dict(img=64)),
@@ -61,6 +65,10 @@ FAMILIES = {
     "shvit": ("shvit_s1", dict(img=64)),
     "swin_transformer": ("swin_tiny_patch4_window7_224", dict(img_size=56, depths=(2, 2, 2, 2))),
     "swin_transformer_v2": ("swinv2_tiny_window8_256", dict(img_size=64, depths=(2, 2, 2, 2))),
+    "swin_transformer_v2: without biases": (
+        "swinv2_tiny_window8_256",
+        dict(img_size=64, depths=(2, 2, 2, 2), qkv_bias=False),
+    ),
     "swin_transformer_v2_cr": ("swinv2_cr_tiny_ns_224", dict(img_size=64)),
     "tiny_vit": ("tiny_vit_5m_224", dict(img=64)),
     "tnt": ("tnt_s_patch16_224", dict(img_size=32, depth=2)),

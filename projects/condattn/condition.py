@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from .methods.base import Conditioning, Method, parse, registered_methods
 from .methods.correction import CorrectedModule, Lender
-from .sites import AttentionSite, find_siteless, find_sites, known_hosts
+from .sites import AttentionSite, Siteless, describe_siteless, find_siteless, find_sites, known_hosts
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def condition(
     """Condition the attention sites of ``model`` in place.
 
     Either all chosen sites are conditioned or, with an error, none. State-dict keys stay as they are; only
-    corrections that depend on the weights add a buffer each.
+    corrections that depend on the weights add a buffer each. Condition a model last: a layer that is replaced later
+    (heads pruned, adapters added) takes its conditioning with it.
 
     Args:
         model: Any torch model.
@@ -62,30 +65,38 @@ def condition(
 
     Raises:
         ValueError: If the conditioning is unknown or invalid, no site is found, a pattern matches no site, or a chosen
-            site cannot be conditioned or is conditioned by the same method already.
+            site cannot be conditioned, is conditioned by the same method already, or shares a layer with another.
+        TypeError: If ``model`` is none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     methods = parse(conditioning)
-    if not methods:
+    if not methods and include is None and exclude is None:
         return Report((), (), ())
-    sites = find_sites(model)
-    siteless = find_siteless(model)
+    sites, siteless = find_sites(model), find_siteless(model)
     if not sites:
+        reasons = f"; {describe_siteless(siteless)}" if siteless else ""
         raise ValueError(
             f"{type(model).__name__} has no attention site to condition: none of its modules is of the "
-            f"{len(known_hosts())} classes that condattn knows{''.join(f'; {text}' for text in siteless)}"
+            f"{len(known_hosts())} classes that condattn knows{reasons}"
         )
-    if siteless:
-        warnings.warn(f"left unconditioned: {'; '.join(siteless)}", stacklevel=2)
-    chosen = _select(sites, include, exclude)
+    chosen = _select([*sites, *siteless], include, exclude)
+    if methods and (left := [one for one in chosen if isinstance(one, Siteless)]):
+        warnings.warn(f"left unconditioned: {describe_siteless(left)}", stacklevel=2)
+    chosen = [one for one in chosen if isinstance(one, AttentionSite)]
+    if not chosen:
+        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no attention site to condition")
     for method in methods:
         for site in chosen:
             if method.applied_to(site) is not None:
                 raise ValueError(f"{site}: {type(method).__name__} is applied already; condition a site once")
             method.check(site)
+    _check_nothing_is_shared(chosen)
     for method in methods:
         for site in chosen:
             method.apply(site)
-    names = tuple(site.name for site in chosen)
+    _forget_compiled()
+    names = tuple(site.name for site in chosen if methods)
     return Report(tuple(methods), names, tuple(site.name for site in sites if site.name not in names))
 
 
@@ -103,6 +114,7 @@ def fold(model: nn.Module) -> int:
         module.fold()
     for module in model.modules():
         Lender.detach(module)
+    _forget_compiled()
     return len(foldable)
 
 
@@ -119,27 +131,43 @@ def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
 
 
 def _select(
-    sites: list[AttentionSite], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> list[AttentionSite]:
-    included = _matching(sites, include, "include") if include is not None else sites
-    excluded = _matching(sites, exclude, "exclude") if exclude is not None else []
-    chosen = [site for site in included if site not in excluded]
-    if not chosen:
-        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no attention site to condition")
-    return chosen
+    found: list[AttentionSite | Siteless], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> list[AttentionSite | Siteless]:
+    included = _matching(found, include, "include") if include is not None else found
+    excluded = _matching(found, exclude, "exclude") if exclude is not None else []
+    return [one for one in included if one not in excluded]
 
 
-def _matching(sites: list[AttentionSite], patterns: str | Sequence[str], argument: str) -> list[AttentionSite]:
+def _matching(
+    found: list[AttentionSite | Siteless], patterns: str | Sequence[str], argument: str
+) -> list[AttentionSite | Siteless]:
     matched = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = [site for site in sites if _matches(site.name, pattern)]
+        hits = [one for one in found if _matches(one.name, pattern)]
         if not hits:
-            names = ", ".join(repr(site.name) for site in sites)
+            names = ", ".join(repr(one.name) for one in found if isinstance(one, AttentionSite))
             raise ValueError(f"{argument} pattern {pattern!r} matches no attention site; the sites are {names}")
         matched.extend(hits)
-    return [site for site in sites if site in matched]
+    return [one for one in found if one in matched]
 
 
 def _matches(name: str, pattern: str) -> bool:
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+def _check_nothing_is_shared(sites: list[AttentionSite]) -> None:
+    """Two sites that share a layer would condition it twice, each for its own heads."""
+    users: dict[nn.Module, AttentionSite] = {}
+    for site in sites:
+        parts = (site.q, site.k, site.v, site.out)
+        for owner in {part.owner for part in parts if part is not None}:
+            other = users.setdefault(owner, site)
+            if other is not site:
+                raise ValueError(f"{other} and {site} share a {type(owner).__name__}; exclude one of them")
+
+
+def _forget_compiled() -> None:
+    """What ``torch.compile`` has made of a model does not notice hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

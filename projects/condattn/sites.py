@@ -7,7 +7,7 @@ included), so describing a class never imports the library it belongs to::
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,13 +97,6 @@ Describe = Callable[[Any], Mapping[str, Any]]
 _RULES: dict[str, Describe] = {}
 _EXCEPTIONS: dict[str, str] = {}
 _ATTENDING: set[str] = set()
-
-RULE = (
-    "condattn.register_rule('MODULE.CLASS', "
-    "lambda m: dict(num_heads=m.num_heads, out=into(m.proj), **thirds(m.qkv))), "
-    "with into and thirds of condattn.sites"
-)
-"""The rule of the commonest kind, as advice."""
 
 
 def register_rule(class_name: str, describe: Describe) -> None:
@@ -197,31 +190,63 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     return sites
 
 
-def find_siteless(model: nn.Module) -> list[str]:
-    """Attention of ``model`` that has no site: for each class a text that says what, where, and why not.
+@dataclass(frozen=True)
+class Siteless:
+    """Attention that has no site.
+
+    Attributes:
+        name: Qualified name of the module in the model that was searched; '' for the model itself.
+        module: The module.
+        reason: Why not, as its exception says; '' if no rule describes it.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str
+
+
+def find_siteless(model: nn.Module) -> list[Siteless]:
+    """Attention of ``model`` that has no site.
 
     These are the exceptions that attend, and what neither a rule nor an exception describes but looks like attention:
-    its class says so, it has layers of its own, and no site is in it or around it.
+    its class says so, it has weights of its own, and no site is in it or around it.
     """
     sites = [site.name for site in find_sites(model)]
-    places: dict[type, list[str]] = {}
+    siteless = []
     for name, module in _named_modules(model):
         cls = type(module)
-        if _lookup(_EXCEPTIONS, cls):
+        reason = _lookup(_EXCEPTIONS, cls) or ""
+        if reason:
             found = _attends(cls)
         else:
             calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE)
-            layers = any(isinstance(child, nn.Linear | nn.Conv2d) for child in module.modules())
-            near = any(_contains(name, site) or _contains(site, name) for site in sites)
-            found = calls_itself and layers and not near
+            weights = any(parameter.ndim > 1 for parameter in module.parameters())
+            found = calls_itself and weights and not any(_contains(name, s) or _contains(s, name) for s in sites)
         if found:
-            places.setdefault(cls, []).append(name or "the model itself")
+            siteless.append(Siteless(name, module, reason))
+    return siteless
+
+
+def describe_siteless(siteless: Sequence[Siteless]) -> str:
+    """One text for all: each class once, where it is, why it has no site, and what to do about it."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for one in siteless:
+        key = qualified_name(type(one.module)), one.reason or "no rule describes it"
+        places.setdefault(key, []).append(one.name or "the model itself")
     texts = []
-    for cls, (first, *others) in places.items():
-        where = first + (f" and {len(others)} more" if others else "")
-        reason = _lookup(_EXCEPTIONS, cls) or f"no rule describes it; add {RULE}"
-        texts.append(f"{qualified_name(cls)} ({where}): {reason}")
-    return texts
+    for (cls, reason), (first, *others) in places.items():
+        texts.append(f"{cls} ({first}{f' and {len(others)} more' if others else ''}): {reason}")
+    if not all(one.reason for one in siteless):
+        texts.append(RULE)
+    return "; ".join(texts)
+
+
+RULE = (
+    "add a rule: condattn.register_rule('MODULE.CLASS', "
+    "lambda m: dict(num_heads=m.num_heads, out=into(m.proj), **thirds(m.qkv))), "
+    "with into and thirds of condattn.sites"
+)
+"""The rule of the commonest kind, as advice."""
 
 
 def known_hosts() -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.engine.errors import UserError, run_tool
-from condattn.sites import AttentionSite, HeadOutputs, Projection, find_siteless, find_sites
+from condattn.sites import AttentionSite, HeadOutputs, Projection, describe_siteless, find_siteless, find_sites
 
 
 def parse_args() -> Namespace:
@@ -31,13 +31,14 @@ def main() -> None:
     model = build(name)
     sites, siteless = find_sites(model), find_siteless(model)
     if not sites:
-        raise UserError("; ".join([f"{name} has no attention site that condattn knows", *siteless]))
+        reasons = f"; {describe_siteless(siteless)}" if siteless else ""
+        raise UserError(f"{name} has no attention site that condattn knows{reasons}")
     console = Console()
     # Without a terminal there is no width to fold the lines into.
     console = console if console.is_terminal else Console(width=200)
     console.print(table_of(name, sites))
-    for text in siteless:
-        console.print(f"No site: {text}", markup=False)
+    if siteless:
+        console.print(f"Without a site: {describe_siteless(siteless)}", markup=False)
 
 
 def build(name: str) -> nn.Module:
@@ -71,7 +72,10 @@ def _transformers(name: str) -> nn.Module | None:
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         return None
-    return cls(cls.config_class())
+    config = cls.config_class()
+    if getattr(config, "use_pretrained_backbone", False):
+        config.use_pretrained_backbone = False
+    return cls(config)
 
 
 def _refuse(name: str) -> nn.Module:

@@ -86,6 +86,31 @@ def _conditional(module: nn.Module) -> dict[str, Any]:
     return dict(num_heads=module.num_heads, q=q, k=k, v=v, out=into(module.out_proj))
 
 
+def _non_local(module: nn.Module) -> dict[str, Any]:
+    """One head between the pixels of a map; its layers may be followed by pooling."""
+    projections = dict(v=whole(_conv(module.g, 0)))
+    if module.mode == "gaussian":
+        projections["obstacle"] = "it attends without q and k"
+    else:
+        projections |= dict(q=whole(_conv(module.theta, 0)), k=whole(_conv(module.phi, 0)))
+    return dict(num_heads=1, out=into(module.conv_out.conv), **projections)
+
+
+def _self_attention_block(module: nn.Module) -> dict[str, Any]:
+    """OCRNet, ANN, ISA and DANet: one head, each projection one or more convolutions, of which the last makes it."""
+    q, k, v = (whole(_conv(getattr(module, f"{name}_project"), -1)) for name in ("query", "key", "value"))
+    projections = dict(q=q, v=v) if module.share_key_query else dict(q=q, k=k, v=v)
+    output = module.out_project or getattr(module, "output_project", None) or getattr(module, "gamma", None)
+    return dict(num_heads=1, out=into(_conv(output, 0), axis=1), **projections)
+
+
+def _conv(layer: nn.Module, index: int) -> nn.Module:
+    layer = layer[index] if isinstance(layer, nn.Sequential) else layer
+    return getattr(layer, "conv", layer)
+
+
+register_rule("mmcv.cnn.bricks.non_local._NonLocalNd", _non_local)
+register_rule("mmseg.models.utils.self_attention_block.SelfAttentionBlock", _self_attention_block)
 register_rule("mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention", _deformable)
 register_rule("mmdet.models.layers.transformer.utils.ConditionalAttention", _conditional)
 
@@ -104,6 +129,8 @@ for name, reason in {
 for name, reason in {
     "mmcv.cnn.bricks.generalized_attention.GeneralizedAttention": "its terms are switched on and off one by one",
     "mmcv.ops.cc_attention.CrissCrossAttention": "it has neither heads nor an output projection",
+    "mmdet.models.dense_heads.clr_head.utils.roi_gather.ROIGather": "its output layer is one number for each query",
+    "mmseg.models.decode_heads.da_head.CAM": "it attends between channels, without projections",
     "mmdet.models.utils.vlfuse_helper.BiMultiHeadAttention": "it attends in two directions with one map",
     "mmseg.models.decode_heads.san_head.RecWithAttnbias": "it uses the weights of its layers without running them",
 }.items():

@@ -287,3 +287,6 @@ for name, reason in {
     "swiftformer.EfficientAdditiveAttention": "additive attention pools the queries, and has no heads",
 }.items():
     register_exception(f"timm.models.{name}", reason, attends=True)
+for name in ("SimPool1d", "SimPool2d"):
+    reason = "it pools with attention, without a projection of the values or the output"
+    register_exception(f"timm.layers.other_pool.{name}", reason, attends=True)

@@ -116,7 +116,7 @@ def _lookup(name: Any) -> type[Method]:
 
 def _known() -> str:
     names = ", ".join(f"'{alias}' ({name})" for alias, name in _ALIASES.items())
-    return f"Known: 'none', {names}, and several of them joined by '+'"
+    return f"Known: {names}, several of them joined by '+', and 'none' by itself"
 
 
 # Wrappers that differ from what they wrap in versions of torch below 1.5 alone.

@@ -90,6 +90,8 @@ class CorrectedModule(nn.Module):
     transposed = False
     """Whether the weight is kept as (in features, out features)."""
     corrections: Mapping[str, Correction] = MappingProxyType({})
+    lent: Mapping[str, Tensor] = MappingProxyType({})
+    """The weights W in whose place W + C stands at the moment, see :class:`Lender`."""
     unsettled: frozenset[str] = frozenset()
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
@@ -113,14 +115,14 @@ class CorrectedModule(nn.Module):
 
     def effective_weight(self, parameter: str = "weight") -> Tensor:
         """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
-        weight = getattr(self, parameter)
+        weight = self.lent[parameter] if parameter in self.lent else getattr(self, parameter)
         matrix = self._matrix(weight)
         correction = self.corrections.get(parameter)
         if correction is None:
             return weight
         constant = getattr(self, f"{parameter}_correction")
         if parameter in self.unsettled:
-            self._settle(parameter, constant)
+            self._settle(parameter, matrix, constant)
         if correction.svd:
             corrected = matrix + constant
         else:
@@ -142,9 +144,9 @@ class CorrectedModule(nn.Module):
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight.flatten(1)
 
-    def _settle(self, parameter: str, constant: Tensor) -> None:
+    def _settle(self, parameter: str, matrix: Tensor, constant: Tensor) -> None:
         if constant.isnan().any():
-            constant.copy_(self.corrections[parameter].compute(self._matrix(getattr(self, parameter))))
+            constant.copy_(self.corrections[parameter].compute(matrix))
         self.unsettled -= {parameter}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
@@ -164,25 +166,34 @@ class Lender:
     """Forward hooks of a module that uses the weight of a corrected one without calling it: they lend it W + C.
 
     Args:
-        owner: The corrected module.
+        reader: The module that uses the weight. A replica of it (``nn.DataParallel``) takes the hooks over.
+        owner: The corrected module, in ``reader``.
         parameter: Its weight.
     """
 
-    def __init__(self, owner: CorrectedModule, parameter: str) -> None:
-        self.owner, self.parameter = owner, parameter
-
-    def attach(self, reader: nn.Module) -> None:
-        """Lend while ``reader`` runs."""
+    def __init__(self, reader: nn.Module, owner: CorrectedModule, parameter: str) -> None:
+        self.path = next(path for path, module in reader.named_modules() if module is owner)
+        self.parameter = parameter
         reader.register_forward_pre_hook(self.lend)
         reader.register_forward_hook(self.take_back, always_call=True)
 
     def lend(self, reader: nn.Module, args: tuple) -> None:
-        """Put W + C in front of the parameter."""
-        object.__setattr__(self.owner, self.parameter, self.owner.effective_weight(self.parameter))
+        """Put W + C in the place of W."""
+        owner = reader.get_submodule(self.path)
+        corrected = owner.effective_weight(self.parameter)
+        owner.lent = {**owner.lent, self.parameter: getattr(owner, self.parameter)}
+        object.__setattr__(owner, self.parameter, corrected)
 
     def take_back(self, reader: nn.Module, args: tuple, output: object) -> None:
-        """Leave the parameter alone again."""
-        self.owner.__dict__.pop(self.parameter, None)
+        """Put W in its place again."""
+        owner = reader.get_submodule(self.path)
+        weights = dict(owner.lent)
+        weight = weights.pop(self.parameter, None)
+        owner.lent = weights
+        if self.parameter in owner._parameters:
+            owner.__dict__.pop(self.parameter, None)
+        elif weight is not None:  # a replica has no parameters
+            object.__setattr__(owner, self.parameter, weight)
 
     @staticmethod
     def detach(reader: nn.Module) -> None:

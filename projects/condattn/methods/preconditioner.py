@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.row_norm import normalize_rows
-from ..sites import AttentionSite, HeadOutputs
+from ..sites import AttentionSite
 from .base import Method, become, check_can_become, leave_out, register_method
 from .multihead import ConditionedMultiheadAttention
 
@@ -56,7 +56,7 @@ class RowPreconditioner(Method):
             raise ValueError(f"{site}: cannot be preconditioned: {site.obstacle}; {leave_out(site)}")
         if isinstance(out.owner, nn.MultiheadAttention):
             check_can_become(out.owner, ConditionedMultiheadAttention, site)
-        channels, heads = _channels(out), out.num_heads or site.num_heads
+        channels, heads = _channels(site), out.num_heads or site.num_heads
         if channels and channels % heads:
             raise ValueError(
                 f"{site}: cannot be preconditioned: {heads} heads do not divide its {channels} channels; "
@@ -142,10 +142,12 @@ class PreconditionedLinear(nn.Linear):
 PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _channels(out: HeadOutputs) -> int | None:
+def _channels(site: AttentionSite) -> int | None:
     """How many channels of head outputs lie along the axis, where the layers tell."""
+    out = site.out
     if out.channels is not None:
         return out.channels.stop - out.channels.start
-    if out.num_heads == 1:
-        return None
-    return getattr(out.projection, "in_features", getattr(out.projection, "in_channels", None))
+    for name in ("in_features", "in_channels"):
+        if hasattr(out.projection, name):
+            return getattr(out.projection, name)
+    return len(site.v.weight) if site.v is not None else None

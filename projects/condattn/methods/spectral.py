@@ -86,7 +86,7 @@ class SpectralCorrection(Method):
             if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
                 raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
             rows = len(projection.weight)
-            if self.layout == "per_head" and rows % heads:
+            if rows % heads:
                 raise ValueError(
                     f"{site}: {heads} heads do not divide the {rows} rows of its {target}; {leave_out(site)}"
                 )
@@ -103,7 +103,7 @@ class SpectralCorrection(Method):
             layer.add_correction(parameter, Correction(tuple(blocks), self.relative, self.form == "svd"))
         readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
         for (owner, parameter), reader in readers.items():
-            Lender(owner, parameter).attach(reader)
+            Lender(reader, owner, parameter)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> SpectralCorrection | None:

@@ -10,10 +10,10 @@ from mmengine.model import BaseModule, initialize
 from mmengine.registry import MODELS
 from timm.models import group_parameters
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..condition import condition
 from ..methods.base import Conditioning
+from .image_size import features, find_image_sizes, map_size
 
 # What lets a model take images of any size, in the order in which timm's models know it.
 ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})
@@ -23,28 +23,30 @@ ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})
 class ConditionedTimmBackbone(BaseModule):
     """A timm model's intermediate features, with conditioned attention.
 
-    Shape: images (B, 3, H, W), of any size where the model can; one feature map (B, ``out_channels[i]``,
-    H / ``strides[i]``, W / ``strides[i]``), rounded up, for each of ``out_indices``.
+    Shape: images (B, 3, H, W); one feature map (B, ``out_channels[i]``, H / ``strides[i]``, W / ``strides[i]``),
+    rounded up, for each of ``out_indices``. Images may be of any size; models with windows of a fixed grid see them
+    padded to a multiple of ``img_size``, and those that know one size only (BEiT, CaiT, CoaT, Hiera, VOLO ...) padded
+    to ``img_size``, which then is the largest.
 
     Args:
         model_name: Name of the model in timm, for instance ``'xcit_small_12_p16_224'``.
-        out_indices: Which of the model's features to return: stages of a pyramid, blocks of a ViT. Default: all stages
-            of a pyramid, the last block of a ViT.
+        out_indices: Which of the model's features to return, in ascending order: stages of a pyramid, blocks of a ViT.
+            Default: all stages of a pyramid, the last block of a ViT.
         conditioning: See :func:`condattn.condition`. ``'none'`` is timm's model, bit for bit.
         include: Patterns of the sites to condition, see :func:`condattn.condition`.
         exclude: Patterns of the sites to leave out.
         pretrained: Start from timm's public weights, which ``init_weights`` downloads.
         checkpoint_path: Start from the weights of a whole timm model in this file, which ``init_weights`` reads.
-        img_size: The size of the images, for models that have to know it.
-        frozen_stages: Freeze the stem (0) and this many stages; -1 freezes nothing.
+        img_size: The size of the images (height and width, or one number), for models that have to know it.
+        frozen_stages: Freeze the stem (0) and this many stages, or blocks of a ViT; -1 freezes nothing.
         drop_path_rate: Stochastic depth, where it is not the model's default.
         with_cp: Recompute activations in the backward pass to save memory.
         init_cfg: Initialisation by mmengine, of the timm model.
         **kwargs: Further arguments of the timm model.
 
     Raises:
-        ValueError: If the model is unknown, has no intermediate features or not these, or its attention cannot be
-            conditioned.
+        ValueError: If the model is unknown, has no intermediate features or not these, cannot do what a setting asks
+            for, or its attention cannot be conditioned; in ``forward`` if an image is too large for the model.
     """
 
     def __init__(
@@ -73,22 +75,38 @@ class ConditionedTimmBackbone(BaseModule):
         self._weights = (model_name, settings, dict(pretrained=pretrained, checkpoint_path=checkpoint_path))
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{model_name} of timm gives no intermediate features; choose another model")
-        features = _features(self.model)
-        reductions = [feature["reduction"] for feature in features]
+        infos = _features(self.model)
+        reductions = [info["reduction"] for info in infos]
         if out_indices is None:
-            out_indices = range(len(features)) if len(set(reductions)) > 1 else [len(features) - 1]
-        self.out_indices = [index % len(features) for index in out_indices if -len(features) <= index < len(features)]
-        if len(self.out_indices) < len(list(out_indices)):
-            raise ValueError(f"out_indices is {list(out_indices)}; {model_name} has {len(features)} features, from 0")
+            out_indices = range(len(infos)) if len(set(reductions)) > 1 else [len(infos) - 1]
+        self.out_indices = [index % len(infos) for index in out_indices if -len(infos) <= index < len(infos)]
+        if len(self.out_indices) < len(list(out_indices)) or self.out_indices != sorted(set(self.out_indices)):
+            raise ValueError(
+                f"out_indices is {list(out_indices)}; {model_name} has {len(infos)} features, from 0: "
+                "name some of them in ascending order"
+            )
         self.strides = [reductions[index] for index in self.out_indices]
-        self.out_channels = [features[index]["num_chs"] for index in self.out_indices]
+        self.out_channels = [infos[index]["num_chs"] for index in self.out_indices]
+        native = img_size or self.model.pretrained_cfg["input_size"][-2:]
+        native = (native, native) if isinstance(native, int) else tuple(native)
+        try:
+            self.image_sizes = find_image_sizes(
+                lambda: _create(model_name, settings), native, self.out_indices, self.strides
+            )
+        except ValueError as error:
+            raise ValueError(f"timm's {model_name} {error}") from error
         # What no feature depends on would have no gradient, which distributed training does not forgive.
         self.model.prune_intermediate_layers(self.out_indices, prune_norm=True, prune_head=True)
         report = condition(self.model, conditioning, include, exclude)
         print_log(f"{model_name}: {report}", logger="current")
         if with_cp:
-            self.model.set_grad_checkpointing(True)
-        self._freeze(frozen_stages)
+            try:
+                self.model.set_grad_checkpointing(True)
+            except AssertionError as error:
+                raise ValueError(f"with_cp: timm's {model_name} has no activation checkpointing") from error
+        if not -1 <= frozen_stages <= len(infos):
+            raise ValueError(f"frozen_stages is {frozen_stages}; {model_name} has {len(infos)} stages, -1 freezes none")
+        self._frozen = _freeze(self.model, frozen_stages)
 
     def init_weights(self) -> None:
         """Load the weights that ``pretrained`` or ``checkpoint_path`` asks for, or initialise as ``init_cfg`` says.
@@ -117,30 +135,33 @@ class ConditionedTimmBackbone(BaseModule):
         """Set the training mode, but for what is frozen, and return self."""
         super().train(mode)
         for module in self._frozen:
-            module.training = False
+            module.eval()
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The feature maps of a batch of images; images are padded on the right and below to whole strides."""
-        height, width = x.shape[-2:]
-        step = max(self.strides)
-        x = F.pad(x, (0, -width % step, 0, -height % step))
-        maps = self.model.forward_intermediates(
-            x, indices=self.out_indices, norm=False, output_fmt="NCHW", intermediates_only=True
-        )
-        sizes = [(-(-height // stride), -(-width // stride)) for stride in self.strides]
-        return tuple(m[..., :h, :w] for m, (h, w) in zip(maps, sizes, strict=True))
+        """The feature maps of a batch of images, which are padded on the right and below to a size the model takes."""
+        maps = features(self.model, self.image_sizes.pad(x), self.out_indices)
+        sizes = [map_size(x.shape[-2:], stride) for stride in self.strides]
+        return tuple(m[..., :height, :width] for m, (height, width) in zip(maps, sizes, strict=True))
 
-    def _freeze(self, stages: int) -> None:
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=True)) if stages >= 0 else {}
-        names = [name for group, members in groups.items() if group <= stages for name in members]
-        parameters = dict(self.model.named_parameters())
-        for name in names:
-            if name in parameters:
-                parameters[name].requires_grad_(False)
-        owners = {name.rpartition(".")[0] for name in names}
-        self._frozen = [module for name, module in self.model.named_modules() if name in owners and name]
-        self.train(self.training)
+
+def _freeze(model: torch.nn.Module, stages: int) -> list[torch.nn.Module]:
+    """Freeze the stem (0) and so many stages; returns the modules that are to stay in evaluation mode."""
+    if stages < 0:
+        return []
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"frozen_stages: timm's {type(model).__name__} does not say what its stages are")
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    parameters = dict(model.named_parameters())
+    for name in [name for group, members in groups.items() if group <= stages for name in members]:
+        if name in parameters:
+            parameters[name].requires_grad_(False)
+    dropout = [child for child in model.children() if isinstance(child, torch.nn.Dropout)]  # of the stem
+    return dropout + [
+        module
+        for module in model.modules()
+        if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own)
+    ]
 
 
 def _create(model_name: str, settings: dict[str, Any]) -> torch.nn.Module:

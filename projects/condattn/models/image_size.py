@@ -1,0 +1,88 @@
+"""Which sizes of images a timm model takes, found out by trying."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def map_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Height and width of the feature map of an image of this size, rounded up."""
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """The sizes that a model takes: whole multiples of ``unit``, or ``unit`` alone if they are ``fixed``.
+
+    Attributes:
+        unit: Height and width in pixels.
+        fixed: Whether there is one size only.
+    """
+
+    unit: tuple[int, int]
+    fixed: bool = False
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Pad images (B, 3, H, W) with zeros, on the right and below, to the next size that the model takes.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        size = tuple(images.shape[-2:])
+        if self.fixed and any(s > u for s, u in zip(size, self.unit, strict=True)):
+            raise ValueError(
+                f"an image of {size[0]} x {size[1]} pixels; this model takes {self.unit[0]} x {self.unit[1]} and less: "
+                "resize the images, or set img_size to the largest, if the model knows that setting"
+            )
+        height, width = (-s % u for s, u in zip(size, self.unit, strict=True))
+        return F.pad(images, (0, width, 0, height))
+
+
+def find_image_sizes(
+    build: Callable[[], nn.Module], native: tuple[int, int], indices: Sequence[int], strides: Sequence[int]
+) -> ImageSizes:
+    """Try multiples of the largest stride, then multiples of the size that the model was made for, then that alone.
+
+    Args:
+        build: Makes the model; it is called on the meta device where that works.
+        native: The size that the model was made for, in pixels.
+        indices: The features that are wanted, in ascending order.
+        strides: Their strides.
+
+    Raises:
+        ValueError: If the model gives no such features for any of these.
+    """
+    step = max(strides)
+    for device in ("meta", "cpu"):  # some models compute with values, which the meta device does not have
+        try:
+            with torch.device(device):
+                model = build().eval()
+        except (NotImplementedError, RuntimeError):
+            continue
+
+        def error(size: tuple[int, int], model: nn.Module = model, device: str = device) -> str:
+            try:
+                with torch.no_grad():
+                    maps = features(model, torch.zeros(1, 3, *size, device=device), indices)
+            except (AssertionError, NotImplementedError, RuntimeError, ValueError) as problem:
+                return str(problem).split("\n")[0]
+            got, want = [tuple(m.shape[-2:]) for m in maps], [map_size(size, stride) for stride in strides]
+            return "" if got == want else f"its maps are of {got}, not of {want}"
+
+        if not error((2 * step, 3 * step)):
+            return ImageSizes((step, step))
+        if not error((native[0], 2 * native[1])):
+            return ImageSizes(native)
+        if not (problem := error(native)):
+            return ImageSizes(native, fixed=True)
+    raise ValueError(f"gives no feature maps of images of {native[0]} x {native[1]} pixels: {problem}")
+
+
+def features(model: nn.Module, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+    """The feature maps of a timm model, (B, C, H, W) each, for ascending ``indices``."""
+    return model.forward_intermediates(
+        images, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True
+    )
