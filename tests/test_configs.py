@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 pytest.importorskip("mmdet")
@@ -49,6 +50,7 @@ TWINS = {
     "detr_r50_pc": (mmdet, "detr/detr_r50_8xb2-150e_coco.py"),
     "mask2former_swin_pc": (mmdet, "mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py"),
     "mask2former_swin_pc_ade20k": (mmseg, "mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py"),
+    "upernet_deit-s_pc": (mmseg, "vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py"),
     "upernet_vit_pc": (mmseg, "vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py"),
 }
 # What mmdet and mmseg do not ship.
@@ -56,7 +58,7 @@ WITHOUT_TWIN = {
     *("cascade_mask_rcnn_swin_pc", "mask_rcnn_swin-b_pc_3x", "mask_rcnn_swin-b_sc_3x", "mask_rcnn_davit-t_pc_3x"),
     *("mask_rcnn_xcit-s_pc_3x", "mask_rcnn_xcit-s_sc_3x", "mask_rcnn_xcit-m_pc_3x", "mask_rcnn_xcit-m_sc_3x"),
     *("mask_rcnn_deit-s_pc_3x", "mask_rcnn_vit-b_pc_3x"),
-    *("upernet_xcit-s_pc", "upernet_davit-t_pc", "upernet_deit-s_pc"),
+    *("upernet_xcit-s_pc", "upernet_davit-t_pc"),
     *("segformer_xcit-s_pc", "segformer_davit-t_pc", "segformer_deit-s_pc"),
 }
 RECIPE = {
@@ -242,8 +244,11 @@ def test_is_its_published_twin_but_for_the_conditioning(name):
     else:
         backbone = ours.model.backbone
         backbone.pop("conditioning", None)
-        assert backbone.type == f"Conditioned{twin.model.backbone.type}"
-        backbone.type = twin.model.backbone.type
+        if backbone.type == "ConditionedTimmBackbone":  # timm's model of the same network; all else is compared
+            del twin.model.pretrained, twin.model["backbone"], ours.model["backbone"]
+        else:
+            assert backbone.type == f"Conditioned{twin.model.backbone.type}"
+            backbone.type = twin.model.backbone.type
     if pretrained := twin.model.pop("pretrained", None):  # mmseg's older spelling of the backbone's init_cfg
         twin.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
     with scope(twin):
@@ -275,27 +280,64 @@ def test_norms_and_positions_are_not_decayed(name):
         assert decay[id(parameter)] == expected, parameter_name
 
 
-@pytest.mark.parametrize("base", ["mask_rcnn_swin_sc_3x.py", "cascade_mask_rcnn_swin_pc.py", "retinanet_swin_pc.py"])
+COCO = [name for name in NAMES if "/" not in name and "data/coco" in str(load(name).train_dataloader)]
+
+
+@pytest.mark.parametrize("base", COCO)
 def test_own_coco_data_on_every_detector(base, tmp_path):
     """A user's copy of own_data/coco.py with another detector and other classes, and nothing else changed."""
-    text = (CONFIGS / "own_data/coco.py").read_text()
-    text = text.replace("../mask_rcnn_swin_pc.py", str(CONFIGS / base)).replace('"dog"]', '"dog", "owl"]')
-    (tmp_path / "mine.py").write_text(text)
-    cfg = Config.fromfile(tmp_path / "mine.py")
+    cfg = own_coco(base, tmp_path)
     assert cfg.model == with_num_classes(load(base).model, 3)
+    assert class_counts(cfg) == {3}
     for split, loader in {"train": cfg.train_dataloader, "val": cfg.val_dataloader}.items():
         assert loader.dataset.metainfo.classes == ["cat", "dog", "owl"]
         assert loader.dataset.ann_file == f"annotations/{split}.json"
     assert cfg.test_evaluator.ann_file == "data/own/annotations/val.json"
     masks = any(node.get("with_mask", False) for node in dicts(cfg.train_dataloader.dataset.pipeline))
     assert masks == ("segm" in cfg.val_evaluator.metric)
+    assert cfg.train_cfg == {"type": "EpochBasedTrainLoop", "max_epochs": 24}
+    assert cfg.log_processor.by_epoch and cfg.default_hooks.checkpoint.by_epoch
+
+
+@pytest.mark.parametrize("base", ["mask2former_swin_pc.py", "detr_r50_pc.py", "dino-4scale_r50_pc.py"])
+def test_own_coco_data_trains_heads_of_another_kind(base, tmp_path):
+    check_training(shrink(own_coco(base, tmp_path)))
+
+
+def own_coco(base, folder):
+    text = (CONFIGS / "own_data/coco.py").read_text()
+    text = text.replace("../mask_rcnn_swin_pc.py", str(CONFIGS / base)).replace('"dog"]', '"dog", "owl"]')
+    (folder / "mine.py").write_text(text)
+    return Config.fromfile(folder / "mine.py")
 
 
 def with_num_classes(node, count):
     for child in dicts(node):
-        if "num_classes" in child:
-            child["num_classes"] = count
+        for key in ("num_classes", "num_things_classes"):
+            if key in child:
+                child[key] = count
+        if isinstance(child.get("class_weight"), list):
+            child["class_weight"] = [1.0] * count + [0.1]
     return node
+
+
+TIMM = {
+    str(backbone): backbone for name in NAMES if (backbone := load(name).model.get("backbone", {})).get("pretrained")
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", TIMM.values(), ids=lambda settings: settings.model_name)
+def test_weights_of_timm_fit(settings, tmp_path):
+    """What timm's own model of that name would download loads into the backbone of the config."""
+    settings = settings.to_dict()
+    pretrained = timm.create_model(settings["model_name"])
+    torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
+    backbone = MODELS.build(settings | dict(pretrained=False, checkpoint_path=str(tmp_path / "weights.pth")))
+    backbone.init_weights()
+    weights = pretrained.state_dict()
+    for name, value in backbone.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
 
 
 @pytest.mark.parametrize("name", ["cascade_mask_rcnn_swin_pc.py", "own_data/coco.py", "own_data/png_labels.py"])

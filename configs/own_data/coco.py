@@ -17,20 +17,29 @@ max_epochs = 24
 
 
 def with_values(node, **values):
-    """A copy of `node` in which every key of `values`, however deep, has the value given for it."""
+    """A copy of `node` in which every key of `values`, however deep, has the value given or made of its own."""
     if isinstance(node, dict):
-        return {key: values.get(key, with_values(child, **values)) for key, child in node.items()}
-    if isinstance(node, list):
-        return [with_values(child, **values) for child in node]
-    return node
+        copy = {key: child if key in values else with_values(child, **values) for key, child in node.items()}
+        new = {key: values[key] for key in node.keys() & values.keys()}
+        return copy | {key: value(node[key]) if callable(value) else value for key, value in new.items()}
+    return [with_values(child, **values) for child in node] if isinstance(node, list) else node
 
 
-model = with_values(_base_.model, num_classes=len(classes))
+def with_classes(weights):
+    """Class weights, if they are a list, for as many classes; the last is that of no object."""
+    return weights[:1] * len(classes) + weights[-1:] if isinstance(weights, list) else weights
+
+
+model = with_values(_base_.model, num_classes=len(classes), num_things_classes=len(classes), class_weight=with_classes)
 
 dataset = dict(data_root=data_root, metainfo=dict(classes=classes))
 train_pipeline = with_values(_base_.train_dataloader.dataset.pipeline, scale=image_size)
 test_pipeline = with_values(_base_.val_dataloader.dataset.pipeline, scale=image_size)
-train_dataloader = dict(batch_size=batch_size, dataset=dict(pipeline=train_pipeline, **dataset, **train))
+train_dataloader = dict(
+    batch_size=batch_size,
+    sampler=dict(_delete_=True, type="DefaultSampler", shuffle=True),
+    dataset=dict(pipeline=train_pipeline, **dataset, **train),
+)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **dataset, **val))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=f"{data_root}/{val['ann_file']}")
@@ -54,7 +63,7 @@ optim_wrapper = dict(
     ),
 )
 auto_scale_lr = dict(base_batch_size=batch_size)
-train_cfg = dict(max_epochs=max_epochs)
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=max_epochs)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
     dict(
@@ -68,5 +77,6 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(max_keep_ckpts=2, save_best="coco/bbox_mAP"),
+    checkpoint=dict(by_epoch=True, interval=1, max_keep_ckpts=2, save_best="coco/bbox_mAP"),
 )
+log_processor = dict(by_epoch=True)
