@@ -40,7 +40,8 @@ class SimpleFeaturePyramid(BaseModule):
     """ViTDet's pyramid (arXiv 2203.16527, section 3): every level from the last map of a single-scale backbone.
 
     Shape: a sequence of maps, of which the last, (B, ``in_channels``, H, W), is used; ``num_outs`` maps of
-    ``out_channels`` channels, of the sizes H x W times each of ``scales``, rounded down, and halved for each further one.
+    ``out_channels`` channels, of the sizes H x W times each of ``scales``, rounded down, and halved for each further
+    one.
 
     Args:
         in_channels: Channels of the map.
