@@ -357,5 +357,5 @@ def test_the_face_is_the_scopes_own_class():
 
 
 def test_unknown_conditioning_names_the_known():
-    with pytest.raises(ValueError, match="unknown conditioning 'pcc'. Known: 'none', 'pc'"):
+    with pytest.raises(ValueError, match="unknown conditioning 'pcc'. Known: 'pc'"):
         build("mmdet", "ConditionedSwinTransformer", conditioning="pcc", **SMALL)
