@@ -155,10 +155,9 @@ def test_pretrained_weights_that_cannot_be_had(refuse, monkeypatch, name):
 
 
 def test_pretrained_weights_of_which_none_fits(refuse, detection_options, tmp_path):
-    """A checkpoint in mmdet's names, where the configuration converts the official ones."""
-    torch.save({"state_dict": {"backbone.backbone.norm0.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
+    torch.save({"state_dict": {"features.norm.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
     options = [NOWHERE[0], "model.backbone.init_cfg.checkpoint=foreign.pth", *detection_options]
-    parts = ("foreign.pth", "none fits", "backbone.backbone.norm0.weight", "patch_embed")
+    parts = ("no weight of foreign.pth has a place", "features.norm.weight", "patch_embed", "init_cfg=None")
     refuse("train", DEMO / "mask_rcnn_swin_pc.py", "--cfg-options", *options, parts=parts)
 
 
@@ -183,7 +182,7 @@ def bad_checkpoints(detection, tmp_path) -> Path:
 
 
 CHECKPOINTS = {
-    "missing.pth": ("no checkpoint file missing.pth",),
+    "missing.pth": ("there is no file missing.pth",),
     "cut.pth": ("cannot read the checkpoint cut.pth", "cut short"),
     "empty.pth": ("cannot read the checkpoint empty.pth",),
     "foreign.pth": ("no weight of the checkpoint foreign.pth fits", "encoder.weight", "backbone.patch_embed"),
@@ -203,7 +202,7 @@ def test_training_that_cannot_be_resumed(refuse, detection, tmp_path):
     checkpoint = torch.load(detection.checkpoint, weights_only=False)
     torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "weights.pth")
     resume = ["train", detection.config, "--cfg-options", *detection.options, "--resume"]
-    refuse(*resume, "missing.pth", parts=("no checkpoint file missing.pth",))
+    refuse(*resume, "missing.pth", parts=("there is no file missing.pth",))
     refuse(*resume, "weights.pth", parts=("weights.pth holds weights alone", "load_from=weights.pth"))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import condattn
 from condattn import SpectralCorrection
-from condattn.methods import multihead
+from condattn.methods.preconditioner import HeadNorm
 
 # Of size zero: the conditioned class must compute what PyTorch's own class computes.
 NOTHING = SpectralCorrection(0.0)
@@ -41,7 +41,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("conditioning", ["pc", NOTHING], ids=["pc-without-its-norm", "sc-of-size-zero"])
 def test_same_as_pytorch(monkeypatch, conditioning, variant, batched, masks, need_weights, average):
-    monkeypatch.setattr(multihead, "normalize_rows", lambda rows, eps, detach: rows)
+    monkeypatch.setattr(HeadNorm, "normalize", lambda norm, rows: rows)
     kwargs = VARIANTS[variant]
     plain, conditioned = pair(conditioning, **kwargs)
     batch, target, source = 2, 4, 4 if masks == "causal" else 6

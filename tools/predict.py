@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from condattn.engine.checkpoints import add_checkpoint_arguments
 from condattn.engine.errors import run_tool
 from condattn.engine.inference import IMAGE_SUFFIXES, Predictor, find_images, is_readable, save_prediction
 from condattn.engine.launch import add_config_arguments, choose_device, load_config
@@ -34,6 +35,7 @@ def parse_args() -> Namespace:
     )
     add_config_arguments(parser)
     parser.add_argument("checkpoint", help="file or URL of the weights")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--out-dir", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--score-thr",
@@ -51,7 +53,8 @@ def main() -> int:
     args = parse_args()
     device = choose_device(args.device)
     images = find_images(args.source, args.out_dir)
-    predictor = Predictor(load_config(args.config, args.cfg_options), args.checkpoint, device)
+    cfg = load_config(args.config, args.cfg_options)
+    predictor = Predictor(cfg, args.checkpoint, device, args.other_conditioning, args.unsafe)
     unreadable = 0
     with tqdm(total=len(images), desc="predict", unit="image", dynamic_ncols=True, disable=None) as bar:
         for start in range(0, len(images), args.batch_size):

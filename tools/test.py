@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from condattn.engine.checkpoints import check_fit, read_checkpoint
+from condattn.engine.checkpoints import add_checkpoint_arguments, check_fit, read_checkpoint
 from condattn.engine.data_check import check_data
 from condattn.engine.errors import UserError, run_tool
+from condattn.engine.guard import check_conditioning
 from condattn.engine.launch import (
     add_config_arguments,
     add_runner_arguments,
@@ -26,6 +27,7 @@ def parse_args() -> Namespace:
     add_config_arguments(parser)
     parser.add_argument("checkpoint", help="file or URL of the weights")
     add_runner_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument(
         "--out",
         help="save the predictions: detection into this pickle file (.pkl), segmentation as label maps (PNG) "
@@ -63,23 +65,25 @@ def main() -> None:
     if args.out and not detection:
         save_label_maps(cfg, args.out)
     check_data(cfg, "test")
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     model = build_model(cfg)
     first = local_rank(cfg.launcher) == 0
     check_fit(checkpoint, args.checkpoint, model, warn=first)
+    if not args.other_conditioning:
+        check_conditioning(checkpoint, args.checkpoint, model)
     if first and cfg.launcher != "none" and (args.show or args.show_dir):
         print("warning: the first process alone draws, its share of the images; run test.py for all", file=sys.stderr)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.tta:
         add_tta(cfg, model)
     del checkpoint, model
-    test(cfg, dump=args.out if detection else None)
+    test(cfg, args.other_conditioning, dump=args.out if detection else None)
     leave_processes()
 
 
-def test(cfg: Config, dump: str | None) -> None:
+def test(cfg: Config, other_conditioning: bool, dump: str | None) -> None:
     """Test; write the predictions of a detector to the pickle file ``dump``."""
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, other_conditioning)
     if dump:
         from mmdet.evaluation import DumpDetResults
 

@@ -7,6 +7,7 @@ from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
 
 from condattn.engine.checkpoints import (
+    add_checkpoint_arguments,
     check_fit,
     check_pretrained,
     check_resumable,
@@ -15,6 +16,7 @@ from condattn.engine.checkpoints import (
 )
 from condattn.engine.data_check import check_data
 from condattn.engine.errors import UserError, run_tool
+from condattn.engine.guard import check_conditioning
 from condattn.engine.launch import (
     add_config_arguments,
     add_runner_arguments,
@@ -30,6 +32,7 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     add_runner_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("--amp", action="store_true", help="train in mixed precision (needs a GPU)")
     parser.add_argument(
         "--auto-scale-lr",
@@ -63,7 +66,7 @@ def main() -> None:
     if checkpoint:
         cfg.resume, cfg.load_from = True, checkpoint
     check_data(cfg, "train", "val")
-    train(cfg, replaced=check_weights(cfg))
+    train(cfg, replaced=check_weights(cfg, args), other_conditioning=args.other_conditioning)
     leave_processes()
 
 
@@ -85,26 +88,30 @@ def enable_lr_scaling(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def train(cfg: Config, replaced: set[str]) -> None:
+def train(cfg: Config, replaced: set[str], other_conditioning: bool) -> None:
     """Train; ``replaced`` are the keys of the weights that a checkpoint will provide."""
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, other_conditioning)
     drop_pretrained(runner.model, replaced)
     runner.train()
 
 
-def check_weights(cfg: Config) -> set[str]:
+def check_weights(cfg: Config, args: Namespace) -> set[str]:
     """Check the model and the weights it will start from; return the keys that a checkpoint provides."""
     resuming = bool(cfg.get("resume"))
     path = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if resuming else None)
-    checkpoint = read_checkpoint(path) if path else None
+    checkpoint = read_checkpoint(path, args.unsafe) if path else None
     if checkpoint and resuming:
         check_resumable(checkpoint, path)
     model = build_model(cfg)
     first = local_rank(cfg.launcher) == 0
-    loaded = check_fit(checkpoint, path, model, warn=first) if checkpoint else set()
+    loaded = set()
+    if checkpoint:
+        loaded = check_fit(checkpoint, path, model, warn=first)
+        if not args.other_conditioning:
+            check_conditioning(checkpoint, path, model)
     drop_pretrained(model, replaced=loaded)
     if first:
-        check_pretrained(model)
+        check_pretrained(model, "model.module" if cfg.model.type == "Conditioned" else "model")
     return loaded
 
 

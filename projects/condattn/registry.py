@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from .stack import check_stack
 
-MODULES = ("models.factory", "models.pyramid", "engine.progress")
+MODULES = ("models.factory", "models.pyramid", "engine.progress", "engine.guard", "engine.calibration")
 LIBRARY_MODULES = {
     "timm": ("models.timm",),
     "mmdet": ("models.mmdet", "engine.datasets_mmdet"),

@@ -1,31 +1,49 @@
 """Refuse checkpoints that are missing, unreadable or of another model, before a run starts."""
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from ..checkpoints.files import read_file
+from ..models.base import ConditionedBackbone, is_pretrained
 from .errors import UserError
 
 
-def read_checkpoint(path: str) -> dict:
+def add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    """Add what every tool that loads a checkpoint takes."""
+    parser.add_argument(
+        "--other-conditioning",
+        action="store_true",
+        help="load a checkpoint although the attention of its model was conditioned otherwise",
+    )
+    parser.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="read a checkpoint that holds more than weights, which executes the code in it",
+    )
+
+
+def read_checkpoint(path: str, unsafe: bool = False) -> dict:
     """Read a checkpoint from a file or a URL to the CPU.
 
+    Args:
+        path: Where it is.
+        unsafe: Whether code in it may be executed.
+
     Raises:
-        UserError: If there is no such file, or it is not a checkpoint or cut short.
+        UserError: If there is no such file, or it is not a checkpoint, cut short or not safe.
     """
-    remote = "://" in path
-    if not remote and not Path(path).expanduser().is_file():
-        raise UserError(f"no checkpoint file {path}")
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu", logger="silent")
+        if "://" in path and not path.startswith(("http://", "https://")):
+            checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu", logger="silent")
+        else:
+            checkpoint = read_file(path, unsafe)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        advice = "is there a network?" if remote else "it may be cut short: copy or download it again"
-        raise UserError(f"cannot read the checkpoint {path}; {advice} ({reason})") from error
+        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is no checkpoint: expected a dictionary of weights, got {type(checkpoint).__name__}")
     return checkpoint
@@ -89,23 +107,30 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
     return fitting
 
 
-def check_pretrained(model: nn.Module) -> None:
+def check_pretrained(model: nn.Module, key: str = "model") -> None:
     """Read (and so download, once) the pretrained weights that ``model`` will start from, and load them into it.
+
+    Args:
+        model: The model.
+        key: Where the configuration describes it.
 
     Raises:
         UserError: If they cannot be had or fit no weight; the message says how to train without them.
     """
     for name, init_cfg in list(_pretrained(model)):
-        option = f"model.{name + '.' if name else ''}init_cfg"
+        option = f"{key}.{name + '.' if name else ''}init_cfg"
         module = model.get_submodule(name)
         try:
+            if isinstance(module, ConditionedBackbone):
+                module.init_weights()
+                continue
             weights = read_checkpoint(init_cfg["checkpoint"])
             before = {key: value.clone() for key, value in module.state_dict().items()}
             module.init_weights()
             if all(value.equal(before[key]) for key, value in module.state_dict().items()):
                 weights = weights.get("state_dict", weights.get("model", weights))
                 raise UserError(f"none fits: the file has {_some(weights)}, the model expects {_some(before)}")
-        except UserError as error:
+        except (UserError, ValueError) as error:
             raise UserError(
                 f"the pretrained weights {init_cfg['checkpoint']} cannot be loaded; train from a file with "
                 f"--cfg-options {option}.checkpoint=FILE or from scratch with "
@@ -128,8 +153,7 @@ def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:
 
 def _pretrained(model: nn.Module) -> Iterator[tuple[str, dict]]:
     for name, module in model.named_modules():
-        init_cfg = getattr(module, "init_cfg", None)
-        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+        if is_pretrained(init_cfg := getattr(module, "init_cfg", None)):
             yield name, init_cfg
 
 

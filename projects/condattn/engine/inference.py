@@ -14,11 +14,11 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
-from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
 
 from .checkpoints import check_fit, read_checkpoint
 from .errors import UserError
+from .guard import check_conditioning
 from .launch import build_model, innermost
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
@@ -70,15 +70,28 @@ class Predictor:
         checkpoint: File or URL of the weights.
         device: Where to predict.
 
+        other_conditioning: Load a checkpoint although its model was conditioned otherwise.
+        unsafe: Execute the code in a checkpoint that holds more than weights.
+
     Raises:
         UserError: If model and checkpoint are bad or do not fit each other.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str, device: torch.device):
-        state = read_checkpoint(checkpoint)
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str,
+        device: torch.device,
+        other_conditioning: bool = False,
+        unsafe: bool = False,
+    ) -> None:
+        state = read_checkpoint(checkpoint, unsafe)
         model = build_model(cfg)
         check_fit(state, checkpoint, model)
-        load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
+        if not other_conditioning:
+            check_conditioning(state, checkpoint, model)
+        weights = state.get("state_dict", state)
+        model.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()}, strict=False)
         meta = state.get("meta", {}).get("dataset_meta")
         self.model = revert_sync_batchnorm(model).to(device).eval()
         self._segments = cfg.default_scope == "mmseg"

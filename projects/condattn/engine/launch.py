@@ -20,6 +20,7 @@ from torch import nn
 
 from ..stack import check_stack
 from .errors import UserError
+from .guard import ConditioningGuardHook
 from .processes import LAUNCHERS, start_processes
 from .progress import ProgressHook
 
@@ -133,8 +134,13 @@ def innermost(dataset: ConfigDict) -> ConfigDict:
     return dataset
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Join the other processes, if any, and build the runner with a progress bar."""
+def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
+    """Join the other processes, if any, and build the runner, with a progress bar and the guard of checkpoints.
+
+    Args:
+        cfg: The configuration.
+        other_conditioning: Whether checkpoints of a model that is conditioned otherwise are loaded.
+    """
     given = copy.deepcopy(cfg)
     start_processes(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
@@ -143,6 +149,8 @@ def build_runner(cfg: Config) -> Runner:
     runner.dump_config()
     if not any(isinstance(hook, ProgressHook) for hook in runner.hooks):
         runner.register_hook(ProgressHook())
+    if not any(isinstance(hook, ConditioningGuardHook) for hook in runner.hooks):
+        runner.register_hook(ConditioningGuardHook(other_conditioning))
     return runner
 
 

@@ -141,6 +141,21 @@ class CorrectedModule(nn.Module):
         del self.corrections
         self.__dict__.pop("unsettled", None)
 
+    @torch.no_grad()
+    def subtract_corrections(self) -> None:
+        """Make W - C the weights, C that of W, so that W itself is the effective weight from now on."""
+        for parameter, correction in self.corrections.items():
+            weight = getattr(self, parameter)
+            constant = getattr(self, f"{parameter}_correction")
+            matrix = self._matrix(weight)
+            if correction.depends_on_weight:
+                constant.copy_(correction.compute(matrix))
+                self.unsettled -= {parameter}
+            if correction.svd:
+                matrix.sub_(constant)
+            else:
+                matrix.scatter_add_(1, getattr(self, f"{parameter}_columns")[:, None], -constant[:, None])
+
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight.flatten(1)
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.row_norm import normalize_rows
 from .base import become, restore
 from .correction import CorrectedModule
 
 if TYPE_CHECKING:
-    from .preconditioner import RowPreconditioner
+    from .preconditioner import HeadNorm, RowPreconditioner
     from .spectral import SpectralCorrection
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -25,6 +24,7 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
 
     host = nn.MultiheadAttention
     preconditioner: RowPreconditioner | None = None
+    head_norm: HeadNorm
     spectral: SpectralCorrection | None = None
 
     # nn.TransformerEncoderLayer's inference fast path reads in_proj_weight itself and would skip the conditioning.
@@ -81,8 +81,8 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
             weights = None
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
 
-        heads = normalize_rows(heads.transpose(1, 2), self.preconditioner.eps, self.preconditioner.detach)
-        output = F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        heads = self.head_norm.normalize(heads.transpose(1, 2).flatten(-2))
+        output = F.linear(heads, self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), weights
         return (output if self.batch_first else output.transpose(0, 1)), weights

@@ -67,14 +67,13 @@ class RowPreconditioner(Method):
         """Put the preconditioner in front of what receives the head outputs."""
         owner = site.out.owner
         owner.preconditioner = self
+        owner.head_norm = HeadNorm(self, site)
         if isinstance(owner, nn.MultiheadAttention):
             become(owner, ConditionedMultiheadAttention)
-            return
-        head_norm = HeadNorm(self, site)
-        if type(owner) in PLAIN_LINEAR and owner is site.out.projection:
-            become(owner, PreconditionedLinear).head_norm = head_norm
+        elif type(owner) in PLAIN_LINEAR and owner is site.out.projection:
+            become(owner, PreconditionedLinear)
         else:
-            owner.register_forward_pre_hook(head_norm)
+            owner.register_forward_pre_hook(owner.head_norm)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> RowPreconditioner | None:
@@ -111,13 +110,28 @@ class HeadNorm:
         parts[1] = self._normalize(parts[1])
         return torch.cat(parts, dim=self.axis)
 
+    def row_norms(self, x: Tensor) -> Tensor:
+        """Mean norm of the rows of each head in ``x``, (num_heads,), in float64; what is divided by on average."""
+        part = x if self.channels is None else x.movedim(self.axis, -1)[..., self.channels].movedim(-1, self.axis)
+        heads, axis = self._heads(part.double())
+        norms = torch.linalg.vector_norm(heads, dim=-2 if self.over_tokens else axis + (not self.interleaved))
+        if self.over_tokens:
+            return norms.unflatten(-1, (self.num_heads, -1)).mean(-1).flatten(0, -2).mean(0)
+        return norms.movedim(axis, -1).flatten(0, -2).mean(0)
+
     def _normalize(self, x: Tensor) -> Tensor:
         eps, detach = self.method.eps, self.method.detach
         if self.over_tokens:
             return normalize_rows(x, eps, detach, dim=-2)
-        axis = self.axis % x.dim()
-        heads = x.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1))
+        heads, axis = self._heads(x)
         return normalize_rows(heads, eps, detach, dim=axis + (not self.interleaved)).flatten(axis, axis + 1)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, int]:
+        """``x`` with the axis of all heads' channels split in two, and which axis that is."""
+        if self.over_tokens:
+            return x, x.dim() - 1
+        axis = self.axis % x.dim()
+        return x.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1)), axis
 
 
 class PreconditionedLinear(nn.Linear):

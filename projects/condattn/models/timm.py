@@ -11,8 +11,10 @@ from mmengine.registry import MODELS
 from timm.models import group_parameters
 from torch import Tensor
 
+from ..checkpoints.convert import fit
 from ..condition import condition
 from ..methods.base import Conditioning
+from .base import is_pretrained, load_as_configured
 from .image_size import features, find_image_sizes, map_size
 
 # What lets a model take images of any size, in the order in which timm's models know it.
@@ -36,7 +38,8 @@ class ConditionedTimmBackbone(BaseModule):
         include: Patterns of the sites to condition, see :func:`condattn.condition`.
         exclude: Patterns of the sites to leave out.
         pretrained: Start from timm's public weights, which ``init_weights`` downloads.
-        checkpoint_path: Start from the weights of a whole timm model in this file, which ``init_weights`` reads.
+        checkpoint_path: Start from the weights in this file, which ``init_weights`` reads: timm's or the official ones
+            of the network, whole or without a classifier.
         img_size: The size of the images (height and width, or one number), for models that have to know it.
         frozen_stages: Freeze the stem (0) and this many stages, or blocks of a ViT; -1 freezes nothing.
         drop_path_rate: Stochastic depth, where it is not the model's default.
@@ -72,7 +75,8 @@ class ConditionedTimmBackbone(BaseModule):
         options = dict(img_size=img_size, drop_path_rate=drop_path_rate)
         settings = {**kwargs, **{name: value for name, value in options.items() if value is not None}}
         self.model = _create(model_name, settings)
-        self._weights = (model_name, settings, dict(pretrained=pretrained, checkpoint_path=checkpoint_path))
+        self._weights = (model_name, settings, pretrained, checkpoint_path)
+        self._names = list(self.model.state_dict())  # before parts of the model are pruned
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{model_name} of timm gives no intermediate features; choose another model")
         infos = _features(self.model)
@@ -112,24 +116,26 @@ class ConditionedTimmBackbone(BaseModule):
         """Load the weights that ``pretrained`` or ``checkpoint_path`` asks for, or initialise as ``init_cfg`` says.
 
         Raises:
-            RuntimeError: If the weights cannot be had, or a parameter of the backbone is not among them.
+            RuntimeError: If timm's weights cannot be downloaded.
+            ValueError: If the weights cannot be read, or are of another model.
         """
-        if self.init_cfg is not None:
+        model_name, settings, pretrained, checkpoint = self._weights
+        if pretrained:
+            try:
+                weights = _create(model_name, {**settings, "pretrained": True}).state_dict()
+            except (OSError, RuntimeError, ValueError) as error:
+                advice = "train from random weights with pretrained=False, or from a file with checkpoint_path"
+                reason = " ".join(f"{type(error).__name__} {error}".split())
+                raise RuntimeError(f"no weights for {model_name}: {reason}; {advice}") from error
+            fitted, report = fit(weights, self.model, f"timm's {model_name}", known=self._names)
+            self.model.load_state_dict(fitted, strict=False)
+            print_log(f"pretrained weights {report}", logger="current")
+        elif checkpoint:
+            load_as_configured(self.model, dict(checkpoint=checkpoint), known=self._names)
+        elif is_pretrained(self.init_cfg):
+            load_as_configured(self.model, self.init_cfg, known=self._names)
+        elif self.init_cfg is not None:
             initialize(self.model, self.init_cfg)
-        model_name, settings, source = self._weights
-        if not any(source.values()):
-            return
-        try:
-            whole = _create(model_name, {**settings, **source})
-        except (OSError, RuntimeError, ValueError) as error:
-            advice = "train from random weights with pretrained=False and without checkpoint_path"
-            reason = " ".join(f"{source['checkpoint_path']} {type(error).__name__} {error}".split())
-            raise RuntimeError(f"no weights for {model_name}: {reason}; {advice}") from error
-        missing, _ = self.model.load_state_dict(whole.state_dict(), strict=False)
-        if missing:
-            raise RuntimeError(
-                f"{model_name}: weights without {', '.join(missing[:3])}; {len(missing)} keys are missing"
-            )
 
     def train(self, mode: bool = True):
         """Set the training mode, but for what is frozen, and return self."""

@@ -1,0 +1,175 @@
+"""Reading and writing files of weights: nothing in a file is executed, and a file is whole or not there."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where the weights lie in a file, and what may stand before their names.
+ENTRIES = ("state_dict", "model", "module", "model_state", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
+PREFIXES = ("module.", "model.", "backbone.", "encoder.")
+
+
+class BadFileError(ValueError):
+    """A file is not what it should be; the message says what it is, in one line."""
+
+
+def read_file(path: str | Path, unsafe: bool = False) -> Any:
+    """What is in a file of torch (.pth, .pt, .bin) or safetensors, on the CPU, mapped into memory where it can be.
+
+    Args:
+        path: The file, or its address (http or https), from which it is downloaded once into torch's cache.
+        unsafe: Unpickle everything, which executes whatever code the file holds. Otherwise tensors and plain data are
+            read alone, and what mmengine's runner puts beside them.
+
+    Raises:
+        BadFileError: If the file cannot be read.
+    """
+    path = _downloaded(str(path)) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
+    if not path.exists():
+        raise BadFileError(f"there is no file {path}")
+    if path.is_dir():
+        raise BadFileError(f"{path} is a folder; expected a file")
+    try:
+        size = path.stat().st_size
+        if not size:
+            raise BadFileError(f"{path} is empty")
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _read_torch(path, unsafe)
+    except PermissionError as error:
+        raise BadFileError(f"{path} may not be read: {error.strerror}") from error
+    except (EOFError, OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        if isinstance(error, BadFileError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise BadFileError(
+            f"{path} ({size:,} bytes) is no file of weights, or cut short: copy or download it again "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _downloaded(address: str) -> Path:
+    path = Path(torch.hub.get_dir(), "checkpoints", address.rsplit("/", 1)[-1])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(path))
+        except OSError as error:
+            raise BadFileError(f"{address} cannot be downloaded; is there a network? ({error})") from error
+    return path
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise BadFileError(f"{path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise BadFileError(
+            f"{path} is no safetensors file, or cut short: copy or download it again ({error})"
+        ) from error
+
+
+def _read_torch(path: Path, unsafe: bool) -> Any:
+    zipped = path.open("rb").read(2) == b"PK"
+    try:
+        with torch.serialization.safe_globals(_plain_data()):
+            return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "weights_only" in str(error):
+            name = str(error).split("GLOBAL ")[-1].split(" was not")[0] if "GLOBAL " in str(error) else "other objects"
+            raise BadFileError(
+                f"{path} holds more than weights ({name[:80]}), and reading it would execute its code; if you trust "
+                "where it comes from, allow that with unsafe=True, or --unsafe of the tools"
+            ) from error
+        raise BadFileError(f"{path} is no file of weights, or cut short: copy or download it again") from error
+
+
+def _plain_data() -> list[Any]:
+    """What mmengine's runner saves besides tensors: numpy numbers and the histories of its logs."""
+    import numpy
+    from numpy.dtypes import BoolDType, Float32DType, Float64DType, Int32DType, Int64DType, StrDType, UInt8DType
+
+    core = getattr(numpy, "_core", None) or numpy.core
+    plain = [numpy.dtype, numpy.ndarray, core.multiarray.scalar, core.multiarray._reconstruct]
+    plain += [BoolDType, Float32DType, Float64DType, Int32DType, Int64DType, StrDType, UInt8DType]
+    try:
+        from mmengine.logging.history_buffer import HistoryBuffer
+    except ImportError:
+        return plain
+    # Its methods are pickled by name. What getattr returns cannot be called: that takes a place on this list.
+    return [*plain, HistoryBuffer, getattr]
+
+
+def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in what was read from a file, without wrappers and common prefixes.
+
+    Returns:
+        Names and tensors; and the names of tensors that were beside the backbone.
+
+    Raises:
+        BadFileError: If there are none.
+    """
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        entry = next((name for name in ENTRIES if isinstance(content.get(name), Mapping)), None)
+        if entry is None:
+            break
+        content = content[entry]
+    if not isinstance(content, Mapping):
+        raise BadFileError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights")
+    weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        some = ", ".join(map(str, list(content)[:3])) or "nothing"
+        raise BadFileError(f"{path} holds no weights; its entries are {some}")
+    beside: list[str] = []
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in PREFIXES:
+            inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            if inside and (prefix == "backbone." or len(inside) == len(weights)):
+                beside += [name for name in weights if not name.startswith(prefix)]
+                weights, stripped = inside, True
+    return weights, beside
+
+
+def write_whole(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+    """Write a file under a temporary name beside it, and give it its name when it is whole and on the disk.
+
+    Args:
+        path: The file.
+        write: Writes to the path that it is given.
+        overwrite: Whether a file of that name may be replaced.
+
+    Raises:
+        FileExistsError: If there is one and it may not.
+        OSError: If the file cannot be written; nothing is left of it then.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already; choose another name, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        part.replace(path)
+    except RuntimeError as error:  # torch's writer, of a full disk
+        raise OSError(f"{path} could not be written: {' '.join(str(error).split())[:160]}") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,268 @@
+"""Warm starts, folding, publishing and the guard: the mathematics, and the tools on a trained demo."""
+
+import hashlib
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from runs import DEMO
+from torch import nn
+
+import condattn
+from condattn.checkpoints.calibrate import calibrate
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from condattn.engine.errors import UserError
+from condattn.engine.guard import ConditioningGuardHook, check_conditioning, record_of
+
+SWIN = DEMO / "mask_rcnn_swin_pc.py"
+SC = "model.backbone.conditioning=sc"
+NONE = "model.backbone.conditioning=none"
+
+
+def mean_norms(heads):
+    """Of head outputs (rows, heads, d): the mean over the rows of the norm over d, in float64."""
+    rows = heads.double().numpy()
+    return torch.as_tensor(np.sqrt((rows**2).sum(-1)).mean(0))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["ViT", "NesT"])
+def test_calibration_folds_the_mean_row_norms(interleaved):
+    timm = pytest.importorskip("timm")
+    if interleaved:
+        from timm.models.nest import Attention
+    else:
+        from timm.models.vision_transformer import Attention
+    plain = Attention(24, 3, qkv_bias=True).eval()
+    x = torch.randn(5, 1, 7, 24) if interleaved else torch.randn(5, 7, 24)
+    seen = []
+    plain.proj.register_forward_hook(lambda m, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        plain(x)
+    heads, wanted = seen[0]
+    heads = heads.unflatten(-1, (8, 3)).transpose(-1, -2) if interleaved else heads.unflatten(-1, (3, 8))
+    scales = mean_norms(heads.flatten(0, -3))
+    columns = scales.repeat(8) if interleaved else scales.repeat_interleave(8)
+    model = Attention(24, 3, qkv_bias=True)
+    model.load_state_dict(plain.state_dict())
+    condattn.condition(model, "pc")
+    (site,) = calibrate(model, lambda: model(x))
+    assert model.training and not site.reason
+    torch.testing.assert_close(site.scales, scales)
+    torch.testing.assert_close(model.proj.weight.double(), plain.proj.weight.double() * columns)
+    model.eval()
+    with torch.no_grad():
+        error = (model(x) - wanted).norm() / wanted.norm()
+    assert site.after == pytest.approx(error.item(), rel=1e-4)
+    assert site.after < 0.5 * site.before
+    assert timm.__version__
+
+
+def test_calibration_of_multihead_attention_is_exact_where_rows_have_one_norm():
+    """One token attends to itself: all rows of a sequence are equal, and calibration restores the function."""
+    model = nn.MultiheadAttention(12, 3, batch_first=True).eval()
+    x = torch.randn(1, 1, 12).expand(2, 4, 12)
+    with torch.no_grad():
+        wanted, _ = model(x, x, x)
+        condattn.condition(model, "pc")
+        assert not torch.allclose(model(x, x, x)[0], wanted)
+        (site,) = calibrate(model, lambda: model(x, x, x))
+        torch.testing.assert_close(model(x, x, x)[0], wanted)
+    assert site.after < 1e-6 < site.before
+
+
+def test_calibration_says_what_it_cannot_do():
+    timm = pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="has no preconditioned attention site"):
+        calibrate(nn.MultiheadAttention(4, 2), lambda: None)
+    model = timm.create_model("levit_128s").eval()
+    condattn.condition(model, "pc")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="no input reached an attention site"):
+        calibrate(model, lambda: None)
+    found = calibrate(model, lambda: model(torch.randn(1, 3, 224, 224)))
+    assert all("stands between its heads and the output projection" in str(site) for site in found)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- the guard
+
+
+def checkpoint_of(conditioning):
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    condattn.condition(model, conditioning)
+    return {"state_dict": model.state_dict(), "meta": {"conditioning": record_of(model)}}, model
+
+
+CONDITIONINGS = ["none", "pc", "sc", dict(type="RowPreconditioner", detach=True), "sc+pc"]
+
+
+@pytest.mark.parametrize("theirs", CONDITIONINGS, ids=str)
+@pytest.mark.parametrize("ours", CONDITIONINGS, ids=str)
+def test_only_the_same_conditioning_is_accepted(ours, theirs, tmp_path):
+    checkpoint, _ = checkpoint_of(theirs)
+    torch.save(checkpoint, tmp_path / "a.pth")
+    checkpoint, (_, model) = torch.load(tmp_path / "a.pth", weights_only=True), checkpoint_of(ours)
+    if ours == theirs:
+        check_conditioning(checkpoint, "a.pth", model)
+        return
+    with pytest.raises(UserError) as caught:
+        check_conditioning(checkpoint, "a.pth", model)
+    message = str(caught.value)
+    for pattern, expected in ((r"set conditioning=(.*?) in", theirs), (r"one has conditioning=(.*?), so", ours)):
+        told = condattn.methods.parse(eval(re.search(pattern, message)[1]))
+        assert set(map(repr, told)) == set(map(repr, condattn.methods.parse(expected)))
+    assert "--other-conditioning" in message and ("calibrate.py" in message) == (theirs == "none")
+
+
+def test_a_checkpoint_without_a_record_is_unconditioned():
+    checkpoint, model = checkpoint_of("pc")
+    del checkpoint["meta"]["conditioning"]
+    with pytest.raises(UserError, match="is of a model with conditioning='none' at 1 of 1 attention sites"):
+        check_conditioning(checkpoint, "a.pth", model)
+    check_conditioning(checkpoint, "a.pth", checkpoint_of("none")[1])
+
+
+def test_the_hook_records_and_refuses():
+    class Runner:
+        model = checkpoint_of("pc")[1]
+
+    checkpoint = {"meta": {}}
+    ConditioningGuardHook().before_save_checkpoint(Runner, checkpoint)
+    assert checkpoint["meta"]["conditioning"]["self_attn"][0]["type"] == "RowPreconditioner"
+    ConditioningGuardHook().after_load_checkpoint(Runner, checkpoint)
+    with pytest.raises(UserError, match="conditioning='none'"):
+        ConditioningGuardHook().after_load_checkpoint(Runner, {})
+    ConditioningGuardHook(allow_other=True).after_load_checkpoint(Runner, {})
+
+
+def test_tools_refuse_a_checkpoint_of_another_conditioning(refuse, detection, scenes):
+    options = ["--cfg-options", *detection.options, NONE]
+    parts = ("conditioning=dict(type='RowPreconditioner'", "conditioning='none'", "--other-conditioning")
+    refuse("test", SWIN, detection.checkpoint, *options, parts=parts)
+    refuse("train", SWIN, *options, f"load_from={detection.checkpoint}", parts=parts)
+    images = scenes / "images" / "validation"
+    refuse("predict", images, SWIN, detection.checkpoint, "--out-dir", "out", *options, parts=parts)
+
+
+def test_tools_load_it_where_they_are_told_to(call, detection, scenes):
+    options = ["--cfg-options", *detection.options, NONE]
+    images = sorted((scenes / "images" / "validation").iterdir())[0]
+    command = ["predict", images, SWIN, detection.checkpoint, "--out-dir", "out", "--other-conditioning"]
+    assert call(*command, *options)[0] == 0
+
+
+# ---------------------------------------------------------------- the tools
+
+
+@pytest.fixture(scope="session")
+def vanilla(detection, tmp_path_factory):
+    """What an unconditioned training would have left: the demo's weights without the record."""
+    path = tmp_path_factory.mktemp("vanilla") / "vanilla.pth"
+    checkpoint = torch.load(detection.checkpoint, weights_only=False)
+    del checkpoint["meta"]["conditioning"]
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_calibrate_then_evaluate(call, refuse, vanilla, detection, scenes, tmp_path):
+    images = scenes / "images" / "validation"
+    command = ["checkpoints/calibrate", SWIN, vanilla, "--images", images, "--out", "new.pth", "--num", 3]
+    status, output, _ = call(*command)
+    assert not status
+    errors = re.findall(r"error of the output ([\d.]+) before, ([\d.]+) after", output)
+    assert len(errors) == 6 and all(float(after) < float(before) for before, after in errors)
+    checkpoint = torch.load("new.pth", weights_only=True)
+    assert len(checkpoint["meta"]["conditioning"]) == 6 and set(checkpoint) == {"meta", "state_dict"}
+    assert call("test", SWIN, tmp_path / "new.pth", "--cfg-options", *detection.options)[0] is None
+    refuse(*command, parts=("new.pth exists already",))
+    command[6] = "newer.pth"
+    refuse(*command, "--cfg-options", NONE, parts=("not conditioned", "nothing to calibrate"))
+    command[2] = detection.checkpoint
+    refuse(*command, parts=("is of a conditioned model already",))
+
+
+def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(call, refuse, vanilla, scenes, tmp_path):
+    """W - C, and with C added again; and the folded model is upstream's own."""
+    images = scenes / "images" / "validation"
+    options = ["--cfg-options", SC]
+    command = ["checkpoints/calibrate", SWIN, vanilla, "--images", images, "--out", "sc.pth", "--num", 2, *options]
+    status, output, _ = call(*command)
+    assert not status and "W - C in place of W" in output
+    fold = ["checkpoints/fold", SWIN, "sc.pth", "--images", images, "--out", "plain.pth", "--config-out", "plain.py"]
+    status, output, _ = call(*fold, *options)
+    assert not status and re.search(r"agrees to [\d.e+-]+ of its size on 4 images", output)
+    assert "needs no condattn" in output
+    old, new = (torch.load(path, weights_only=False)["state_dict"] for path in (vanilla, "plain.pth"))
+    assert old.keys() == new.keys()
+    for name in old:
+        torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-5)
+    cfg = Config.fromfile("plain.py")
+    assert cfg.model.backbone.type == "SwinTransformer" and "condattn" not in cfg.pretty_text
+    from mmdet.apis import inference_detector, init_detector
+
+    model = init_detector(cfg, "plain.pth", device="cpu")
+    assert type(model.backbone).__module__ == "mmdet.models.backbones.swin"
+    inference_detector(model, str(sorted(images.iterdir())[0]))
+    refuse(*fold, *options, parts=("plain.pth exists already",))
+    fold[6], fold[8] = "other.pth", "other.py"
+    refuse("checkpoints/fold", SWIN, vanilla, *fold[3:], "--cfg-options", NONE, parts=("no spectral correction",))
+
+
+def test_publish(call, refuse, detection, tmp_path):
+    status, output, _ = call("checkpoints/publish", detection.checkpoint, "swin.pth")
+    assert not status and "optimizer" in output
+    (path,) = tmp_path.glob("swin-*.pth")
+    assert path.name == f"swin-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint) == {"meta", "state_dict"} and "cfg" not in checkpoint["meta"]
+    assert checkpoint["meta"]["conditioning"] and checkpoint["meta"]["dataset_meta"]
+    assert call("test", SWIN, path, "--cfg-options", *detection.options)[0] is None
+    refuse("checkpoints/publish", detection.checkpoint, "swin.bin", parts=("ends with .pth", "swin.bin"))
+    refuse("checkpoints/publish", detection.checkpoint, "swin.pth", "--ema", parts=("no ema_state_dict",))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_convert(call, refuse, suffix, tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 3))
+    torch.save(model.state_dict(), "timm.pth")
+    status, output, _ = call("checkpoints/convert", "timm.pth", f"mmdet{suffix}", "--to", "mmdet")
+    assert not status
+    assert "timm.pth: Swin of timm;" in output and "left out: 4 (norm.weight, norm.bias, head.fc" in output
+    status, _, _ = call("checkpoints/convert", f"mmdet{suffix}", "back.pth", "--to", "timm")
+    back = torch.load("back.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(back[name], model.state_dict()[name]) for name in back)
+    assert len(back) == len(model.state_dict()) - 4
+    if suffix == ".pth":  # upstream's own backbone reads it
+        from mmdet.models.backbones.swin import SwinTransformer
+
+        init_cfg = ConfigDict(type="Pretrained", checkpoint="mmdet.pth")
+        widths = dict(embed_dims=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 3))
+        backbone = SwinTransformer(**widths, init_cfg=init_cfg)
+        backbone.init_weights()
+        weight = backbone.stages[0].blocks[0].attn.w_msa.qkv.weight
+        assert torch.equal(weight, model.layers[0].blocks[0].attn.qkv.weight)
+    refuse("checkpoints/convert", "timm.pth", "back.pth", "--to", "mmseg", parts=("back.pth exists already",))
+    torch.save(timm.create_model("xcit_nano_12_p16_224", depth=1).state_dict(), "xcit.pth")
+    refuse("checkpoints/convert", "xcit.pth", "x.pth", "--to", "mmseg", parts=("XCiT of timm", "mmseg has no names"))
+    torch.save({"conv.weight": torch.ones(1)}, "conv.pth")
+    refuse(
+        "checkpoints/convert", "conv.pth", "x.pth", "--to", "mmseg", parts=("no known format (conv.weight)", "DaViT")
+    )
+    assert os.listdir(tmp_path) == [name for name in os.listdir(tmp_path) if not name.startswith(".")]
+
+
+def test_calibration_before_the_first_iteration(call, detection, vanilla, tmp_path):
+    hook = "custom_hooks = [dict(type='CalibrationHook', batches=1)]"
+    (tmp_path / "calibrated.py").write_text(f"{Config.fromfile(SWIN).pretty_text}\n{hook}\n")
+    command = ["train", "calibrated.py", "--other-conditioning", "--work-dir", "run"]
+    options = ["--cfg-options", *detection.options, f"load_from={vanilla}"]
+    status, output, errors = call(*command, *options)
+    assert not status
+    assert len(re.findall("relative error of the output", output + errors)) >= 6

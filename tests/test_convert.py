@@ -1,0 +1,372 @@
+"""Weights of every naming load with every key used, and the models that they come from and go to agree."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from condattn.checkpoints.convert import ConversionError, fit, load_pretrained
+from condattn.checkpoints.files import weights_of
+from condattn.checkpoints.names import FORMATS, recognize, translate
+
+pytest.importorskip("timm")
+pytest.importorskip("mmpretrain")
+
+import timm
+from mmengine.registry import MODELS, DefaultScope
+
+import condattn.registry  # noqa: F401
+
+SWIN = dict(embed_dims=12, depths=(2, 1, 2, 1), num_heads=(1, 2, 3, 3))
+TIMM_SWIN = dict(embed_dim=12, depths=(2, 1, 2, 1), num_heads=(1, 2, 3, 3))
+VIT = dict(embed_dims=24, num_layers=2, num_heads=3)
+TIMM_VIT = dict(embed_dim=24, depth=2, num_heads=3)
+IMAGE = torch.linspace(-9, 9, 2 * 3 * 224 * 224).sin().reshape(2, 3, 224, 224)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """In evaluation mode and with values in every weight, also in those that start as zeros and ones."""
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            nn.init.uniform_(value, 0.5, 1.5) if value.ndim < 2 else nn.init.normal_(value, std=0.1)
+    model.eval()
+    return model
+
+
+def build(scope, **settings):
+    with DefaultScope.overwrite_default_scope(scope):
+        return randomized(MODELS.build(settings))
+
+
+def timm_swin():
+    return randomized(timm.create_model("swin_tiny_patch4_window7_224", **TIMM_SWIN))
+
+
+def mm_swin(scope, cls="SwinTransformer", **settings):
+    model = build(scope, type=cls, **(dict(arch=SWIN) if scope == "mmpretrain" else SWIN), **settings)
+    for name, value in model.state_dict().items():
+        if re.match(r"norm\d", name):  # in front of the outputs, which timm's model has not
+            value.fill_(name.endswith("weight"))
+    return model
+
+
+def timm_vit(name="vit_tiny_patch16_224"):
+    return randomized(timm.create_model(name, **TIMM_VIT))
+
+
+def mmseg_vit(cls="VisionTransformer", **settings):
+    defaults = dict(img_size=224, patch_bias=True, final_norm=True, norm_cfg=dict(type="LN", eps=1e-6))
+    return build("mmseg", type=cls, **{**VIT, **defaults, **settings})
+
+
+def mmpretrain_vit(cls="VisionTransformer"):
+    return build("mmpretrain", type=cls, arch={**VIT, "feedforward_channels": 96}, out_type="featmap")
+
+
+def timm_maps(model):
+    return model.forward_intermediates(IMAGE, norm=False, output_fmt="NCHW", intermediates_only=True)
+
+
+def normed(maps):
+    """With the norms in front of the outputs, which mmdet and mmseg have and timm has not."""
+    return [nn.functional.layer_norm(m.movedim(1, -1), (m.shape[1],)).movedim(-1, 1) for m in maps]
+
+
+def official_swin(weights):
+    """The official names for timm's, written down from the release: a stage ends with its downsampling."""
+    official = {}
+    for name, value in weights.items():
+        name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
+        official[name.replace("head.fc", "head")] = value
+    for name in [name for name in official if name.endswith("relative_position_bias_table")]:
+        official[name.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.long)
+    return official | {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("entry", [None, "model", "state_dict"])
+@pytest.mark.parametrize("names", [lambda w: w, official_swin], ids=["timm", "official"])
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
+def test_swin(scope, names, entry, tmp_path):
+    source = timm_swin()
+    weights = names(source.state_dict())
+    torch.save({entry: weights} if entry else weights, tmp_path / "swin.pth")
+    target = mm_swin(scope, "ConditionedSwinTransformer", conditioning="none")
+    report = load_pretrained(target, tmp_path / "swin.pth")
+    assert {re.sub(r"\d", "", name) for name in report.missing} == {"norm.weight", "norm.bias"}
+    assert {name.split(".")[0] for name in report.left_out} <= {"norm", "head", "layers"}
+    used = len(source.state_dict()) - 4  # norm and classifier
+    assert len(report.loaded) == used and not report.interpolated
+    for ours, theirs in zip(target(IMAGE), normed(timm_maps(source)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg", "mmpretrain"])
+def test_swin_of_openmmlab(scope, tmp_path):
+    """Into timm's model and into mmdet's own."""
+    source = mm_swin(scope)
+    torch.save(dict(state_dict={f"backbone.{n}": v for n, v in source.state_dict().items()}), tmp_path / "swin.pth")
+    same = mm_swin("mmdet", "ConditionedSwinTransformer", conditioning="none")
+    load_pretrained(same, tmp_path / "swin.pth")
+    target = timm_swin()
+    load_pretrained(target, tmp_path / "swin.pth")
+    for ours, theirs in zip(same(IMAGE), normed(timm_maps(target)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_swin_agrees_with_the_converter_of_mmdet():
+    from mmdet.models.backbones.swin import swin_converter
+
+    official = official_swin(timm_swin().state_dict())
+    wanted = {name.removeprefix("backbone."): value for name, value in swin_converter(official).items()}
+    source, target = recognize(official), recognize(wanted)
+    assert (str(source), str(target)) == ("Swin of official", "Swin of mmdet and mmseg and mmpretrain")
+    ours, _ = translate(official, source, target)
+    assert ours.keys() == {name for name in wanted if "attn_mask" not in name and not name.startswith("norm")}
+    assert all(torch.equal(ours[name], wanted[name]) for name in ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", ["", "module.", "backbone."], ids=["raw", "module", "backbone"])
+@pytest.mark.parametrize("kind", ["timm", "MAE", "mmpretrain", "mmseg"])
+def test_vit(kind, wrap, tmp_path):
+    source = {"timm": timm_vit, "MAE": timm_vit, "mmpretrain": mmpretrain_vit, "mmseg": mmseg_vit}[kind]()
+    weights = source.state_dict()
+    if kind == "MAE":
+        weights |= {"mask_token": torch.ones(1, 1, 8), "decoder_blocks.0.attn.qkv.weight": torch.ones(24, 8)}
+        weights |= {"decoder_pos_embed": torch.ones(1, 197, 8), "decoder_embed.weight": torch.ones(8, 24)}
+    torch.save({"model": {wrap + name: value for name, value in weights.items()}}, tmp_path / "vit.pth")
+    target = mmseg_vit("ConditionedVisionTransformer", conditioning="none")
+    report = load_pretrained(target, tmp_path / "vit.pth")
+    assert report.missing == []
+    assert all(re.search(r"^head|decoder|mask_token", name) for name in report.left_out)
+    assert len(report.loaded) == len(target.state_dict())
+    if kind in ("timm", "MAE"):
+        source.norm.eps = 1e-6
+        wanted = source.forward_intermediates(IMAGE, indices=1, norm=True, intermediates_only=True)[0]
+    else:
+        wanted = source(IMAGE)[0]
+    torch.testing.assert_close(target(IMAGE)[0], wanted, rtol=0, atol=1e-4)
+
+
+def test_vit_into_timm():
+    source, target = mmseg_vit(), timm_vit()
+    fitted, report = fit(source.state_dict(), target, "vit.pth")
+    assert report.missing == ["head.weight", "head.bias"]
+    target.load_state_dict(fitted, strict=False)
+    wanted = target.forward_intermediates(IMAGE, indices=1, norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(source(IMAGE)[0], wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["deit_tiny_distilled_patch16_224", "mmpretrain"])
+def test_distilled_deit_into_a_model_without_the_token(kind):
+    source = mmpretrain_vit("DistilledVisionTransformer") if kind == "mmpretrain" else timm_vit(kind)
+    target = mmseg_vit()
+    fitted, report = fit(source.state_dict(), target, "deit.pth")
+    assert "dist_token" in report.left_out
+    positions = source.state_dict()["pos_embed"]
+    assert torch.equal(fitted["pos_embed"], torch.cat([positions[:, :1], positions[:, 2:]], 1))
+
+
+def official_xcit(weights):
+    """The official names for timm's, written down from the release: fused class attention, another position module."""
+    official = {name.replace("pos_embed.", "pos_embeder."): value for name, value in weights.items()}
+    for name in [name for name in official if re.search(r"cls_attn.*attn\.q\.", name)]:
+        parts = [official.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        official[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return official
+
+
+def official_davit(weights):
+    """The official names for timm's, written down from the release."""
+    official = {}
+    for name, value in weights.items():
+        name = re.sub(r"^stem", "stages.0.downsample", name).replace("downsample.conv", "downsample.proj")
+        name = re.sub(r"stages\.(\d)\.downsample", r"patch_embeds.\1", name)
+        name = re.sub(r"stages\.(\d)\.blocks", r"main_blocks.\1", name)
+        name = re.sub(r"cpe([12])", lambda m: f"cpe.{int(m[1]) - 1}", name)
+        official[name.replace("head.fc.", "head.").replace("head.norm.", "norms.")] = value
+    return official
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, settings, official",
+    [
+        ("xcit_nano_12_p16_224", dict(depth=2, embed_dim=32, num_heads=2), official_xcit),
+        ("davit_tiny", dict(depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4)), official_davit),
+    ],
+)
+def test_xcit_and_davit(name, settings, official, tmp_path):
+    source = randomized(timm.create_model(name, **settings))
+    weights = official(source.state_dict())
+    assert str(recognize(weights)).endswith("of official")
+    module = timm.models.xcit if "xcit" in name else timm.models.davit
+    theirs = module.checkpoint_filter_fn(dict(weights), source)  # timm's own reading of the official names
+    target = randomized(timm.create_model(name, **settings))
+    fitted, report = fit(weights, target, "official.pth")
+    assert (report.missing, report.left_out) == ([], [])
+    assert fitted.keys() == theirs.keys() == target.state_dict().keys()
+    assert all(torch.equal(fitted[key], theirs[key]) for key in theirs)
+    torch.save({"model": weights}, tmp_path / "official.pth")
+    backbone = MODELS.build(
+        dict(
+            type="ConditionedTimmBackbone",
+            model_name=name,
+            conditioning="none",
+            checkpoint_path=str(tmp_path / "official.pth"),
+            **settings,
+        )
+    )
+    backbone.init_weights()
+    backbone.eval()
+    image = IMAGE[..., :64, :64]
+    wanted = source.forward_intermediates(image, backbone.out_indices, norm=False, intermediates_only=True)
+    for ours, map in zip(backbone(image), wanted, strict=True):
+        assert torch.equal(ours, map)
+
+
+def test_windows_and_images_of_another_size():
+    swin = mm_swin("mmdet", window_size=8)
+    fitted, report = fit(timm_swin().state_dict(), swin, "swin.pth")
+    assert len(report.interpolated) == 6 and "from 169 x 1 to 225 x 1" in report.interpolated[0]
+    vit = mmseg_vit(img_size=(128, 256))
+    fitted, report = fit(timm_vit().state_dict(), vit, "vit.pth")
+    assert fitted["pos_embed"].shape == (1, 1 + 8 * 16, 24)
+    assert report.interpolated == ["pos_embed from 1 x 197 x 24 to 1 x 129 x 24"]
+
+
+def test_interpolation_is_that_of_a_plane():
+    """A table that rises evenly does so at every size, away from the border; torch's kernel ripples a little."""
+    from condattn.checkpoints.resize import resize_bias_table, resize_positions
+
+    rows = torch.arange(13.0)[:, None].expand(13, 13).reshape(-1, 1)
+    resized = resize_bias_table(rows, 23 * 23).reshape(23, 23)
+    steps = resized.diff(dim=0)[4:-4]
+    torch.testing.assert_close(steps, torch.full_like(steps, 13 / 23), rtol=0, atol=0.1)
+    positions = torch.cat([torch.full((1, 1), 7.0), torch.arange(14.0).repeat(14)[:, None]])[None]
+    resized = resize_positions(positions, 1 + 28 * 28)
+    assert resized[0, 0, 0] == 7
+    steps = resized[0, 1:, 0].reshape(28, 28).diff(dim=1)[:, 6:-6]
+    torch.testing.assert_close(steps, torch.full_like(steps, 0.5), rtol=0, atol=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_there_and_back_is_the_identity(data):
+    """For any depth and width, from every format to every other of its family."""
+    source = data.draw(st.sampled_from(FORMATS))
+    target = data.draw(st.sampled_from([one for one in FORMATS if one.family == source.family]))
+    width = 4 * data.draw(st.integers(1, 3))
+    weights = {}
+    for rule in source.rules:
+        for template in rule.theirs:
+            for _ in range(data.draw(st.integers(1, 3))):
+                weights[fill(template, data)] = torch.randn(3 * width, 4 * width)
+    translated, left_out = translate(weights, source, target)
+    back, lost = translate(translated, target, source)
+    assert lost == []
+    assert back.keys() == weights.keys() - set(left_out)
+    assert all(torch.equal(back[name], weights[name]) for name in back)
+
+
+def fill(template, data):
+    def field(match):
+        if match[1] == "p":
+            return data.draw(st.sampled_from(["weight", "bias"]))
+        if match[1] == "rest":
+            return data.draw(st.sampled_from(["qkv.weight", "norm.bias", "3.gamma"]))
+        return str(data.draw(st.integers(1, 30)))
+
+    return re.sub(r"\{(\w+?)(?:[+-]\d+)?\}", field, template)
+
+
+def test_prefixes_and_entries():
+    tensor = torch.ones(1)
+    whole = {"meta": {}, "state_dict": {"module.backbone.a": tensor, "module.head.b": tensor}}
+    assert weights_of(whole) == ({"a": tensor}, ["head.b"])
+    assert weights_of({"model_ema": {"x": tensor}, "epoch": 3}) == ({"x": tensor}, [])
+
+
+@pytest.mark.parametrize("conditioning", ["sc", dict(type="SpectralCorrection", form="svd")], ids=["identity", "svd"])
+def test_effective_weights_preserve_the_function(conditioning, tmp_path):
+    source = timm_vit()
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    plain = mmseg_vit("ConditionedVisionTransformer", conditioning="none")
+    load_pretrained(plain, tmp_path / "vit.pth")
+    corrected = mmseg_vit("ConditionedVisionTransformer", conditioning=conditioning)
+    load_pretrained(corrected, tmp_path / "vit.pth", load="effective")
+    with torch.no_grad():
+        torch.testing.assert_close(corrected(IMAGE)[0], plain(IMAGE)[0], rtol=0, atol=1e-4)
+        load_pretrained(corrected, tmp_path / "vit.pth")
+        assert not torch.allclose(corrected(IMAGE)[0], plain(IMAGE)[0], rtol=0, atol=1e-2)
+    attention = corrected.layers[0].attn.attn
+    assert torch.equal(attention.in_proj_weight, source.blocks[0].attn.qkv.weight)
+    with pytest.raises(ValueError, match="load is 'folded'; expected 'raw' or 'effective'"):
+        load_pretrained(corrected, tmp_path / "vit.pth", load="folded")
+
+
+def without(name):
+    return lambda weights: {key: value for key, value in weights.items() if name not in key}
+
+
+def changed(name, change):
+    return lambda weights: {key: change(value) if name in key else value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (without("layers.2.blocks.1."), "of another model: it has no stages.2.blocks.1.norm1.weight.*; it has layers"),
+        (without("layers.1.downsample"), "of another model: it has no stages.0.downsample"),
+        (changed("qkv.weight", lambda v: v[:-3]), r"stages.0.blocks.0.attn.w_msa.qkv.weight is 33 x 12 there, 36 x 12"),
+        (changed("bias_table", lambda v: v.repeat(1, 2)), "relative_position_bias_table is 169 x 2 there, 169 x 1 in"),
+        (changed("bias_table", lambda v: v[:-1]), "168 x 1 there, 169 x 1.*not both of square windows"),
+        (changed("fc1.weight", lambda v: v * torch.nan), "damaged: stages.0.blocks.0.ffn.*not finite"),
+        (changed("fc1.weight", lambda v: v / 0), "damaged: stages.0.blocks.0.ffn.*not finite"),
+        (lambda w: w | {"layers.2.blocks.7.norm1.weight": torch.ones(48)}, "the model has no stages.2.blocks.7.norm1"),
+        (lambda w: {"resnet.conv1.weight": torch.ones(3)}, "no weight of swin.pth has a place.*resnet.conv1.*patch_em"),
+    ],
+)
+def test_weights_of_another_model(damage, message):
+    target = mm_swin("mmdet")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ConversionError, match=message):
+        fit(damage(timm_swin().state_dict()), target, "swin.pth")
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_half_precision_is_loaded_as_it_is():
+    source, target = timm_swin(), mm_swin("mmdet")
+    fitted, _ = fit({name: value.half() for name, value in source.state_dict().items()}, target, "swin.pth")
+    target.load_state_dict(fitted, strict=False)
+    weight = target.stages[0].blocks[0].attn.w_msa.qkv.weight
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight, source.layers[0].blocks[0].attn.qkv.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pretrained_backbone_from_its_config(tmp_path, caplog):
+    source = timm_swin()
+    torch.save(source.state_dict(), tmp_path / "swin.pth")
+    init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "swin.pth"))
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        target = MODELS.build(dict(type="ConditionedSwinTransformer", **SWIN, init_cfg=init_cfg))
+        target.init_weights()
+        weight = target.stages[0].blocks[0].attn.w_msa.qkv.weight
+        assert torch.equal(weight, source.layers[0].blocks[0].attn.qkv.weight)
+        wrong = MODELS.build(dict(type="ConditionedSwinTransformer", **SWIN, init_cfg=init_cfg | dict(mode="x")))
+    with pytest.raises(ValueError, match="init_cfg of type 'Pretrained' has mode; its settings are checkpoint, load"):
+        wrong.init_weights()
+
+
+def test_grids_that_are_not_square_are_known_from_the_model():
+    from condattn.checkpoints.resize import resize_positions
+
+    with pytest.raises(ValueError, match="positions of 197 tokens cannot become those of 300"):
+        resize_positions(torch.zeros(1, 197, 4), 300)
+    assert math.prod(resize_positions(torch.zeros(1, 197, 4), 301, (15, 20)).shape) == 301 * 4

@@ -1,0 +1,62 @@
+"""Rename the pretrained weights of a backbone for another library: Swin, ViT, XCiT and DaViT."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+
+from condattn.checkpoints.convert import some
+from condattn.checkpoints.files import BadFileError, read_file, weights_of, write_whole
+from condattn.checkpoints.names import FORMATS, recognize, translate
+from condattn.engine.errors import UserError, run_tool
+
+TARGETS = ("mmdet", "mmseg", "timm", "official")
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="file (.pth, .pt, .bin, .safetensors) or URL of the weights")
+    parser.add_argument("target", help="file to write (.pth or .safetensors); it must not exist")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="whose names the weights get")
+    parser.add_argument(
+        "--unsafe", action="store_true", help="read a file that holds more than weights, which executes the code in it"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert, and say what was recognised, converted and left out."""
+    args = parse_args()
+    try:
+        weights, beside = weights_of(read_file(args.source, args.unsafe), args.source)
+    except BadFileError as error:
+        raise UserError(error) from error
+    source = recognize(weights)
+    if source is None:
+        families = ", ".join(dict.fromkeys(format.family for format in FORMATS))
+        raise UserError(f"{args.source} has names of no known format ({some(weights)}); known are those of {families}")
+    target = next((one for one in FORMATS if one.family == source.family and args.to in one.names), None)
+    if target is None:
+        takers = ", ".join(name for one in FORMATS if one.family == source.family for name in one.names)
+        raise UserError(f"{args.source} is a {source}, for which {args.to} has no names; these have: {takers}")
+    converted, left_out = translate(weights, source, target)
+    named = {target.prefix + name: value.contiguous() for name, value in converted.items()}
+    write_whole(args.target, lambda path: save(named, path, Path(args.target).suffix))
+    print(f"{args.source}: {source}; {len(named)} weights written to {args.target} as {target}")
+    if left_out + beside:
+        print(f"left out: {len(left_out + beside)} ({some(left_out + beside, 10)})")
+
+
+def save(weights: dict[str, torch.Tensor], path: Path, suffix: str) -> None:
+    """Write weights in the format that the suffix names."""
+    if suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({name: value.clone() for name, value in weights.items()}, path)
+    else:
+        torch.save({"state_dict": weights}, path)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,122 @@
+"""Make a plain checkpoint of a spectrally conditioned one: W + C becomes the weight, the function stays the same."""
+
+import copy
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+import condattn
+from condattn.checkpoints.files import write_whole
+from condattn.engine.checkpoints import read_checkpoint
+from condattn.engine.errors import UserError, run_tool
+from condattn.engine.guard import ENTRY, record_of
+from condattn.engine.inference import Predictor, find_images
+from condattn.engine.launch import add_config_arguments, choose_device, load_config
+
+TOLERANCE = 1e-5
+PLAIN = {"ConditionedSwinTransformer": "SwinTransformer", "ConditionedVisionTransformer": "VisionTransformer"}
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument("checkpoint", help="file or URL of weights that were trained with spectral correction")
+    parser.add_argument("--images", type=Path, required=True, help="images on which both models must agree")
+    parser.add_argument("--out", type=Path, required=True, help="file to write; it must not exist")
+    parser.add_argument("--config-out", type=Path, help="write the configuration of the folded model too")
+    parser.add_argument("--num", type=int, default=4, help="how many images are compared (default: %(default)s)")
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
+    parser.add_argument("--unsafe", action="store_true", help="execute the code in a checkpoint of more than weights")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fold, compare, write."""
+    args = parse_args()
+    for path in filter(None, (args.out, args.config_out)):
+        if path.exists():
+            raise UserError(f"{path} exists already; choose another name, or remove it first")
+    cfg = load_config(args.config, args.cfg_options)
+    images = [path for path, _ in find_images(args.images, args.out.parent)][: args.num]
+    checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
+    predictor = Predictor(cfg, args.checkpoint, choose_device(args.device), unsafe=args.unsafe)
+    before = outputs(predictor, images)
+    if not condattn.fold(predictor.model):
+        raise UserError(f"the model of {args.config} has no spectral correction; there is nothing to fold")
+    after = outputs(predictor, images)
+    difference = max(relative(a, b) for a, b in zip(before, after, strict=True))
+    if not difference <= TOLERANCE:
+        raise UserError(f"the folded model's attention differs by {difference:.1e} of its size; nothing was written")
+    print(f"attention before and after folding agrees to {difference:.1e} of its size on {len(images)} images")
+    record = record_of(predictor.model)
+    meta = {**checkpoint.get("meta", {}), ENTRY: record}
+    weights = {name: value.cpu() for name, value in predictor.model.state_dict().items()}
+    write_whole(args.out, lambda part: torch.save({"meta": meta, "state_dict": weights}, part))
+    print(f"{args.out}: {len(weights)} weights")
+    if args.config_out:
+        folded = fold_config(cfg, next(iter(record.values())))
+        write_whole(args.config_out, lambda part: part.write_text(folded.pretty_text))
+        print(f"{args.config_out}: {'needs condattn' if 'condattn' in folded.pretty_text else 'needs no condattn'}")
+
+
+def outputs(predictor: Predictor, images: list[Path]) -> list[Tensor]:
+    """What every attention module returns for each image."""
+    with recorded(predictor.model) as seen:
+        for path in images:
+            predictor.predict([path])
+    if not seen:
+        raise UserError("no image reached an attention module of the model")
+    return seen
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of the attention modules of ``model`` while it runs."""
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).detach().cpu())
+
+    hooks = [site.module.register_forward_hook(record) for site in condattn.find_sites(model)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Largest difference, over the largest value."""
+    return ((one - other).abs().max() / one.abs().max().clamp_min(1e-12)).item()
+
+
+def fold_config(cfg: Config, methods: list[dict]) -> Config:
+    """The configuration of the folded model: upstream's own where no other method is left."""
+    cfg = copy.deepcopy(cfg)
+    if cfg.model.type == "Conditioned":
+        if methods:
+            cfg.model.conditioning = methods
+        else:
+            cfg.model = cfg.model.module
+    elif methods or cfg.model.backbone.type not in PLAIN:
+        cfg.model.backbone.conditioning = methods or "none"
+    else:
+        cfg.model.backbone.type = PLAIN[cfg.model.backbone.type]
+        cfg.model.backbone.pop("conditioning", None)
+    if "Conditioned" not in str(cfg.model):
+        imports = [name for name in cfg.get("custom_imports", {}).get("imports", []) if name != "condattn.registry"]
+        if imports:
+            cfg.custom_imports.imports = imports
+        else:
+            cfg.pop("custom_imports", None)
+    return cfg
+
+
+if __name__ == "__main__":
+    run_tool(main)

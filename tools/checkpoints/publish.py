@@ -1,0 +1,59 @@
+"""Make a checkpoint that is fit to publish: weights and metadata alone, with the start of its SHA-256 in its name."""
+
+import hashlib
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+
+from condattn.checkpoints.files import write_whole
+from condattn.engine.checkpoints import read_checkpoint
+from condattn.engine.errors import UserError, run_tool
+
+KEPT = ("meta", "state_dict")
+LOCAL = ("cfg", "seed", "experiment_name", "time", "iter", "epoch")
+"""Metadata of the run that made it; its configuration may name paths of the machine."""
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="file that a training has written")
+    parser.add_argument(
+        "out", type=Path, help="name of the new file, without the sum: swin.pth becomes swin-0a1b2c3d.pth"
+    )
+    parser.add_argument("--ema", action="store_true", help="publish the moving average of the weights")
+    parser.add_argument("--keep-config", action="store_true", help="keep the configuration of the run in the metadata")
+    parser.add_argument(
+        "--unsafe", action="store_true", help="read a checkpoint that holds more than weights, which executes its code"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Publish."""
+    args = parse_args()
+    if args.out.suffix != ".pth":
+        raise UserError(f"expected a name that ends with .pth, got {args.out}")
+    checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
+    entry = "ema_state_dict" if args.ema else "state_dict"
+    if entry not in checkpoint:
+        raise UserError(f"{args.checkpoint} has no {entry}; its entries are {', '.join(map(str, checkpoint))}")
+    weights = checkpoint[entry]
+    if args.ema:
+        weights = {name.removeprefix("module."): value for name, value in weights.items() if name != "steps"}
+    dropped = () if args.keep_config else LOCAL
+    meta = {name: value for name, value in checkpoint.get("meta", {}).items() if name not in dropped}
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "weights.pth")
+        torch.save({"meta": meta, "state_dict": weights}, part)
+        content = part.read_bytes()
+    out = args.out.with_name(f"{args.out.stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth")
+    write_whole(out, lambda path: path.write_bytes(content))
+    stripped = [name for name in checkpoint if name not in KEPT]
+    print(f"{out}: {len(weights)} weights, {len(content):,} bytes; without {', '.join(stripped) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
