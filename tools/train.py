@@ -4,7 +4,6 @@ from argparse import ArgumentParser, Namespace
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 from condattn.engine.checkpoints import (
     add_checkpoint_arguments,
@@ -12,6 +11,7 @@ from condattn.engine.checkpoints import (
     check_pretrained,
     check_resumable,
     drop_pretrained,
+    find_resumable,
     read_checkpoint,
 )
 from condattn.engine.data_check import check_data
@@ -62,7 +62,7 @@ def main() -> None:
             "mixed precision needs a GPU, and none was found; train without --amp, or with "
             "--cfg-options optim_wrapper.type=OptimWrapper"
         )
-    checkpoint = find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
+    checkpoint = find_resumable(cfg.work_dir) if args.resume == "auto" else args.resume
     if checkpoint:
         cfg.resume, cfg.load_from = True, checkpoint
     check_data(cfg, "train", "val")
@@ -98,7 +98,7 @@ def train(cfg: Config, replaced: set[str], other_conditioning: bool) -> None:
 def check_weights(cfg: Config, args: Namespace) -> set[str]:
     """Check the model and the weights it will start from; return the keys that a checkpoint provides."""
     resuming = bool(cfg.get("resume"))
-    path = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if resuming else None)
+    path = cfg.get("load_from") or (find_resumable(cfg.work_dir) if resuming else None)
     checkpoint = read_checkpoint(path, args.unsafe) if path else None
     if checkpoint and resuming:
         check_resumable(checkpoint, path)

@@ -8,7 +8,10 @@ from importlib.util import find_spec
 
 from .stack import check_stack
 
-MODULES = ("models.factory", "models.pyramid", "engine.progress", "engine.guard", "engine.calibration")
+MODULES = (
+    *("models.factory", "models.pyramid"),
+    *("engine.progress", "engine.guard", "engine.calibration", "engine.survival"),
+)
 LIBRARY_MODULES = {
     "timm": ("models.timm",),
     "mmdet": ("models.mmdet", "engine.datasets_mmdet"),

@@ -1,8 +1,10 @@
 """Refuse checkpoints that are missing, unreadable or of another model, before a run starts."""
 
+import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from pathlib import Path
 
 from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
@@ -60,6 +62,28 @@ def check_resumable(checkpoint: dict, path: str) -> None:
             f"{path} holds weights alone, without the state of a training; to start from these weights use "
             f"--cfg-options load_from={path} in place of --resume"
         )
+
+
+def find_resumable(work_dir: str) -> str | None:
+    """The newest checkpoint in ``work_dir`` that a training can go on from; those that cannot be read are named.
+
+    Raises:
+        UserError: If there are some, and none can be read.
+    """
+    last = Path(work_dir, "last_checkpoint")
+    named = [Path(last.read_text().strip())] if last.is_file() and last.read_text().strip() else []
+    saved = [path for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_[0-9]+", path.stem)]
+    candidates = [*named, *sorted(saved, key=lambda path: -int(path.stem.split("_")[1]))]
+    for path in dict.fromkeys(path.resolve() for path in candidates):
+        try:
+            check_resumable(read_checkpoint(str(path)), str(path))
+        except UserError as error:
+            print(f"warning: {error}; the checkpoint before it is tried", file=sys.stderr)
+        else:
+            return str(path)
+    if candidates:
+        raise UserError(f"no checkpoint in {work_dir} can be resumed from; start anew in another --work-dir")
+    return None
 
 
 def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) -> set[str]:

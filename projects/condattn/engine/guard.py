@@ -3,7 +3,7 @@
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -17,7 +17,9 @@ ENTRY = "conditioning"
 
 def record_of(model: nn.Module) -> Record:
     """What a checkpoint records of ``model``: site name -> its methods, as plain data."""
-    return conditioning_of(model.module if is_model_wrapper(model) else model)
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return conditioning_of(model)
 
 
 def check_conditioning(checkpoint: dict, path: str, model: nn.Module) -> None:

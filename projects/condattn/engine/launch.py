@@ -23,6 +23,7 @@ from .errors import UserError
 from .guard import ConditioningGuardHook
 from .processes import LAUNCHERS, start_processes
 from .progress import ProgressHook
+from .survival import ExactResumeHook, FiniteLossHook
 
 TOOLBOXES = ("mmdet", "mmseg")
 
@@ -135,7 +136,7 @@ def innermost(dataset: ConfigDict) -> ConfigDict:
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
-    """Join the other processes, if any, and build the runner, with a progress bar and the guard of checkpoints.
+    """Join the other processes, if any, and build the runner, with a progress bar and the hooks that guard a run.
 
     Args:
         cfg: The configuration.
@@ -143,14 +144,17 @@ def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
     """
     given = copy.deepcopy(cfg)
     start_processes(cfg)
+    checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    if checkpoints.get("type") == "CheckpointHook":
+        checkpoints.type = "WholeCheckpointHook"
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     # The configuration that the runner leaves in the work directory is the one that it was given.
     runner.cfg = given
     runner.dump_config()
-    if not any(isinstance(hook, ProgressHook) for hook in runner.hooks):
-        runner.register_hook(ProgressHook())
-    if not any(isinstance(hook, ConditioningGuardHook) for hook in runner.hooks):
-        runner.register_hook(ConditioningGuardHook(other_conditioning))
+    guard = ConditioningGuardHook(other_conditioning)
+    for hook in (ProgressHook(), guard, FiniteLossHook(), ExactResumeHook()):
+        if not any(isinstance(own, type(hook)) for own in runner.hooks):
+            runner.register_hook(hook)
     return runner
 
 

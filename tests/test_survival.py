@@ -1,0 +1,209 @@
+"""Runs that are killed and resumed end with the weights of runs that are not; bad files and losses stop them."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import DEMO, TOOLS, error_lines, run
+from torch import nn
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+import mmengine
+
+import condattn
+from condattn.engine.checkpoints import find_resumable
+from condattn.engine.errors import UserError
+from condattn.engine.survival import WholeFileBackend, find_trouble
+
+# Stock mmengine cannot forward a data loader.
+FORWARDS = hasattr(mmengine.runner.loops._InfiniteDataloaderIterator, "skip_iter")
+EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
+
+
+def training(kind, small, scenes, folder, workers, keep=-1):
+    """The command of a short demo training with EMA, and the name of its last checkpoint."""
+    name = {"epoch": "mask_rcnn_swin_pc", "iter": "upernet_swin_pc"}[kind]
+    (folder / f"{kind}.py").write_text(f"_base_ = {str(DEMO / f'{name}.py')!r}\n{EMA}")
+    options = [*small, f"train_dataloader.num_workers={workers}", f"train_dataloader.persistent_workers={workers > 0}"]
+    options.append(f"default_hooks.checkpoint.max_keep_ckpts={keep}")
+    if kind == "epoch":
+        ann_file = scenes / "annotations" / "instances_validation.json"
+        options += [f"{one}_evaluator.ann_file={ann_file}" for one in ("val", "test")]
+        options += ["train_cfg.max_epochs=4", "train_cfg.val_interval=2"]
+    else:
+        options += ["train_cfg.max_iters=9", "train_cfg.val_interval=4", "default_hooks.checkpoint.interval=2"]
+    return [TOOLS / "train.py", folder / f"{kind}.py", "--cfg-options", *options]
+
+
+def weights(path):
+    checkpoint = torch.load(path, weights_only=False)
+    return {**checkpoint["state_dict"], **{f"ema {name}": v for name, v in checkpoint["ema_state_dict"].items()}}
+
+
+def check_kills(kind, small, scenes, folder, kills, workers):
+    command = training(kind, small, scenes, folder, workers, keep=1)
+    began = time.monotonic()
+    run(*command, "--work-dir", folder / "whole", cwd=folder)
+    duration = time.monotonic() - began
+    moments = random.Random(7)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = 0
+    resume = [sys.executable, *map(str, command), "--work-dir", str(folder / "killed"), "--resume"]
+    while killed < kills:
+        process = subprocess.Popen(
+            resume,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=moments.uniform(0.1, 1.0) * duration)
+            assert process.returncode == 0, output.decode()[-3000:]
+            (folder / "killed" / "last_checkpoint").unlink()  # it was done: begin anew
+            for path in (folder / "killed").glob("*.pth"):
+                path.unlink()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            killed += 1
+    run(*command, "--work-dir", folder / "killed", "--resume", cwd=folder)
+    last = Path((folder / "whole" / "last_checkpoint").read_text()).name
+    whole, resumed = weights(folder / "whole" / last), weights(folder / "killed" / last)
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert not [path for path in (folder / "killed").glob("*") if path.suffix == ".part" and path.stat().st_size == 0]
+
+
+forwarded = pytest.mark.skipif(not FORWARDS, reason="this mmengine cannot forward a data loader")
+
+
+@pytest.mark.parametrize(
+    "kind, workers",
+    [
+        ("epoch", 2),
+        pytest.param("epoch", 0, marks=pytest.mark.slow),
+        pytest.param("iter", 2, marks=forwarded),
+        pytest.param("iter", 0, marks=[forwarded, pytest.mark.slow]),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(kind, workers, small, scenes, tmp_path):
+    """Stopped after a checkpoint in the middle, as a kill leaves it, and resumed."""
+    command = training(kind, small, scenes, tmp_path, workers)
+    run(*command, "--work-dir", tmp_path / "whole", cwd=tmp_path)
+    half = tmp_path / "whole" / {"epoch": "epoch_2.pth", "iter": "iter_4.pth"}[kind]
+    run(*command, "--work-dir", tmp_path / "resumed", "--resume", half, cwd=tmp_path)
+    last = Path((tmp_path / "whole" / "last_checkpoint").read_text()).name
+    whole, resumed = weights(tmp_path / "whole" / last), weights(tmp_path / "resumed" / last)
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert any(not torch.equal(whole[name], value) for name, value in weights(half).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, workers", [("epoch", 0), pytest.param("iter", 2, marks=forwarded)])
+def test_twenty_kills(kind, workers, small, scenes, tmp_path):
+    check_kills(kind, small, scenes, tmp_path, kills=10, workers=workers)
+
+
+def test_the_newest_checkpoint_that_can_be_read(detection, tmp_path, capsys):
+    whole = detection.checkpoint.read_bytes()
+    for name, content in (("epoch_1.pth", whole), ("epoch_2.pth", whole), ("epoch_10.pth", whole[:-5000])):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_10.pth"))
+    assert find_resumable(tmp_path) == str(tmp_path / "epoch_2.pth")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "epoch_10.pth" in line and "the checkpoint before it is tried" in line
+    (tmp_path / "last_checkpoint").write_text("")
+    assert find_resumable(tmp_path) == str(tmp_path / "epoch_2.pth")
+    for name in ("epoch_1.pth", "epoch_2.pth"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* can be resumed from"):
+        find_resumable(tmp_path)
+    assert find_resumable(tmp_path / "nowhere") is None
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "a.pth").write_bytes(b"old")
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        WholeFileBackend().put(b"new content", tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detection, tmp_path, monkeypatch):
+    from condattn.engine import survival
+
+    write, count = survival.write_whole, []
+
+    def full_at_the_second(path, *args, **kwargs):
+        count.append(path)
+        if Path(path).name == "epoch_2.pth":
+            raise OSError(28, "No space left on device")
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(survival, "write_whole", full_at_the_second)
+    options = [*detection.options, "train_cfg.max_epochs=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    status, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
+    assert status == 2
+    (line,) = error_lines(errors)
+    assert "epoch_2.pth could not be written" in line and "the newest whole one is" in line and "epoch_1.pth" in line
+    assert find_resumable("run").endswith("epoch_1.pth")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(call, detection, tmp_path):
+    checkpoint = torch.load(detection.checkpoint, weights_only=False)
+    name = next(name for name in checkpoint["state_dict"] if name.endswith("blocks.1.attn.w_msa.qkv.weight"))
+    checkpoint["state_dict"][name][0, 0] = float("nan")
+    torch.save(checkpoint, "bad.pth")
+    options = [*detection.options, "load_from=bad.pth"]
+    status, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
+    assert status == 2
+    (line,) = error_lines(errors)
+    assert "is not finite in iteration 1" in line
+    assert f"weights that are not finite at {name.removesuffix('.qkv.weight')}" in line
+    assert "the last checkpoint is none" in line
+    assert not list(Path("run").rglob("*.pth"))
+
+
+def test_trouble_is_named_by_site():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            from timm.models.vision_transformer import Attention
+
+            self.sound, self.long, self.silent, self.broken = (Attention(8, 2) for _ in range(4))
+            self.long.qkv.weight.data *= 1e4
+            self.silent.qkv.weight.data[16:] = 0
+            self.broken.qkv.weight.data[0, 0] = float("inf")
+
+        def forward(self, x):
+            return [part(x) for part in (self.sound, self.long, self.silent, self.broken)]
+
+    pytest.importorskip("timm")
+    model = Model()
+    condattn.condition(model, "pc")
+    trouble = find_trouble(model, (torch.randn(1, 5, 8),), {})
+    assert sorted(trouble) == sorted(
+        [
+            "saturated logits at long, broken",
+            "zero rows at silent",
+            "weights that are not finite at broken",
+            "head outputs that are not finite at broken",
+        ]
+    )
