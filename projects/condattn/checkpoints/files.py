@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,21 +86,23 @@ def _read_torch(path: Path, unsafe: bool) -> Any:
         with torch.serialization.safe_globals(_plain_data()):
             return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipped)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "weights_only" in str(error):
-            name = str(error).split("GLOBAL ")[-1].split(" was not")[0] if "GLOBAL " in str(error) else "other objects"
-            raise BadFileError(
-                f"{path} holds more than weights ({name[:80]}), and reading it would execute its code; if you trust "
-                "where it comes from, allow that with unsafe=True, or --unsafe of the tools"
-            ) from error
-        raise BadFileError(f"{path} is no file of weights, or cut short: copy or download it again") from error
+        foreign = re.search(r"(?:GLOBAL|function|class) ([\w.<>']+)", str(error))
+        if foreign is None:
+            raise BadFileError(f"{path} is no file of weights, or cut short: copy or download it again") from error
+        raise BadFileError(
+            f"{path} holds more than weights ({foreign[1]}), and reading it would execute its code; if you trust where "
+            "it comes from, allow that with unsafe=True, or --unsafe of the tools"
+        ) from error
 
 
 def _plain_data() -> list[Any]:
     """What mmengine's runner saves besides tensors: numpy numbers and the histories of its logs."""
-    import numpy
-    from numpy.dtypes import BoolDType, Float32DType, Float64DType, Int32DType, Int64DType, StrDType, UInt8DType
-
-    core = getattr(numpy, "_core", None) or numpy.core
+    try:
+        import numpy
+        from numpy.dtypes import BoolDType, Float32DType, Float64DType, Int32DType, Int64DType, StrDType, UInt8DType
+    except ImportError:
+        return []
+    core = numpy.core if numpy.__version__.startswith("1.") else numpy._core
     plain = [numpy.dtype, numpy.ndarray, core.multiarray.scalar, core.multiarray._reconstruct]
     plain += [BoolDType, Float32DType, Float64DType, Int32DType, Int64DType, StrDType, UInt8DType]
     try:

@@ -1,0 +1,208 @@
+"""Files that are no good: each is refused in one line, nothing is executed, and the model stays as it was."""
+
+import io
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from condattn.checkpoints.convert import ConversionError, load_pretrained
+from condattn.checkpoints.files import BadFileError, read_file, write_whole
+
+timm = pytest.importorskip("timm")
+SETTINGS = dict(img_size=32, depth=3, embed_dim=24, num_heads=3, num_classes=5)
+
+
+def vit(name="vit_tiny_patch16_224", **settings):
+    return timm.create_model(name, **{**SETTINGS, **settings})
+
+
+class Malice:
+    """Its pickle creates a file where it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def saved(content, **settings):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **settings)
+    return buffer.getvalue()
+
+
+def safetensors(weights):
+    from safetensors.torch import save
+
+    return save({name: value.contiguous() for name, value in weights.items()})
+
+
+def cut(content, share):
+    return content[: int(len(content) * share)]
+
+
+def zipped(**members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def with_value(name, value):
+    weights = vit().state_dict()
+    weights[name] = weights[name].clone()
+    weights[name].view(-1)[0] = value
+    return saved(weights)
+
+
+def torn(content):
+    """Whole in length, with a hole of zeros in the directory at its end."""
+    return content[:-400] + bytes(300) + content[-100:]
+
+
+def no_shape(weights):
+    return {name: value.reshape(-1) for name, value in weights.items()}
+
+
+WHOLE = saved(vit().state_dict())
+OLD = saved(vit().state_dict(), _use_new_zipfile_serialization=False)
+# Name of the file -> its content, and what the one line says.
+FILES = {
+    "empty.pth": (b"", "is empty"),
+    "empty.safetensors": (b"", "is empty"),
+    "cut after a byte.pth": (WHOLE[:1], "no file of weights, or cut short"),
+    "cut after the head.pth": (WHOLE[:64], "no file of weights, or cut short"),
+    "cut at a quarter.pth": (cut(WHOLE, 0.25), "no file of weights, or cut short"),
+    "cut in the middle.pth": (cut(WHOLE, 0.5), "no file of weights, or cut short"),
+    "cut near the end.pth": (WHOLE[:-30], "no file of weights, or cut short"),
+    "old and cut.pth": (cut(OLD, 0.5), "no file of weights, or cut short"),
+    "old and cut early.pth": (OLD[:40], "no file of weights, or cut short"),
+    "torn.pth": (torn(WHOLE), "no file of weights, or cut short"),
+    "text.pth": (b"<html>404 Not Found</html>", "no file of weights, or cut short"),
+    "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\n", "no file of weights"),
+    "noise.pth": (bytes(range(256)) * 40, "no file of weights, or cut short"),
+    "picture.pth": (b"\x89PNG\r\n\x1a\n" + bytes(64), "no file of weights, or cut short"),
+    "archive.pth": (zipped(a="b"), "no file of weights, or cut short"),
+    "cut.safetensors": (cut(safetensors(vit().state_dict()), 0.5), "no safetensors file, or cut short"),
+    "torch.safetensors": (WHOLE, "no safetensors file, or cut short"),
+    "number.pth": (saved(3), "holds a int; expected a dictionary of weights"),
+    "list.pth": (saved([torch.ones(1)]), "holds a list; expected a dictionary of weights"),
+    "no weights.pth": (saved({"epoch": 3, "state_dict": {}}), "holds no weights"),
+    "nothing.pth": (saved({}), "holds no weights; its entries are nothing"),
+    "plain pickle.pth": (pickle.dumps({"a": [1]}), "no file of weights, or cut short|holds no weights"),
+    "another network.pth": (saved(nn.Linear(2, 2).state_dict()), "no weight .* has a place in the model"),
+    "swin.pth": (
+        saved({"layers.0.blocks.0.norm1.weight": torch.ones(24)}),
+        "no weight .* has a place in the model: .* layers.0.blocks.0.norm1.weight",
+    ),
+    "shallower.pth": (saved(vit(depth=2).state_dict()), "it has no blocks.2.norm1.weight"),
+    "deeper.pth": (saved(vit(depth=4).state_dict()), "the model has no blocks.3.norm1.weight"),
+    "wider.pth": (saved(vit(embed_dim=36).state_dict()), "is 1 x 1 x 36 there, 1 x 1 x 24 in the model"),
+    "other patches.pth": (saved(vit(patch_size=8).state_dict()), "patch_embed.proj.weight is 24 x 3 x 8 x 8 there"),
+    "other mlp.pth": (saved(vit(mlp_ratio=2).state_dict()), "mlp.fc1.weight is 48 x 24 there, 96 x 24 in the model"),
+    "flat.pth": (saved(no_shape(vit().state_dict())), "of another model: cls_token is 24 there, 1 x 1 x 24"),
+    "NaN.pth": (with_value("blocks.1.mlp.fc1.weight", float("nan")), "damaged: blocks.1.mlp.fc1.weight .*not finite"),
+    "infinite.pth": (with_value("norm.bias", float("inf")), "damaged: norm.bias has values that are not finite"),
+    "overflown half.pth": (
+        saved({name: (value * 1e6).half() for name, value in vit().state_dict().items()}),
+        "damaged: .* has values that are not finite",
+    ),
+}
+
+
+def check_refused(path, message):
+    model = vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises((BadFileError, ConversionError), match=message) as caught:
+        load_pretrained(model, path)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bad_files(name, tmp_path):
+    content, message = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    check_refused(tmp_path / name, message)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_no_file(tmp_path):
+    check_refused(tmp_path / "nowhere.pth", "there is no file .*nowhere.pth")
+    check_refused(tmp_path, "is a folder; expected a file")
+    (tmp_path / "dangling.pth").symlink_to("nowhere")
+    check_refused(tmp_path / "dangling.pth", "there is no file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path):
+    (tmp_path / "secret.pth").write_bytes(WHOLE)
+    (tmp_path / "secret.pth").chmod(0)
+    check_refused(tmp_path / "secret.pth", "may not be read")
+
+
+def test_a_refused_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "secret.pth").write_bytes(WHOLE)
+
+    def deny(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", deny)
+    check_refused(tmp_path / "secret.pth", "may not be read: Permission denied")
+
+
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_code_is_not_executed(where, zip_format, tmp_path):
+    malice = Malice(tmp_path / "executed")
+    content = {"state_dict": vit().state_dict(), "x": malice} if where == "beside" else {"state_dict": malice}
+    (tmp_path / "evil.pth").write_bytes(saved(content, _use_new_zipfile_serialization=zip_format))
+    check_refused(tmp_path / "evil.pth", r"holds more than weights \(.*mkdir.*\), .*unsafe=True")
+    assert not (tmp_path / "executed").exists()
+    read_file(tmp_path / "evil.pth", unsafe=True)
+    assert (tmp_path / "executed").is_dir()
+
+
+def test_a_whole_model_is_more_than_weights(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
+    check_refused(tmp_path / "model.pth", "holds more than weights .*Linear.*unsafe=True")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
+def test_good_files(suffix, tmp_path):
+    source, target = vit(), vit()
+    content = safetensors(source.state_dict()) if suffix == ".safetensors" else WHOLE
+    (tmp_path / f"good{suffix}").write_bytes(content)
+    report = load_pretrained(target, tmp_path / f"good{suffix}")
+    assert (report.missing, report.left_out) == ([], [])
+    (tmp_path / "old.pth").write_bytes(OLD)
+    load_pretrained(target, tmp_path / "old.pth")
+
+
+def test_what_is_written_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "a.pth"
+    write_whole(path, lambda part: part.write_bytes(b"one"))
+    assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_whole(path, lambda part: part.write_bytes(b"two"))
+
+    def fail(part):
+        part.write_bytes(b"half")
+        raise RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file")
+
+    with pytest.raises(OSError, match="could not be written: .*PytorchStreamWriter"):
+        write_whole(path, fail, overwrite=True)
+    assert path.read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
+def _umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
