@@ -90,8 +90,8 @@ forwarded = pytest.mark.skipif(not FORWARDS, reason="this mmengine cannot forwar
 @pytest.mark.parametrize(
     "kind, workers",
     [
-        ("epoch", 2),
-        pytest.param("epoch", 0, marks=pytest.mark.slow),
+        pytest.param("epoch", 2, marks=pytest.mark.slow),
+        ("epoch", 0),
         pytest.param("iter", 2, marks=forwarded),
         pytest.param("iter", 0, marks=[forwarded, pytest.mark.slow]),
     ],

@@ -2,8 +2,10 @@
 
 from argparse import ArgumentParser, Namespace
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.model import is_model_wrapper
 
 from condattn.engine.checkpoints import (
     add_checkpoint_arguments,
@@ -33,7 +35,20 @@ def parse_args() -> Namespace:
     add_config_arguments(parser)
     add_runner_arguments(parser)
     add_checkpoint_arguments(parser)
-    parser.add_argument("--amp", action="store_true", help="train in mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--amp",
+        nargs="?",
+        const="float16",
+        choices=["float16", "bfloat16"],
+        help="train in mixed precision (needs a GPU), in float16 unless bfloat16 is asked for",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the backbone with torch.compile, by this backend (default: inductor)",
+    )
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
@@ -54,7 +69,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_runner_config(args)
     if args.amp:
-        enable_amp(cfg)
+        enable_amp(cfg, args.amp)
     if args.auto_scale_lr:
         enable_lr_scaling(cfg)
     if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and get_device() == "cpu":
@@ -62,20 +77,24 @@ def main() -> None:
             "mixed precision needs a GPU, and none was found; train without --amp, or with "
             "--cfg-options optim_wrapper.type=OptimWrapper"
         )
+    if args.compile and args.compile not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends(exclude_tags=()))
+        raise UserError(f"--compile: torch has no backend {args.compile}; it has {known}")
     checkpoint = find_resumable(cfg.work_dir) if args.resume == "auto" else args.resume
     if checkpoint:
         cfg.resume, cfg.load_from = True, checkpoint
     check_data(cfg, "train", "val")
-    train(cfg, replaced=check_weights(cfg, args), other_conditioning=args.other_conditioning)
+    train(cfg, args, replaced=check_weights(cfg, args))
     leave_processes()
 
 
-def enable_amp(cfg: Config) -> None:
+def enable_amp(cfg: Config, dtype: str) -> None:
     """Train in mixed precision."""
     wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UserError(f"--amp expects optim_wrapper.type OptimWrapper, found {wrapper}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.dtype = dtype
 
 
 def enable_lr_scaling(cfg: Config) -> None:
@@ -88,10 +107,13 @@ def enable_lr_scaling(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def train(cfg: Config, replaced: set[str], other_conditioning: bool) -> None:
+def train(cfg: Config, args: Namespace, replaced: set[str]) -> None:
     """Train; ``replaced`` are the keys of the weights that a checkpoint will provide."""
-    runner = build_runner(cfg, other_conditioning)
+    runner = build_runner(cfg, args.other_conditioning)
     drop_pretrained(runner.model, replaced)
+    if args.compile:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.backbone.compile(backend=args.compile)
     runner.train()
 
 
