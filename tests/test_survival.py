@@ -26,12 +26,21 @@ from condattn.engine.survival import WholeFileBackend, find_trouble
 # Stock mmengine cannot forward a data loader.
 FORWARDS = hasattr(mmengine.runner.loops._InfiniteDataloaderIterator, "skip_iter")
 EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
+# The demo detector has random augmentation and sampling; these are the segmenter's, in its workers and in its model.
+RANDOM = """
+model = dict(backbone=dict(drop_path_rate=0.3), decode_head=dict(dropout_ratio=0.3))
+steps = [dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'PackSegInputs')]
+steps[2].update(prob=0.5)
+steps.insert(2, dict(type='Resize', scale=(96, 96), keep_ratio=True))
+train_dataloader = dict(dataset=dict(pipeline=steps))
+"""
 
 
 def training(kind, small, scenes, folder, workers, keep=-1):
     """The command of a short demo training with EMA, and the name of its last checkpoint."""
     name = {"epoch": "mask_rcnn_swin_pc", "iter": "upernet_swin_pc"}[kind]
-    (folder / f"{kind}.py").write_text(f"_base_ = {str(DEMO / f'{name}.py')!r}\n{EMA}")
+    text = f"_base_ = {str(DEMO / f'{name}.py')!r}\n{EMA}"
+    (folder / f"{kind}.py").write_text(text + (RANDOM if kind == "iter" else ""))
     options = [*small, f"train_dataloader.num_workers={workers}", f"train_dataloader.persistent_workers={workers > 0}"]
     options.append(f"default_hooks.checkpoint.max_keep_ckpts={keep}")
     if kind == "epoch":

@@ -102,7 +102,6 @@ class ExactResumeHook(Hook):
         """Begin an epoch, or, resumed, an iteration-based run."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._begin(runner, runner.epoch)
-            runner.train_dataloader._iterator = None
         elif self._can_forward(runner):
             self._begin(runner, runner.iter)
 
@@ -142,6 +141,7 @@ class ExactResumeHook(Hook):
         loader = runner.train_dataloader
         if isinstance(loader.worker_init_fn, partial) and "seed" in loader.worker_init_fn.keywords:
             loader.worker_init_fn = partial(loader.worker_init_fn, seed=seed)
+        loader._iterator = None  # persistent workers would keep their own state
 
 
 @HOOKS.register_module()
