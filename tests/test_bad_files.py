@@ -170,6 +170,36 @@ def test_code_is_not_executed(where, zip_format, tmp_path):
     assert (tmp_path / "executed").is_dir()
 
 
+class Reach:
+    """Its pickle takes an attribute that leads to torch's own list of what is allowed."""
+
+    def __reduce__(self):
+        return getattr, (torch._utils._rebuild_tensor_v2, "__globals__")
+
+
+def test_the_statistics_of_a_log_are_all_that_can_be_reached(tmp_path):
+    pytest.importorskip("mmengine")
+    from mmengine.logging import HistoryBuffer
+
+    torch.save({"state_dict": vit().state_dict(), "x": Reach()}, tmp_path / "evil.pth")
+    check_refused(tmp_path / "evil.pth", "holds more than weights .*unsafe=True")
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save({"state_dict": vit().state_dict(), "x": buffer, "mean": HistoryBuffer.mean}, tmp_path / "good.pth")
+    content = read_file(tmp_path / "good.pth")
+    assert content["x"].mean() == 1.5 and content["mean"] is HistoryBuffer.mean
+
+
+def test_addresses_are_cached_apart(tmp_path, monkeypatch):
+    def download(address, path):
+        torch.save({"weight": torch.full((1,), float(address.split("/")[3]))}, path)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for number in (1, 2, 1):
+        content = read_file(f"https://example.org/{number}/model.pth?download=true")
+        assert content["weight"] == number
+
+
 def test_a_whole_model_is_more_than_weights(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
     check_refused(tmp_path / "model.pth", "holds more than weights .*Linear.*unsafe=True")

@@ -224,7 +224,8 @@ def test_publish(call, refuse, detection, tmp_path):
     assert checkpoint["meta"]["conditioning"] and checkpoint["meta"]["dataset_meta"]
     assert call("test", SWIN, path, "--cfg-options", *detection.options)[0] is None
     refuse("checkpoints/publish", detection.checkpoint, "swin.bin", parts=("ends with .pth", "swin.bin"))
-    refuse("checkpoints/publish", detection.checkpoint, "swin.pth", "--ema", parts=("no ema_state_dict",))
+    torch.save({"model": {}}, "other.pth")
+    refuse("checkpoints/publish", "other.pth", "swin.pth", parts=("has no state_dict; its entries are model",))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

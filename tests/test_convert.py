@@ -19,7 +19,7 @@ pytest.importorskip("mmpretrain")
 import timm
 from mmengine.registry import MODELS, DefaultScope
 
-import condattn.registry  # noqa: F401
+import condattn.registry
 
 SWIN = dict(embed_dims=12, depths=(2, 1, 2, 1), num_heads=(1, 2, 3, 3))
 TIMM_SWIN = dict(embed_dim=12, depths=(2, 1, 2, 1), num_heads=(1, 2, 3, 3))
@@ -362,6 +362,51 @@ def test_a_pretrained_backbone_from_its_config(tmp_path, caplog):
         wrong = MODELS.build(dict(type="ConditionedSwinTransformer", **SWIN, init_cfg=init_cfg | dict(mode="x")))
     with pytest.raises(ValueError, match="init_cfg of type 'Pretrained' has mode; its settings are checkpoint, load"):
         wrong.init_weights()
+
+
+def test_a_grid_that_is_not_square_is_not_guessed():
+    source = timm.create_model("vit_tiny_patch16_224", **TIMM_VIT, img_size=(128, 256))
+    with pytest.raises(ConversionError, match="pos_embed is 1 x 129 x 24 there, 1 x 197 x 24 .*cannot become"):
+        fit(source.state_dict(), timm_vit(), "vit.pth")
+
+
+def test_the_rows_of_a_class_token_stay_as_they_are():
+    settings = dict(TIMM_VIT, depth=1)
+    source = randomized(timm.create_model("beit_base_patch16_224", **settings, img_size=64))
+    target = timm.create_model("beit_base_patch16_224", **settings, img_size=96)
+    fitted, report = fit(source.state_dict(), target, "beit.pth")
+    (name,) = [name for name in fitted if "bias_table" in name]
+    assert len(report.interpolated) == 1 and len(fitted[name]) == 11 * 11 + 3
+    assert torch.equal(fitted[name][-3:], source.state_dict()[name][-3:])
+
+
+def test_weights_that_were_trained_with_conditioning(tmp_path):
+    def vit(conditioning, **init_cfg):
+        init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "pc.pth"), **init_cfg)
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            return MODELS.build(
+                dict(
+                    type="ConditionedVisionTransformer",
+                    img_size=224,
+                    **VIT,
+                    conditioning=conditioning,
+                    init_cfg=init_cfg,
+                )
+            )
+
+    model = vit("pc")
+    record = {f"backbone.{name}": methods for name, methods in condattn.conditioning_of(model).items()}
+    weights = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, "meta": {"conditioning": record}}, tmp_path / "pc.pth")
+    model.init_weights()
+    with pytest.raises(ValueError, match=r"pc.pth was trained with conditioning=\[.*RowPrec.*other_conditioning=True"):
+        vit("none").init_weights()
+    vit("none", other_conditioning=True).init_weights()
+    for methods in record.values():
+        methods[:] = [dict(type="SpectralCorrection")]
+    torch.save({"state_dict": weights, "meta": {"conditioning": record}}, tmp_path / "pc.pth")
+    with pytest.raises(ValueError, match="load='effective' is for weights that were not"):
+        vit("sc", load="effective").init_weights()
 
 
 def test_grids_that_are_not_square_are_known_from_the_model():

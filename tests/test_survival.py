@@ -175,6 +175,31 @@ def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detecti
     assert find_resumable("run").endswith("epoch_1.pth")
 
 
+def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypatch):
+    from mmengine.hooks import CheckpointHook
+
+    from condattn.engine.survival import WholeCheckpointHook
+
+    hook = WholeCheckpointHook(interval=1)
+    hook.file_backend = WholeFileBackend()
+    (tmp_path / "best.pth").write_bytes(b"old")
+    full = []
+
+    def save(self, runner, metrics):
+        self.file_backend.remove(tmp_path / "best.pth")
+        if full:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CheckpointHook, "_save_best_checkpoint", save)
+    full.append(True)
+    with pytest.raises(UserError, match="could not be written .*No space left.*the one before is .*best.pth"):
+        hook._save_best_checkpoint(None, {})
+    assert (tmp_path / "best.pth").read_bytes() == b"old"
+    full.clear()
+    hook._save_best_checkpoint(None, {})
+    assert not (tmp_path / "best.pth").exists()
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(call, detection, tmp_path):
     checkpoint = torch.load(detection.checkpoint, weights_only=False)
     name = next(name for name in checkpoint["state_dict"] if name.endswith("blocks.1.attn.w_msa.qkv.weight"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -128,6 +128,19 @@ def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
         site.name: [method.to_dict() for cls in registered_methods() if (method := cls.applied_to(site)) is not None]
         for site in find_sites(model)
     }
+
+
+def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    """Whether two sites of :func:`conditioning_of`, perhaps from a file, are conditioned alike."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return sorted((key, plain(child)) for key, child in value.items())
+        if isinstance(value, list | tuple):
+            return [plain(child) for child in value]
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    return sorted(repr(plain(method)) for method in one) == sorted(repr(plain(method)) for method in other)
 
 
 def _select(

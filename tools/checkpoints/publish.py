@@ -23,7 +23,6 @@ def parse_args() -> Namespace:
     parser.add_argument(
         "out", type=Path, help="name of the new file, without the sum: swin.pth becomes swin-0a1b2c3d.pth"
     )
-    parser.add_argument("--ema", action="store_true", help="publish the moving average of the weights")
     parser.add_argument("--keep-config", action="store_true", help="keep the configuration of the run in the metadata")
     parser.add_argument(
         "--unsafe", action="store_true", help="read a checkpoint that holds more than weights, which executes its code"
@@ -37,12 +36,9 @@ def main() -> None:
     if args.out.suffix != ".pth":
         raise UserError(f"expected a name that ends with .pth, got {args.out}")
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
-    entry = "ema_state_dict" if args.ema else "state_dict"
-    if entry not in checkpoint:
-        raise UserError(f"{args.checkpoint} has no {entry}; its entries are {', '.join(map(str, checkpoint))}")
-    weights = checkpoint[entry]
-    if args.ema:
-        weights = {name.removeprefix("module."): value for name, value in weights.items() if name != "steps"}
+    if "state_dict" not in checkpoint:
+        raise UserError(f"{args.checkpoint} has no state_dict; its entries are {', '.join(map(str, checkpoint))}")
+    weights = checkpoint["state_dict"]  # with mmengine's EMAHook the moving average
     dropped = () if args.keep_config else LOCAL
     meta = {name: value for name, value in checkpoint.get("meta", {}).items() if name not in dropped}
     with tempfile.TemporaryDirectory() as folder:

@@ -153,7 +153,7 @@ def _resized(value: Tensor, expected: Tensor, name: str, model: nn.Module) -> Te
     if name.endswith("relative_position_bias_table") and value.shape[1] == expected.shape[1]:
         return resize_bias_table(value, len(expected))
     if POSITIONS.search(name) and value.ndim == 3 and value.shape[2] == expected.shape[2]:
-        return resize_positions(value, expected.shape[1], _grid(model))
+        return resize_positions(value, expected.shape[1], _grid(model), getattr(model, "num_prefix_tokens", None))
     raise ValueError("")
 
 

@@ -1,5 +1,6 @@
 """Reading and writing files of weights: nothing in a file is executed, and a file is whole or not there."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -7,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
@@ -56,7 +58,8 @@ def read_file(path: str | Path, unsafe: bool = False) -> Any:
 
 
 def _downloaded(address: str) -> Path:
-    path = Path(torch.hub.get_dir(), "checkpoints", address.rsplit("/", 1)[-1])
+    name = Path(urlparse(address).path).name
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{name}")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -109,8 +112,15 @@ def _plain_data() -> list[Any]:
         from mmengine.logging.history_buffer import HistoryBuffer
     except ImportError:
         return plain
-    # Its methods are pickled by name. What getattr returns cannot be called: that takes a place on this list.
-    return [*plain, HistoryBuffer, getattr]
+
+    def statistic(cls: type, name: str) -> object:
+        if cls is not HistoryBuffer or name not in ("min", "max", "current", "mean", "statistics"):
+            raise pickle.UnpicklingError(f"GLOBAL getattr({cls!r}, {name!r}) is not allowed")
+        return getattr(cls, name)
+
+    # Its methods are pickled as getattr(HistoryBuffer, name). The real getattr would open the way to any code.
+    statistic.__module__, statistic.__name__, statistic.__qualname__ = "builtins", "getattr", "getattr"
+    return [*plain, HistoryBuffer, statistic]
 
 
 def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, Tensor], list[str]]:

@@ -11,8 +11,11 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..checkpoints.files import read_file
-from ..models.base import ConditionedBackbone, is_pretrained
+from ..models.base import is_pretrained
 from .errors import UserError
+
+HUBS = ("torchvision://", "open-mmlab://", "openmmlab://", "mmcls://", "modelzoo://")
+"""Collections of weights that mmengine knows and downloads; what else is no file is refused."""
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
@@ -40,7 +43,7 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict:
         UserError: If there is no such file, or it is not a checkpoint, cut short or not safe.
     """
     try:
-        if "://" in path and not path.startswith(("http://", "https://")):
+        if path.startswith(HUBS):
             checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu", logger="silent")
         else:
             checkpoint = read_file(path, unsafe)
@@ -145,7 +148,7 @@ def check_pretrained(model: nn.Module, key: str = "model") -> None:
         option = f"{key}.{name + '.' if name else ''}init_cfg"
         module = model.get_submodule(name)
         try:
-            if isinstance(module, ConditionedBackbone):
+            if getattr(module, "checks_its_weights", False):
                 module.init_weights()
                 continue
             weights = read_checkpoint(init_cfg["checkpoint"])

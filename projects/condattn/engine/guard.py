@@ -8,7 +8,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ..condition import conditioning_of
+from ..condition import conditioning_of, same_conditioning
 from .errors import UserError
 
 Record = dict[str, list[dict[str, Any]]]
@@ -31,7 +31,7 @@ def check_conditioning(checkpoint: dict, path: str, model: nn.Module) -> None:
         UserError: If it is not; the message shows both, and the line of the configuration to change.
     """
     recorded, own = checkpoint.get("meta", {}).get(ENTRY) or {}, record_of(model)
-    other = [site for site in own if _comparable(recorded.get(site, [])) != _comparable(own[site])]
+    other = [site for site in own if not same_conditioning(recorded.get(site, []), own[site])]
     if not other:
         return
     theirs, ours = _summary(recorded, other), _summary(own, other)
@@ -43,19 +43,6 @@ def check_conditioning(checkpoint: dict, path: str, model: nn.Module) -> None:
         f"({', '.join(other[:2])}{', ...' if len(other) > 2 else ''}), where this one has conditioning={ours}, so that "
         f"its weights mean something else here: {advice}, or load it all the same with --other-conditioning"
     )
-
-
-def _comparable(methods: list[dict[str, Any]]) -> list[str]:
-    return sorted(repr(sorted((key, _plain(value)) for key, value in method.items())) for method in methods)
-
-
-def _plain(value: Any) -> Any:
-    """A value without what saving or a configuration file may change: tuples are lists, integers are numbers."""
-    if isinstance(value, dict):
-        return sorted((key, _plain(child)) for key, child in value.items())
-    if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _summary(record: Record, sites: list[str]) -> str:

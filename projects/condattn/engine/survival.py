@@ -2,12 +2,13 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank, is_main_process
+from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
@@ -81,6 +82,25 @@ class WholeCheckpointHook(CheckpointHook):
                 self.file_backend.remove(path)
             elif self.file_backend.isdir(path):  # sharded
                 self.file_backend.rmtree(path)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        """Keep the best one so far until the new one is there."""
+        surplus: list[tuple[Callable, str]] = []
+        backend = self.file_backend
+        remove, rmtree = backend.remove, backend.rmtree
+        backend.remove = lambda path: surplus.append((remove, path))
+        backend.rmtree = lambda path: surplus.append((rmtree, path))
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        except OSError as error:
+            kept = ", ".join(str(path) for _, path in surplus) or "none"
+            raise UserError(
+                f"the best checkpoint could not be written ({error}); the one before it is {kept}"
+            ) from error
+        finally:
+            del backend.remove, backend.rmtree
+        for delete, path in surplus:
+            delete(path)
 
 
 @HOOKS.register_module()
@@ -168,7 +188,9 @@ class FiniteLossHook(Hook):
         self._hook.remove()
         newest = Path(self._runner.work_dir, LAST)
         checkpoint = newest.read_text().strip() if newest.exists() else "none"
-        trouble = "; ".join(find_trouble(model, args, kwargs)) or "the attention sites are sound"
+        trouble = "run one process to see which attention sites explain it"
+        if get_world_size() == 1:  # a process that runs the model once more by itself would leave the others waiting
+            trouble = "; ".join(find_trouble(model, args, kwargs)) or "the attention sites are sound"
         raise UserError(
             f"{', '.join(bad)} is not finite in iteration {self._runner.iter + 1}; {trouble}; the last checkpoint is "
             f"{checkpoint}; lower the learning rate, clip the gradients, or look at the data of this iteration"

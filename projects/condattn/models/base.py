@@ -1,13 +1,14 @@
 """What the conditioned faces of upstream backbones share."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
 
 from ..checkpoints.convert import LoadReport, load_pretrained
-from ..condition import condition
+from ..checkpoints.files import read_file
+from ..condition import condition, conditioning_of, same_conditioning
 from ..methods.base import Conditioning
 
 
@@ -26,6 +27,8 @@ class ConditionedBackbone:
     Raises:
         ValueError: If the conditioning is unknown or invalid.
     """
+
+    checks_its_weights = True
 
     def __init__(self, *args, conditioning: Conditioning = "pc", **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -61,12 +64,39 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
         ValueError: As :func:`condattn.checkpoints.convert.load_pretrained`, and for settings that it does not know.
     """
     settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location", "prefix")}
-    known_settings = ("checkpoint", "load", "unsafe")
+    known_settings = ("checkpoint", "load", "unsafe", "other_conditioning")
     if unknown := settings.keys() - set(known_settings):
         raise ValueError(
             f"init_cfg of type 'Pretrained' has {', '.join(sorted(unknown))}; its settings are "
             f"{', '.join(known_settings)}"
         )
-    report = load_pretrained(model, settings.pop("checkpoint"), known=known, **settings)
+    path = settings.pop("checkpoint")
+    if not settings.pop("other_conditioning", False):
+        check_record(model, read_file(path, settings.get("unsafe", False)), path, settings.get("load", "raw"))
+    report = load_pretrained(model, path, known=known, **settings)
     print_log(f"pretrained weights {report}", logger="current")
     return report
+
+
+def check_record(model: nn.Module, content: Any, path: str, load: str) -> None:
+    """Check that weights which were trained with conditioning are loaded into a backbone that has the same.
+
+    Weights of a model without conditioning may start any.
+
+    Raises:
+        ValueError: If the file records another conditioning; or one with corrections, and ``load`` is 'effective'.
+    """
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    record = (meta.get("conditioning") if isinstance(meta, Mapping) else None) or {}
+    if not any(record.values()):
+        return
+    override = "other_conditioning=True in the init_cfg loads them all the same"
+    if load == "effective" and "SpectralCorrection" in str(record):
+        raise ValueError(f"{path} was trained with spectral correction; load='effective' is for weights that were not")
+    for name, methods in conditioning_of(model).items():
+        theirs = next((record[site] for site in record if f".{site}".endswith(f".{name}")), [])
+        if not same_conditioning(theirs, methods):
+            raise ValueError(
+                f"{path} was trained with conditioning={theirs or 'none'} at {name}, where this backbone has "
+                f"{methods or 'none'}; condition it alike, or {override}"
+            )

@@ -38,8 +38,8 @@ class ConditionedTimmBackbone(BaseModule):
         include: Patterns of the sites to condition, see :func:`condattn.condition`.
         exclude: Patterns of the sites to leave out.
         pretrained: Start from timm's public weights, which ``init_weights`` downloads.
-        checkpoint_path: Start from the weights in this file, which ``init_weights`` reads: timm's or the official ones
-            of the network, whole or without a classifier.
+        checkpoint_path: Start from the weights in this file, timm's or the official ones of the network: short for
+            ``init_cfg=dict(type='Pretrained', checkpoint=...)``, see :class:`condattn.models.base.ConditionedBackbone`.
         img_size: The size of the images (height and width, or one number), for models that have to know it.
         frozen_stages: Freeze the stem (0) and this many stages, or blocks of a ViT; -1 freezes nothing.
         drop_path_rate: Stochastic depth, where it is not the model's default.
@@ -51,6 +51,8 @@ class ConditionedTimmBackbone(BaseModule):
         ValueError: If the model is unknown, has no intermediate features or not these, cannot do what a setting asks
             for, or its attention cannot be conditioned; in ``forward`` if an image is too large for the model.
     """
+
+    checks_its_weights = True
 
     def __init__(
         self,
@@ -68,6 +70,8 @@ class ConditionedTimmBackbone(BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
+        if checkpoint_path:
+            init_cfg = dict(type="Pretrained", checkpoint=checkpoint_path)
         super().__init__(init_cfg)
         if not timm.is_model(model_name):
             near = ", ".join(timm.list_models(f"*{model_name.split('_')[0]}*")[:5])
@@ -75,7 +79,7 @@ class ConditionedTimmBackbone(BaseModule):
         options = dict(img_size=img_size, drop_path_rate=drop_path_rate)
         settings = {**kwargs, **{name: value for name, value in options.items() if value is not None}}
         self.model = _create(model_name, settings)
-        self._weights = (model_name, settings, pretrained, checkpoint_path)
+        self._weights = (model_name, settings, pretrained)
         self._names = list(self.model.state_dict())  # before parts of the model are pruned
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{model_name} of timm gives no intermediate features; choose another model")
@@ -119,7 +123,7 @@ class ConditionedTimmBackbone(BaseModule):
             RuntimeError: If timm's weights cannot be downloaded.
             ValueError: If the weights cannot be read, or are of another model.
         """
-        model_name, settings, pretrained, checkpoint = self._weights
+        model_name, settings, pretrained = self._weights
         if pretrained:
             try:
                 weights = _create(model_name, {**settings, "pretrained": True}).state_dict()
@@ -130,8 +134,6 @@ class ConditionedTimmBackbone(BaseModule):
             fitted, report = fit(weights, self.model, f"timm's {model_name}", known=self._names)
             self.model.load_state_dict(fitted, strict=False)
             print_log(f"pretrained weights {report}", logger="current")
-        elif checkpoint:
-            load_as_configured(self.model, dict(checkpoint=checkpoint), known=self._names)
         elif is_pretrained(self.init_cfg):
             load_as_configured(self.model, self.init_cfg, known=self._names)
         elif self.init_cfg is not None:
