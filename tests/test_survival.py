@@ -192,7 +192,7 @@ def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypat
 
     monkeypatch.setattr(CheckpointHook, "_save_best_checkpoint", save)
     full.append(True)
-    with pytest.raises(UserError, match="could not be written .*No space left.*the one before is .*best.pth"):
+    with pytest.raises(UserError, match="could not be written .*No space left.*the one before it is .*best.pth"):
         hook._save_best_checkpoint(None, {})
     assert (tmp_path / "best.pth").read_bytes() == b"old"
     full.clear()
