@@ -3,20 +3,11 @@
 Twin: mmseg's segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py with another backbone.
 """
 
-_base_ = "upernet_davit-t_pc.py"
+_base_ = "segformer_xcit-s_pc.py"
 model = dict(
-    decode_head=dict(
-        _delete_=True,
-        type="SegformerHead",
-        in_channels=[96, 192, 384, 768],
-        in_index=[0, 1, 2, 3],
-        channels=256,
-        dropout_ratio=0.1,
-        num_classes=150,
-        norm_cfg=dict(type="SyncBN", requires_grad=True),
-        align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+    backbone=dict(
+        _delete_=True, type="ConditionedTimmBackbone", model_name="davit_tiny", pretrained=True, drop_path_rate=0.2
     ),
-    auxiliary_head=None,
+    neck=None,
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
 )
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(decode_head=dict(lr_mult=10.0))))

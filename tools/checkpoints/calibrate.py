@@ -18,6 +18,7 @@ from condattn.engine.errors import UserError, run_tool
 from condattn.engine.guard import ENTRY, record_of
 from condattn.engine.inference import Predictor, find_images
 from condattn.engine.launch import add_config_arguments, choose_device, load_config
+from condattn.methods.correction import subtract_corrections
 
 
 def parse_args() -> Namespace:
@@ -52,9 +53,7 @@ def main() -> None:
     if not methods:
         raise UserError(f"the model of {args.config} is not conditioned; there is nothing to calibrate")
     if "SpectralCorrection" in methods:
-        for module in model.modules():
-            if hasattr(module, "subtract_corrections"):
-                module.subtract_corrections()
+        subtract_corrections(model)
         print("spectral correction: W - C in place of W; W + C, and so the function, is that of the checkpoint")
     if "RowPreconditioner" in methods:
         try:

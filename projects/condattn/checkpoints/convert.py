@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..methods.correction import subtract_corrections
 from .files import read_file, weights_of
 from .names import recognize, translate
 from .resize import resize_bias_table, resize_positions
@@ -88,9 +89,7 @@ def load_pretrained(
     report.left_out += beside
     model.load_state_dict(fitted, strict=False)
     if load == "effective":
-        for module in model.modules():
-            if hasattr(module, "subtract_corrections"):
-                module.subtract_corrections()
+        subtract_corrections(model)
     return report
 
 

@@ -84,7 +84,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path, unsafe: bool) -> Any:
-    zipped = path.open("rb").read(2) == b"PK"
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
     try:
         with torch.serialization.safe_globals(_plain_data()):
             return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipped)

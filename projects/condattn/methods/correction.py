@@ -177,6 +177,13 @@ class CorrectedModule(nn.Module):
                     missing.remove(key)
 
 
+def subtract_corrections(model: nn.Module) -> None:
+    """:meth:`CorrectedModule.subtract_corrections` of all corrected weights in ``model``."""
+    for module in model.modules():
+        if isinstance(module, CorrectedModule):
+            module.subtract_corrections()
+
+
 class Lender:
     """Forward hooks of a module that uses the weight of a corrected one without calling it: they lend it W + C.
 

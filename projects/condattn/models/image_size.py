@@ -42,12 +42,17 @@ class ImageSizes:
 
 
 def find_image_sizes(
-    build: Callable[[], nn.Module], native: tuple[int, int], indices: Sequence[int], strides: Sequence[int]
+    model: nn.Module,
+    build: Callable[[], nn.Module],
+    native: tuple[int, int],
+    indices: Sequence[int],
+    strides: Sequence[int],
 ) -> ImageSizes:
     """Try multiples of the largest stride, then multiples of the size that the model was made for, then that alone.
 
     Args:
-        build: Makes the model; it is called on the meta device where that works.
+        model: The model; it runs only if its copy without weights does not.
+        build: Makes such a copy, on the meta device, where a forward costs nothing.
         native: The size that the model was made for, in pixels.
         indices: The features that are wanted, in ascending order.
         strides: Their strides.
@@ -56,29 +61,34 @@ def find_image_sizes(
         ValueError: If the model gives no such features for any of these.
     """
     step = max(strides)
-    for device in ("meta", "cpu"):  # some models compute with values, which the meta device does not have
-        try:
-            with torch.device(device):
-                model = build().eval()
-        except (NotImplementedError, RuntimeError):
-            continue
-
-        def error(size: tuple[int, int], model: nn.Module = model, device: str = device) -> str:
-            try:
-                with torch.no_grad():
-                    maps = features(model, torch.zeros(1, 3, *size, device=device), indices)
-            except (AssertionError, NotImplementedError, RuntimeError, ValueError) as problem:
-                return str(problem).split("\n")[0]
-            got, want = [tuple(m.shape[-2:]) for m in maps], [map_size(size, stride) for stride in strides]
-            return "" if got == want else f"its maps are of {got}, not of {want}"
-
-        if not error((2 * step, 3 * step)):
+    try:
+        with torch.device("meta"):
+            candidates = [build(), model]
+    except (NotImplementedError, RuntimeError):  # it computes with values, which the meta device does not have
+        candidates = [model]
+    for candidate in candidates:
+        if not _problem(candidate, (2 * step, 3 * step), indices, strides):
             return ImageSizes((step, step))
-        if not error((native[0], 2 * native[1])):
+        if not _problem(candidate, (native[0], 2 * native[1]), indices, strides):
             return ImageSizes(native)
-        if not (problem := error(native)):
+        if not (problem := _problem(candidate, native, indices, strides)):
             return ImageSizes(native, fixed=True)
     raise ValueError(f"gives no feature maps of images of {native[0]} x {native[1]} pixels: {problem}")
+
+
+@torch.no_grad()
+def _problem(model: nn.Module, size: tuple[int, int], indices: Sequence[int], strides: Sequence[int]) -> str:
+    """Why ``model`` does not take images of this size, or ''."""
+    training = model.training
+    model.eval()
+    try:
+        maps = features(model, torch.zeros(1, 3, *size, device=next(model.parameters()).device), indices)
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:  # what timm's models raise then
+        return str(error).split("\n")[0]
+    finally:
+        model.train(training)
+    got, want = [tuple(m.shape[-2:]) for m in maps], [map_size(size, stride) for stride in strides]
+    return "" if got == want else f"its maps are of {got}, not of {want}"
 
 
 def features(model: nn.Module, images: Tensor, indices: Sequence[int]) -> list[Tensor]:

@@ -99,7 +99,7 @@ class ConditionedTimmBackbone(BaseModule):
         native = (native, native) if isinstance(native, int) else tuple(native)
         try:
             self.image_sizes = find_image_sizes(
-                lambda: _create(model_name, settings), native, self.out_indices, self.strides
+                self.model, lambda: _create(model_name, settings), native, self.out_indices, self.strides
             )
         except ValueError as error:
             raise ValueError(f"timm's {model_name} {error}") from error
