@@ -14,6 +14,16 @@ LOADERS = ("train", "val", "test")
 NOWHERE = ["model.backbone.init_cfg.type=Pretrained", "model.backbone.init_cfg.checkpoint=nowhere.pth"]
 
 
+class Malice:
+    """Its pickle creates a file where it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training of a demo configuration."""

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+from runs import Malice
 from torch import nn
 
 from condattn.checkpoints.convert import ConversionError, load_pretrained
@@ -18,16 +19,6 @@ SETTINGS = dict(img_size=32, depth=3, embed_dim=24, num_heads=3, num_classes=5)
 
 def vit(name="vit_tiny_patch16_224", **settings):
     return timm.create_model(name, **{**SETTINGS, **settings})
-
-
-class Malice:
-    """Its pickle creates a file where it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def saved(content, **settings):

@@ -154,6 +154,41 @@ def test_pretrained_weights_that_cannot_be_had(refuse, monkeypatch, name):
     refuse("train", DEMO / "mask_rcnn_swin_pc.py", *options, parts=parts)
 
 
+def test_weights_of_timm_that_cannot_be_had(refuse, call, detection_options, tmp_path, monkeypatch):
+    """Which are not asked for where a checkpoint replaces them."""
+    import timm
+
+    create = timm.create_model
+
+    def offline(*args, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("no network")
+        return create(*args, **kwargs)
+
+    text = f"""
+_base_ = {str(DEMO / "mask_rcnn_swin_pc.py")!r}
+model = dict(
+    backbone=dict(_delete_=True, type="ConditionedTimmBackbone", model_name="test_vit", pretrained=True),
+    neck=dict(
+        _delete_=True, type="SimpleFeaturePyramid", in_channels=64, out_channels=64, num_outs=3, scales=(4, 2, 1)
+    ),
+)
+"""
+    (tmp_path / "timm.py").write_text(text)
+    monkeypatch.setattr(timm, "create_model", offline)
+    parts = ("timm:test_vit", "no network", "model.backbone.checkpoint_path=FILE", "model.backbone.pretrained=False")
+    refuse("train", "timm.py", "--cfg-options", *detection_options, parts=parts)
+    status, _, errors = call("train", "timm.py", "--cfg-options", *detection_options, "model.backbone.pretrained=False")
+    assert status is None, errors
+    checkpoint = tmp_path / "work_dirs" / "timm" / "epoch_1.pth"
+    status, _, errors = call("test", "timm.py", checkpoint, "--cfg-options", *detection_options)
+    assert status is None, errors
+    more = ["train_cfg.max_epochs=2", "train_cfg.val_interval=2"]
+    status, _, errors = call("train", "timm.py", "--resume", "--cfg-options", *detection_options, *more)
+    assert status is None, errors
+    assert (tmp_path / "work_dirs" / "timm" / "epoch_2.pth").exists()
+
+
 def test_pretrained_weights_of_which_none_fits(refuse, detection_options, tmp_path):
     torch.save({"state_dict": {"features.norm.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
     options = [NOWHERE[0], "model.backbone.init_cfg.checkpoint=foreign.pth", *detection_options]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from runs import DEMO
+from runs import DEMO, Malice
 from torch import nn
 
 import condattn
@@ -17,6 +17,7 @@ from condattn.checkpoints.calibrate import calibrate
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+from condattn.engine.checkpoints import read_safely
 from condattn.engine.errors import UserError
 from condattn.engine.guard import ConditioningGuardHook, check_conditioning, record_of
 
@@ -206,6 +207,7 @@ def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(cal
     assert cfg.model.backbone.type == "SwinTransformer" and "condattn" not in cfg.pretty_text
     from mmdet.apis import inference_detector, init_detector
 
+    cfg.test_dataloader.dataset.data_root = str(scenes)
     model = init_detector(cfg, "plain.pth", device="cpu")
     assert type(model.backbone).__module__ == "mmdet.models.backbones.swin"
     inference_detector(model, str(sorted(images.iterdir())[0]))
@@ -226,6 +228,33 @@ def test_publish(call, refuse, detection, tmp_path):
     refuse("checkpoints/publish", detection.checkpoint, "swin.bin", parts=("ends with .pth", "swin.bin"))
     torch.save({"model": {}}, "other.pth")
     refuse("checkpoints/publish", "other.pth", "swin.pth", parts=("has no state_dict; its entries are model",))
+
+
+def test_weights_alone_in_safetensors(call, segmentation):
+    """Which say nothing of their conditioning."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = torch.load(segmentation.checkpoint, weights_only=False)["state_dict"]
+    safetensors.save_file(weights, "weights.safetensors")
+    command = ["test", segmentation.config, "weights.safetensors", "--cfg-options", *segmentation.options]
+    assert "--other-conditioning" in call(*command)[2]
+    status, _, errors = call(*command, "--other-conditioning")
+    assert status is None and "warning" not in errors
+
+
+def test_the_runner_executes_nothing_in_a_file(tmp_path, monkeypatch):
+    """As mmengine's own reader does."""
+    from mmengine.runner import load_checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"weight": torch.ones(2, 2)}, "extra": Malice(tmp_path / "executed")}, "evil.pth")
+    read_safely()
+    with pytest.raises(UserError, match=r"evil\.pth holds more than weights .*mkdir"):
+        load_checkpoint(nn.Linear(2, 2), "evil.pth")
+    assert not (tmp_path / "executed").exists()
+    read_safely(unsafe=True)
+    load_checkpoint(nn.Linear(2, 2), "evil.pth")
+    assert (tmp_path / "executed").is_dir()
+    read_safely()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -289,8 +289,13 @@ def fill(template, data):
 def test_prefixes_and_entries():
     tensor = torch.ones(1)
     whole = {"meta": {}, "state_dict": {"module.backbone.a": tensor, "module.head.b": tensor}}
-    assert weights_of(whole) == ({"a": tensor}, ["head.b"])
-    assert weights_of({"model_ema": {"x": tensor}, "epoch": 3}) == ({"x": tensor}, [])
+    assert weights_of(whole)[:2] == ({"a": tensor}, ["head.b"])
+    assert weights_of({"model_ema": {"x": tensor}, "epoch": 3}) == ({"x": tensor}, [], "the file (model_ema)")
+    other = {"x": torch.zeros(1)}
+    averaged = {"state_dict": other, "state_dict_ema": {"x": tensor}}  # as timm's training script writes it
+    assert weights_of(averaged) == ({"x": tensor}, [], "the file (state_dict_ema)")
+    swapped = {"state_dict": {"x": tensor}, "ema_state_dict": other}  # as mmengine's EMAHook writes it
+    assert weights_of(swapped) == ({"x": tensor}, [], "the file (state_dict)")
 
 
 @pytest.mark.parametrize("conditioning", ["sc", dict(type="SpectralCorrection", form="svd")], ids=["identity", "svd"])

@@ -5,11 +5,18 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from runs import DEMO, TOOLS, run
+from torch import nn
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
+
+from mmengine.registry import MODELS
+
+import condattn.registry  # noqa: F401
+from condattn.engine.sharding import transformer_blocks
 
 # Every sample once, no warm-up, a loss that is the mean over samples, and a rate at which rounding stays rounding.
 PLAIN = """
@@ -20,6 +27,9 @@ param_scheduler = []
 optim_wrapper = dict(_delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
 default_hooks = dict(logger=dict(interval=1))
 """
+DISTRIBUTED = (TOOLS / "train.py", "--launcher", "pytorch")
+OFTEN = "default_hooks.checkpoint.interval=1"
+SHARDED = ("runner_type=FlexibleRunner", "strategy.type=FSDP2Strategy")
 
 
 @pytest.fixture
@@ -33,6 +43,7 @@ def plain(small, tmp_path):
             f"train_cfg.max_iters={iterations}",
             f"train_cfg.val_interval={iterations}",
             f"default_hooks.checkpoint.interval={iterations}",
+            "default_hooks.checkpoint.max_keep_ckpts=-1",
             *options,
         ]
         start, *rest = script
@@ -67,6 +78,18 @@ def together(command, folder, environments):
         assert process.returncode == 0, output[-3000:]
 
 
+def two_processes(port):
+    """What a launcher tells each of two processes of this machine."""
+    address = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [dict(RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
+
+
+def forget(folder, iteration):
+    """Take the last checkpoint of a run away, as if it had been stopped before."""
+    (folder / f"iter_{iteration}.pth").unlink()
+    (folder / "last_checkpoint").write_text(str(folder / f"iter_{iteration - 1}.pth"))
+
+
 def check_close(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -83,13 +106,20 @@ def test_two_processes_train_as_one_with_both_batches(plain):
     two = plain(
         "two",
         "train_dataloader.batch_size=2",
-        script=(TOOLS / "train.py", "--launcher", "pytorch"),
-        environments=[
-            dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="29731")
-            for rank in range(2)
-        ],
+        script=DISTRIBUTED,
+        environments=two_processes(29731),
     )
     check_close(two, one)
+
+
+def test_two_processes_resume_exactly(plain, tmp_path):
+    """Each with random numbers of its own."""
+    options = ("model.backbone.drop_path_rate=0.5", "train_dataloader.sampler.type=InfiniteSampler", OFTEN)
+    whole = plain("run", *options, iterations=3, script=DISTRIBUTED, environments=two_processes(29737))
+    forget(tmp_path / "run", 3)
+    resume = dict(iterations=3, script=DISTRIBUTED, flags=("--resume",))
+    resumed = plain("run", *options, environments=two_processes(29739), **resume)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow
@@ -104,6 +134,39 @@ def test_two_machines_train_together(plain, tmp_path):
     nodes = [dict(NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", PORT="29741") for rank in range(2)]
     two = plain("nodes", "train_dataloader.batch_size=2", script=(launcher,), environments=nodes)
     check_close(two, one)
+
+
+def test_a_sharded_training(plain, tmp_path):
+    """Is the same training, and leaves the same files, with which an unsharded one can go on."""
+    options = ("optim_wrapper.clip_grad.max_norm=1.0", "train_dataloader.sampler.type=InfiniteSampler", OFTEN)
+    whole = ("train_dataloader.batch_size=4", *options)
+    halves = ("train_dataloader.batch_size=2", *options, *SHARDED)
+    one = plain("one", *whole, iterations=3)
+    sharded = plain("sharded", *halves, iterations=3, script=DISTRIBUTED, environments=two_processes(29733))
+    check_close(sharded, one)
+    forget(tmp_path / "sharded", 3)
+    resume = dict(iterations=3, flags=("--resume",))
+    resumed = plain("sharded", *halves, script=DISTRIBUTED, environments=two_processes(29735), **resume)
+    assert all(torch.equal(resumed[name], sharded[name]) for name in sharded)
+    forget(tmp_path / "sharded", 3)
+    check_close(plain("sharded", *whole, **resume), one)
+
+
+def test_the_blocks_of_a_model():
+    swin = MODELS.build(dict(type="mmdet.SwinTransformer", depths=(1, 1, 2, 1)))
+    names = {module: name for name, module in swin.named_modules()}
+    blocks = [names[block] for block in transformer_blocks(swin)]
+    assert blocks == [f"stages.{stage}.blocks.{block}" for stage, block in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))]
+    vit = timm.create_model("test_vit")
+    assert list(transformer_blocks(vit)) == list(vit.blocks)
+    assert list(transformer_blocks(nn.MultiheadAttention(4, 2))) == []
+
+
+def test_a_sharded_training_keeps_no_average(refuse, tmp_path):
+    (tmp_path / "ema.py").write_text(
+        f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\ncustom_hooks = [dict(type='EMAHook')]\n"
+    )
+    refuse("train", "ema.py", "--launcher", "pytorch", "--cfg-options", *SHARDED, parts=("FSDP2Strategy", "EMAHook"))
 
 
 def test_gradients_are_accumulated(plain):
@@ -124,3 +187,39 @@ def test_a_compiled_backbone(plain):
 
 def test_a_backend_that_is_not_there(refuse):
     refuse("train", DEMO / "upernet_swin_pc.py", "--compile", "abacus", parts=("--compile", "abacus", "inductor"))
+
+
+LOSS = """
+import os, sys, types
+import torch
+from condattn.engine.errors import UserError
+from condattn.engine.survival import FiniteLossHook
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return {"loss_mask": self.attention(x, x, x)[0].mean(), "loss_box": x.mean()}
+
+torch.distributed.init_process_group("gloo")
+model = Model()
+if os.environ["RANK"] == "1":
+    model.attention.in_proj_weight.data[0, 0] = torch.nan
+hook = FiniteLossHook()
+hook.before_train(types.SimpleNamespace(model=model, work_dir=".", iter=4))
+try:
+    model(torch.randn(2, 4, 8))
+except UserError as error:
+    torch.distributed.destroy_process_group()
+    assert "loss_mask is not finite in iteration 5; weights that are not finite at attention;" in str(error), error
+    sys.exit()
+sys.exit("it went on")
+"""
+
+
+def test_processes_stop_together(tmp_path):
+    """One has a loss that is not finite; both say so, and why."""
+    (tmp_path / "loss.py").write_text(LOSS)
+    together([sys.executable, tmp_path / "loss.py"], tmp_path, two_processes(29743))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from condattn.engine.checkpoints import add_checkpoint_arguments, check_fit, read_checkpoint
+from condattn.engine.checkpoints import add_checkpoint_arguments, check_fit, drop_pretrained, read_checkpoint
 from condattn.engine.data_check import check_data
 from condattn.engine.errors import UserError, run_tool
 from condattn.engine.guard import check_conditioning
@@ -68,7 +68,7 @@ def main() -> None:
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     model = build_model(cfg)
     first = local_rank(cfg.launcher) == 0
-    check_fit(checkpoint, args.checkpoint, model, warn=first)
+    loaded = check_fit(checkpoint, args.checkpoint, model, warn=first)
     if not args.other_conditioning:
         check_conditioning(checkpoint, args.checkpoint, model)
     if first and cfg.launcher != "none" and (args.show or args.show_dir):
@@ -77,17 +77,18 @@ def main() -> None:
     if args.tta:
         add_tta(cfg, model)
     del checkpoint, model
-    test(cfg, args.other_conditioning, dump=args.out if detection else None)
+    test(cfg, args, replaced=loaded)
     leave_processes()
 
 
-def test(cfg: Config, other_conditioning: bool, dump: str | None) -> None:
-    """Test; write the predictions of a detector to the pickle file ``dump``."""
-    runner = build_runner(cfg, other_conditioning)
-    if dump:
+def test(cfg: Config, args: Namespace, replaced: set[str]) -> None:
+    """Test; ``replaced`` are the keys of the weights that the checkpoint provides."""
+    runner = build_runner(cfg, args.other_conditioning, args.unsafe)
+    drop_pretrained(runner.model, replaced)
+    if args.out and cfg.default_scope == "mmdet":
         from mmdet.evaluation import DumpDetResults
 
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=dump))
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
 
 

@@ -80,8 +80,8 @@ def main() -> None:
     if args.compile and args.compile not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends(exclude_tags=()))
         raise UserError(f"--compile: torch has no backend {args.compile}; it has {known}")
-    checkpoint = find_resumable(cfg.work_dir) if args.resume == "auto" else args.resume
-    if checkpoint:
+    resume = args.resume or ("auto" if cfg.get("resume") and not cfg.get("load_from") else None)
+    if checkpoint := find_resumable(cfg.work_dir) if resume == "auto" else resume:
         cfg.resume, cfg.load_from = True, checkpoint
     check_data(cfg, "train", "val")
     train(cfg, args, replaced=check_weights(cfg, args))
@@ -109,7 +109,7 @@ def enable_lr_scaling(cfg: Config) -> None:
 
 def train(cfg: Config, args: Namespace, replaced: set[str]) -> None:
     """Train; ``replaced`` are the keys of the weights that a checkpoint will provide."""
-    runner = build_runner(cfg, args.other_conditioning)
+    runner = build_runner(cfg, args.other_conditioning, args.unsafe)
     drop_pretrained(runner.model, replaced)
     if args.compile:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -120,7 +120,7 @@ def train(cfg: Config, args: Namespace, replaced: set[str]) -> None:
 def check_weights(cfg: Config, args: Namespace) -> set[str]:
     """Check the model and the weights it will start from; return the keys that a checkpoint provides."""
     resuming = bool(cfg.get("resume"))
-    path = cfg.get("load_from") or (find_resumable(cfg.work_dir) if resuming else None)
+    path = cfg.get("load_from")
     checkpoint = read_checkpoint(path, args.unsafe) if path else None
     if checkpoint and resuming:
         check_resumable(checkpoint, path)

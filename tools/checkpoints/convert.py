@@ -8,6 +8,7 @@ import torch
 from condattn.checkpoints.convert import some
 from condattn.checkpoints.files import BadFileError, read_file, weights_of, write_whole
 from condattn.checkpoints.names import FORMATS, recognize, translate
+from condattn.engine.checkpoints import add_unsafe_argument
 from condattn.engine.errors import UserError, run_tool
 
 TARGETS = ("mmdet", "mmseg", "timm", "official")
@@ -19,9 +20,7 @@ def parse_args() -> Namespace:
     parser.add_argument("source", help="file (.pth, .pt, .bin, .safetensors) or URL of the weights")
     parser.add_argument("target", help="file to write (.pth or .safetensors); it must not exist")
     parser.add_argument("--to", required=True, choices=TARGETS, help="whose names the weights get")
-    parser.add_argument(
-        "--unsafe", action="store_true", help="read a file that holds more than weights, which executes the code in it"
-    )
+    add_unsafe_argument(parser)
     return parser.parse_args()
 
 
@@ -29,7 +28,7 @@ def main() -> None:
     """Convert, and say what was recognised, converted and left out."""
     args = parse_args()
     try:
-        weights, beside = weights_of(read_file(args.source, args.unsafe), args.source)
+        weights, beside, where = weights_of(read_file(args.source, args.unsafe), args.source)
     except BadFileError as error:
         raise UserError(error) from error
     source = recognize(weights)
@@ -43,7 +42,7 @@ def main() -> None:
     converted, left_out = translate(weights, source, target)
     named = {target.prefix + name: value.contiguous() for name, value in converted.items()}
     write_whole(args.target, lambda path: save(named, path, Path(args.target).suffix))
-    print(f"{args.source}: {source}; {len(named)} weights written to {args.target} as {target}")
+    print(f"{where}: {source}; {len(named)} weights written to {args.target} as {target}")
     if left_out + beside:
         print(f"left out: {len(left_out + beside)} ({some(left_out + beside, 10)})")
 

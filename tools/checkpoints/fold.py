@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
 import condattn
 from condattn.checkpoints.files import write_whole
-from condattn.engine.checkpoints import read_checkpoint
 from condattn.engine.errors import UserError, run_tool
-from condattn.engine.guard import ENTRY, record_of
-from condattn.engine.inference import Predictor, find_images
-from condattn.engine.launch import add_config_arguments, choose_device, load_config
+from condattn.engine.guard import record_of
+from condattn.engine.inference import Predictor
+from condattn.engine.launch import choose_device
+from condattn.engine.rewriting import add_rewriting_arguments, load_inputs, refuse_existing, write_checkpoint
 
 TOLERANCE = 1e-5
 PLAIN = {"ConditionedSwinTransformer": "SwinTransformer", "ConditionedVisionTransformer": "VisionTransformer"}
@@ -25,26 +24,17 @@ PLAIN = {"ConditionedSwinTransformer": "SwinTransformer", "ConditionedVisionTran
 def parse_args() -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    add_config_arguments(parser)
-    parser.add_argument("checkpoint", help="file or URL of weights that were trained with spectral correction")
-    parser.add_argument("--images", type=Path, required=True, help="images on which both models must agree")
-    parser.add_argument("--out", type=Path, required=True, help="file to write; it must not exist")
+    add_rewriting_arguments(parser, images=4)
     parser.add_argument("--config-out", type=Path, help="write the configuration of the folded model too")
-    parser.add_argument("--num", type=int, default=4, help="how many images are compared (default: %(default)s)")
-    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
-    parser.add_argument("--unsafe", action="store_true", help="execute the code in a checkpoint of more than weights")
     return parser.parse_args()
 
 
 def main() -> None:
     """Fold, compare, write."""
     args = parse_args()
-    for path in filter(None, (args.out, args.config_out)):
-        if path.exists():
-            raise UserError(f"{path} exists already; choose another name, or remove it first")
-    cfg = load_config(args.config, args.cfg_options)
-    images = [path for path, _ in find_images(args.images, args.out.parent)][: args.num]
-    checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
+    cfg, checkpoint, images = load_inputs(args)
+    if args.config_out:
+        refuse_existing(args.config_out)
     predictor = Predictor(cfg, args.checkpoint, choose_device(args.device), unsafe=args.unsafe)
     before = outputs(predictor, images)
     if not condattn.fold(predictor.model):
@@ -54,13 +44,10 @@ def main() -> None:
     if not difference <= TOLERANCE:
         raise UserError(f"the folded model's attention differs by {difference:.1e} of its size; nothing was written")
     print(f"attention before and after folding agrees to {difference:.1e} of its size on {len(images)} images")
-    record = record_of(predictor.model)
-    meta = {**checkpoint.get("meta", {}), ENTRY: record}
-    weights = {name: value.cpu() for name, value in predictor.model.state_dict().items()}
-    write_whole(args.out, lambda part: torch.save({"meta": meta, "state_dict": weights}, part))
-    print(f"{args.out}: {len(weights)} weights")
+    write_checkpoint(args.out, predictor.model, checkpoint.get("meta", {}))
+    print(f"{args.out}: {len(predictor.model.state_dict())} weights")
     if args.config_out:
-        folded = fold_config(cfg, next(iter(record.values())))
+        folded = fold_config(cfg, next(iter(record_of(predictor.model).values())))
         write_whole(args.config_out, lambda part: part.write_text(folded.pretty_text))
         print(f"{args.config_out}: {'needs condattn' if 'condattn' in folded.pretty_text else 'needs no condattn'}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from condattn.checkpoints.files import write_whole
-from condattn.engine.checkpoints import read_checkpoint
+from condattn.engine.checkpoints import add_unsafe_argument, read_checkpoint
 from condattn.engine.errors import UserError, run_tool
 
 KEPT = ("meta", "state_dict")
@@ -24,9 +24,7 @@ def parse_args() -> Namespace:
         "out", type=Path, help="name of the new file, without the sum: swin.pth becomes swin-0a1b2c3d.pth"
     )
     parser.add_argument("--keep-config", action="store_true", help="keep the configuration of the run in the metadata")
-    parser.add_argument(
-        "--unsafe", action="store_true", help="read a checkpoint that holds more than weights, which executes its code"
-    )
+    add_unsafe_argument(parser)
     return parser.parse_args()
 
 

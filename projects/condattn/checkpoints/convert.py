@@ -27,7 +27,7 @@ class LoadReport:
     """What became of the weights of a file.
 
     Attributes:
-        path: The file.
+        path: The file, and the entry of it that the weights lay in.
         recognized: Its format, in words.
         loaded: Names, in the model, of the weights that were loaded.
         interpolated: Those of them that were interpolated, each with its sizes.
@@ -84,8 +84,9 @@ def load_pretrained(
     """
     if load not in ("raw", "effective"):
         raise ValueError(f"load is {load!r}; expected 'raw' or 'effective'")
-    weights, beside = weights_of(read_file(path, unsafe), path)
+    weights, beside, where = weights_of(read_file(path, unsafe), path)
     fitted, report = fit(weights, model, str(path), known)
+    report.path = where
     report.left_out += beside
     model.load_state_dict(fitted, strict=False)
     if load == "effective":

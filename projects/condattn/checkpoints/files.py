@@ -13,8 +13,9 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-# Where the weights lie in a file, and what may stand before their names.
-ENTRIES = ("state_dict", "model", "module", "model_state", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
+# Where the weights lie in a file, and what may stand before their names. Averages first, as timm's loader takes them;
+# but mmengine's EMAHook keeps the average in state_dict, and what was averaged in ema_state_dict.
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "model_state", "ema_state_dict", "ema")
 PREFIXES = ("module.", "model.", "backbone.", "encoder.")
 
 
@@ -124,19 +125,21 @@ def _plain_data() -> list[Any]:
     return [*plain, HistoryBuffer, statistic]
 
 
-def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, Tensor], list[str]]:
+def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, Tensor], list[str], str]:
     """The weights in what was read from a file, without wrappers and common prefixes.
 
     Returns:
-        Names and tensors; and the names of tensors that were beside the backbone.
+        Names and tensors; the names of tensors that were beside the backbone; and where the weights lay, as text.
 
     Raises:
         BadFileError: If there are none.
     """
+    entries: list[str] = []
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         entry = next((name for name in ENTRIES if isinstance(content.get(name), Mapping)), None)
         if entry is None:
             break
+        entries.append(entry)
         content = content[entry]
     if not isinstance(content, Mapping):
         raise BadFileError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights")
@@ -153,7 +156,7 @@ def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, T
             if inside and (prefix == "backbone." or len(inside) == len(weights)):
                 beside += [name for name in weights if not name.startswith(prefix)]
                 weights, stripped = inside, True
-    return weights, beside
+    return weights, beside, f"{path} ({'.'.join(entries)})" if entries else str(path)
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints.files import read_file
-from ..models.base import is_pretrained
+from ..models.base import TIMM, is_pretrained
 from .errors import UserError
 
 HUBS = ("torchvision://", "open-mmlab://", "openmmlab://", "mmcls://", "modelzoo://")
@@ -25,6 +25,11 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="load a checkpoint although the attention of its model was conditioned otherwise",
     )
+    add_unsafe_argument(parser)
+
+
+def add_unsafe_argument(parser: ArgumentParser) -> None:
+    """Add what every tool that reads a file of weights takes."""
     parser.add_argument(
         "--unsafe",
         action="store_true",
@@ -51,7 +56,21 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is no checkpoint: expected a dictionary of weights, got {type(checkpoint).__name__}")
-    return checkpoint
+    bare = checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values())
+    return {"state_dict": checkpoint} if bare else checkpoint
+
+
+def read_safely(unsafe: bool = False) -> None:
+    """Let mmengine's runner and ``init_cfg`` read files as :func:`read_checkpoint` does; its own reader executes code.
+
+    Args:
+        unsafe: Whether code in a file may be executed.
+    """
+
+    def load_from_file(path: str, map_location: object = None) -> dict:
+        return read_checkpoint(path, unsafe)
+
+    CheckpointLoader.register_scheme(("", "http://", "https://"), load_from_file, force=True)
 
 
 def check_resumable(checkpoint: dict, path: str) -> None:
@@ -145,8 +164,11 @@ def check_pretrained(model: nn.Module, key: str = "model") -> None:
         UserError: If they cannot be had or fit no weight; the message says how to train without them.
     """
     for name, init_cfg in list(_pretrained(model)):
-        option = f"{key}.{name + '.' if name else ''}init_cfg"
         module = model.get_submodule(name)
+        place = ".".join(filter(None, (key, name)))
+        file, nothing = f"{place}.init_cfg.checkpoint=FILE", f"{place}.init_cfg=None"
+        if init_cfg["checkpoint"].startswith(TIMM):
+            file, nothing = f"{place}.checkpoint_path=FILE", f"{place}.pretrained=False"
         try:
             if getattr(module, "checks_its_weights", False):
                 module.init_weights()
@@ -160,8 +182,7 @@ def check_pretrained(model: nn.Module, key: str = "model") -> None:
         except (UserError, ValueError) as error:
             raise UserError(
                 f"the pretrained weights {init_cfg['checkpoint']} cannot be loaded; train from a file with "
-                f"--cfg-options {option}.checkpoint=FILE or from scratch with "
-                f"--cfg-options {option}=None ({error})"
+                f"--cfg-options {file} or from scratch with --cfg-options {nothing} ({error})"
             ) from error
 
 

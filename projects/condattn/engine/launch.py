@@ -19,10 +19,12 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..stack import check_stack
+from .checkpoints import read_safely
 from .errors import UserError
 from .guard import ConditioningGuardHook
 from .processes import LAUNCHERS, start_processes
 from .progress import ProgressHook
+from .sharding import check_sharding
 from .survival import ExactResumeHook, FiniteLossHook
 
 TOOLBOXES = ("mmdet", "mmseg")
@@ -90,13 +92,18 @@ def load_config(path: str, options: dict | None = None) -> Config:
 
 
 def load_runner_config(args: Namespace) -> Config:
-    """Load the configuration of a tool with a runner: :func:`load_config`, launcher and work directory."""
+    """Load the configuration of a tool with a runner: :func:`load_config`, launcher and work directory.
+
+    Raises:
+        UserError: As :func:`load_config`, and for settings that exclude each other.
+    """
     cfg = load_config(args.config, args.cfg_options)
     # What is built for the checks is built again by the runner, whose own logger will report it.
     MMLogger.get_current_instance().setLevel("WARNING")
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or default_work_dir(args.config)
+    check_sharding(cfg)
     return cfg
 
 
@@ -135,19 +142,23 @@ def innermost(dataset: ConfigDict) -> ConfigDict:
     return dataset
 
 
-def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
+def build_runner(cfg: Config, other_conditioning: bool = False, unsafe: bool = False) -> Runner:
     """Join the other processes, if any, and build the runner, with a progress bar and the hooks that guard a run.
 
     Args:
         cfg: The configuration.
         other_conditioning: Whether checkpoints of a model that is conditioned otherwise are loaded.
+        unsafe: Whether code in checkpoints may be executed.
     """
     given = copy.deepcopy(cfg)
+    read_safely(unsafe)
     start_processes(cfg)
     checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     if checkpoints.get("type") == "CheckpointHook":
         checkpoints.type = "WholeCheckpointHook"
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if isinstance(runner.model, dict):  # FlexibleRunner builds it when the run begins
+        runner.model = runner.strategy.build_model(runner.model)
     # The configuration that the runner leaves in the work directory is the one that it was given.
     runner.cfg = given
     runner.dump_config()

@@ -55,6 +55,8 @@ def start_processes(cfg: Config) -> None:
     }
     # The runner would pass device_ids=[LOCAL_RANK], which torch refuses for a model on the CPU.
     cfg.model_wrapper_cfg = {**(cfg.get("model_wrapper_cfg") or wrapper), "device_ids": None}
+    if cfg.get("runner_type") == "FlexibleRunner":
+        cfg.setdefault("strategy", {"type": "DDPStrategy"}).setdefault("model_wrapper", cfg.model_wrapper_cfg)
 
 
 def leave_processes() -> None:

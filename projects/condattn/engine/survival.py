@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank, get_world_size, is_main_process
+from mmengine import dist
+from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
@@ -109,13 +110,13 @@ class ExactResumeHook(Hook):
 
     An epoch-based run draws new seeds (of Python, numpy, torch and the data loader's workers) before each epoch, an
     iteration-based run after each checkpoint, from the seed of the run, the rank and the position. Iteration-based runs
-    need an mmengine whose data loader can be forwarded (the default stack), otherwise they are left alone.
+    need a sampler that can be forwarded, which ``InfiniteSampler`` of the default stack is; others are left alone.
     """
 
     priority = "LOWEST"
 
     def __init__(self) -> None:
-        self._saved = False
+        self._newest: str | None = None
         self._position = -1
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -126,30 +127,29 @@ class ExactResumeHook(Hook):
             self._begin(runner, runner.iter)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Forget the checkpoints of earlier iterations."""
-        self._saved = False
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note that there is a checkpoint of this iteration."""
-        self._saved = True
+        """Note the newest checkpoint, of which every process is told, as it is not of the saving itself."""
+        self._newest = runner.message_hub.runtime_info.get("last_ckpt")
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         """After a checkpoint of an iteration-based run, begin anew as a resumed run does."""
         loop = runner.train_loop
-        if self._saved and not isinstance(loop, EpochBasedTrainLoop) and self._can_forward(runner):
+        if runner.message_hub.runtime_info.get("last_ckpt") == self._newest or isinstance(loop, EpochBasedTrainLoop):
+            return
+        if self._can_forward(runner):
             self._begin(runner, runner.iter + 1)
             loop.dataloader_iterator._iterator = None
             loop.dataloader_iterator.skip_iter(runner.iter + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """A validation between a checkpoint and the next iteration, which a resumed run does not do, draws numbers."""
-        if self._saved and self._position == runner.iter:
+        if self._position == runner.iter:
             self._begin(runner, runner.iter)
 
     def _can_forward(self, runner: Runner) -> bool:
-        return hasattr(getattr(runner.train_loop, "dataloader_iterator", None), "skip_iter")
+        iterator = getattr(runner.train_loop, "dataloader_iterator", None)
+        return hasattr(iterator, "skip_iter") and hasattr(runner.train_dataloader.sampler, "skip")
 
     def _begin(self, runner: Runner, position: int) -> None:
         self._position = position
@@ -183,17 +183,18 @@ class FiniteLossHook(Hook):
             return
         losses = {name: value for name, value in output.items() if "loss" in name}
         bad = [name for name, value in losses.items() if not all(part.isfinite().all() for part in _tensors(value))]
-        if not bad:
+        somewhere = torch.tensor(float(bool(bad)))
+        dist.all_reduce(somewhere, op="max")  # all processes stop together, and run the model once more together
+        if not somewhere:
             return
         self._hook.remove()
         newest = Path(self._runner.work_dir, LAST)
         checkpoint = newest.read_text().strip() if newest.exists() else "none"
-        trouble = "run one process to see which attention sites explain it"
-        if get_world_size() == 1:  # a process that runs the model once more by itself would leave the others waiting
-            trouble = "; ".join(find_trouble(model, args, kwargs)) or "the attention sites are sound"
+        troubles = _union(dist.all_gather_object(find_trouble(model, args, kwargs)))
         raise UserError(
-            f"{', '.join(bad)} is not finite in iteration {self._runner.iter + 1}; {trouble}; the last checkpoint is "
-            f"{checkpoint}; lower the learning rate, clip the gradients, or look at the data of this iteration"
+            f"{', '.join(_union(dist.all_gather_object(bad)))} is not finite in iteration {self._runner.iter + 1}; "
+            f"{'; '.join(troubles) or 'the attention sites are sound'}; the last checkpoint is {checkpoint}; "
+            "lower the learning rate, clip the gradients, or look at the data of this iteration"
         )
 
 
@@ -244,6 +245,10 @@ def find_trouble(model: nn.Module, args: tuple, kwargs: dict) -> list[str]:
         for hook in hooks:
             hook.remove()
     return [f"{kind} at {', '.join(sites[:3])}{', ...' * (len(sites) > 3)}" for kind, sites in found.items()]
+
+
+def _union(lists: list[list[str]]) -> list[str]:
+    return list(dict.fromkeys(item for one in lists for item in one))
 
 
 def _tensors(value: Tensor | list | tuple) -> list[Tensor]:

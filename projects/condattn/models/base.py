@@ -11,6 +11,9 @@ from ..checkpoints.files import read_file
 from ..condition import condition, conditioning_of, same_conditioning
 from ..methods.base import Conditioning
 
+TIMM = "timm:"
+"""In front of a model's name: its public weights, which timm downloads."""
+
 
 class ConditionedBackbone:
     """Mixin in front of an upstream backbone class: the same arguments, and ``conditioning``.

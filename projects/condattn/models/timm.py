@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoints.convert import fit
 from ..condition import condition
 from ..methods.base import Conditioning
-from .base import is_pretrained, load_as_configured
+from .base import TIMM, is_pretrained, load_as_configured
 from .image_size import features, find_image_sizes, map_size
 
 # What lets a model take images of any size, in the order in which timm's models know it.
@@ -37,7 +37,8 @@ class ConditionedTimmBackbone(BaseModule):
         conditioning: See :func:`condattn.condition`. ``'none'`` is timm's model, bit for bit.
         include: Patterns of the sites to condition, see :func:`condattn.condition`.
         exclude: Patterns of the sites to leave out.
-        pretrained: Start from timm's public weights, which ``init_weights`` downloads.
+        pretrained: Start from timm's public weights, which ``init_weights`` downloads, unless ``checkpoint_path`` or
+            ``init_cfg`` says otherwise.
         checkpoint_path: Start from the weights in this file, timm's or the official ones of the network: short for
             ``init_cfg=dict(type='Pretrained', checkpoint=...)``, see :class:`condattn.models.base.ConditionedBackbone`.
         img_size: The size of the images (height and width, or one number), for models that have to know it.
@@ -70,8 +71,8 @@ class ConditionedTimmBackbone(BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        if checkpoint_path:
-            init_cfg = dict(type="Pretrained", checkpoint=checkpoint_path)
+        if checkpoint_path or (pretrained and init_cfg is None):
+            init_cfg = dict(type="Pretrained", checkpoint=checkpoint_path or TIMM + model_name)
         super().__init__(init_cfg)
         if not timm.is_model(model_name):
             near = ", ".join(timm.list_models(f"*{model_name.split('_')[0]}*")[:5])
@@ -79,7 +80,7 @@ class ConditionedTimmBackbone(BaseModule):
         options = dict(img_size=img_size, drop_path_rate=drop_path_rate)
         settings = {**kwargs, **{name: value for name, value in options.items() if value is not None}}
         self.model = _create(model_name, settings)
-        self._weights = (model_name, settings, pretrained)
+        self._settings = (model_name, settings)
         self._names = list(self.model.state_dict())  # before parts of the model are pruned
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{model_name} of timm gives no intermediate features; choose another model")
@@ -120,24 +121,25 @@ class ConditionedTimmBackbone(BaseModule):
         """Load the weights that ``pretrained`` or ``checkpoint_path`` asks for, or initialise as ``init_cfg`` says.
 
         Raises:
-            RuntimeError: If timm's weights cannot be downloaded.
-            ValueError: If the weights cannot be read, or are of another model.
+            ValueError: If the weights cannot be downloaded or read, or are of another model.
         """
-        model_name, settings, pretrained = self._weights
-        if pretrained:
-            try:
-                weights = _create(model_name, {**settings, "pretrained": True}).state_dict()
-            except (OSError, RuntimeError, ValueError) as error:
-                advice = "train from random weights with pretrained=False, or from a file with checkpoint_path"
-                reason = " ".join(f"{type(error).__name__} {error}".split())
-                raise RuntimeError(f"no weights for {model_name}: {reason}; {advice}") from error
-            fitted, report = fit(weights, self.model, f"timm's {model_name}", known=self._names)
-            self.model.load_state_dict(fitted, strict=False)
-            print_log(f"pretrained weights {report}", logger="current")
+        if is_pretrained(self.init_cfg) and self.init_cfg["checkpoint"].startswith(TIMM):
+            self._download()
         elif is_pretrained(self.init_cfg):
             load_as_configured(self.model, self.init_cfg, known=self._names)
         elif self.init_cfg is not None:
             initialize(self.model, self.init_cfg)
+
+    def _download(self) -> None:
+        model_name, settings = self._settings
+        try:
+            weights = _create(model_name, {**settings, "pretrained": True}).state_dict()
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise ValueError(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
+        fitted, report = fit(weights, self.model, f"timm's {model_name}", known=self._names)
+        self.model.load_state_dict(fitted, strict=False)
+        print_log(f"pretrained weights {report}", logger="current")
 
     def train(self, mode: bool = True):
         """Set the training mode, but for what is frozen, and return self."""
