@@ -141,14 +141,14 @@ model = dict(
     refuse("train", "pattern.py", parts=("'decoder'", "matches no attention site", "backbone.stages.0"))
 
 
-@pytest.mark.parametrize("name", ["nowhere.pth", "https://example.invalid/weights.pth"])
-def test_pretrained_weights_that_cannot_be_had(refuse, monkeypatch, name):
-    from mmengine.runner import CheckpointLoader
+@pytest.mark.parametrize("name", ["nowhere.pth", "https://example.invalid/weights.pth", "torchvision://resnet50"])
+def test_pretrained_weights_that_cannot_be_had(refuse, monkeypatch, tmp_path_factory, name):
 
     def offline(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(CheckpointLoader, "load_checkpoint", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path_factory.mktemp("hub")))
     options = ["--cfg-options", NOWHERE[0], f"model.backbone.init_cfg.checkpoint={name}"]
     parts = (name, "--cfg-options model.backbone.init_cfg.checkpoint=FILE", "model.backbone.init_cfg=None")
     refuse("train", DEMO / "mask_rcnn_swin_pc.py", *options, parts=parts)

@@ -55,7 +55,13 @@ TWINS = {
 }
 # What mmdet and mmseg do not ship.
 WITHOUT_TWIN = {
-    *("cascade_mask_rcnn_swin_pc", "mask_rcnn_swin-b_pc_3x", "mask_rcnn_swin-b_sc_3x", "mask_rcnn_davit-t_pc_3x"),
+    *(
+        "cascade_mask_rcnn_swin_pc",
+        "mask_rcnn_swin-b_pc_3x",
+        "mask_rcnn_swin-b_pc_3x_fsdp2",
+        "mask_rcnn_swin-b_sc_3x",
+        "mask_rcnn_davit-t_pc_3x",
+    ),
     *("mask_rcnn_xcit-s_pc_3x", "mask_rcnn_xcit-s_sc_3x", "mask_rcnn_xcit-m_pc_3x", "mask_rcnn_xcit-m_sc_3x"),
     *("mask_rcnn_deit-s_pc_3x", "mask_rcnn_vit-b_pc_3x"),
     *("upernet_xcit-s_pc", "upernet_davit-t_pc"),

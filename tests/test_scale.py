@@ -16,20 +16,24 @@ pytest.importorskip("mmseg")
 from mmengine.registry import MODELS
 
 import condattn.registry  # noqa: F401
-from condattn.engine.sharding import transformer_blocks
+from condattn.engine.errors import UserError
+from condattn.engine.sharding import FSDP2Strategy, check_shardable, transformer_blocks
 
-# Every sample once, no warm-up, a loss that is the mean over samples, and a rate at which rounding stays rounding.
+# No warm-up, a loss that is the mean over samples, and a rate at which rounding stays rounding.
 PLAIN = """
 model = dict(decode_head=dict(loss_decode=dict(class_weight=None)))
 randomness = dict(seed=0)
-train_dataloader = dict(sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True))
+train_dataloader = dict(sampler=dict(type='InfiniteSampler'))
 param_scheduler = []
 optim_wrapper = dict(_delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
 default_hooks = dict(logger=dict(interval=1))
 """
 DISTRIBUTED = (TOOLS / "train.py", "--launcher", "pytorch")
 OFTEN = "default_hooks.checkpoint.interval=1"
+CLIPPED = "optim_wrapper.clip_grad.max_norm=1.0"
 SHARDED = ("runner_type=FlexibleRunner", "strategy.type=FSDP2Strategy")
+# With a validation, and so a best model, before the last iteration.
+HALVES = ("train_dataloader.batch_size=2", CLIPPED, OFTEN, "train_cfg.val_interval=2", *SHARDED)
 
 
 @pytest.fixture
@@ -98,9 +102,9 @@ def check_close(one, other):
         )
 
 
-def test_two_processes_train_as_one_with_both_batches(plain):
-    one = plain("one", "train_dataloader.batch_size=4")
-    before = plain("before", "train_dataloader.batch_size=4", "optim_wrapper.optimizer.lr=0.0")
+def test_two_processes_train_as_one_with_both_batches(plain, tmp_path):
+    one = plain("one", "train_dataloader.batch_size=4", OFTEN)
+    before = torch.load(tmp_path / "one" / "iter_1.pth", weights_only=False)["state_dict"]
     moved = [name for name in one if not torch.allclose(one[name], before[name], rtol=1e-4, atol=1e-5)]
     assert len(moved) > len(one) // 2
     two = plain(
@@ -114,7 +118,7 @@ def test_two_processes_train_as_one_with_both_batches(plain):
 
 def test_two_processes_resume_exactly(plain, tmp_path):
     """Each with random numbers of its own."""
-    options = ("model.backbone.drop_path_rate=0.5", "train_dataloader.sampler.type=InfiniteSampler", OFTEN)
+    options = ("model.backbone.drop_path_rate=0.5", OFTEN)
     whole = plain("run", *options, iterations=3, script=DISTRIBUTED, environments=two_processes(29737))
     forget(tmp_path / "run", 3)
     resume = dict(iterations=3, script=DISTRIBUTED, flags=("--resume",))
@@ -137,19 +141,26 @@ def test_two_machines_train_together(plain, tmp_path):
 
 
 def test_a_sharded_training(plain, tmp_path):
-    """Is the same training, and leaves the same files, with which an unsharded one can go on."""
-    options = ("optim_wrapper.clip_grad.max_norm=1.0", "train_dataloader.sampler.type=InfiniteSampler", OFTEN)
-    whole = ("train_dataloader.batch_size=4", *options)
-    halves = ("train_dataloader.batch_size=2", *options, *SHARDED)
-    one = plain("one", *whole, iterations=3)
-    sharded = plain("sharded", *halves, iterations=3, script=DISTRIBUTED, environments=two_processes(29733))
+    """Is the same training, and leaves the same files."""
+    one = plain("one", "train_dataloader.batch_size=4", CLIPPED, iterations=3)
+    sharded = plain("sharded", *HALVES, iterations=3, script=DISTRIBUTED, environments=two_processes(29733))
     check_close(sharded, one)
-    forget(tmp_path / "sharded", 3)
+    files = list((tmp_path / "sharded").glob("*iter_*.pth"))
+    assert len(files) >= 4  # one of them the best
+    for file in files:
+        assert torch.load(file, weights_only=False)["meta"]["iter"] == int(file.stem.rpartition("_")[2])
+
+
+@pytest.mark.slow
+def test_a_sharded_training_is_resumed(plain, tmp_path):
+    """Sharded with no bit changed, and unsharded."""
+    sharded = plain("run", *HALVES, iterations=3, script=DISTRIBUTED, environments=two_processes(29733))
+    forget(tmp_path / "run", 3)
     resume = dict(iterations=3, flags=("--resume",))
-    resumed = plain("sharded", *halves, script=DISTRIBUTED, environments=two_processes(29735), **resume)
+    resumed = plain("run", *HALVES, script=DISTRIBUTED, environments=two_processes(29735), **resume)
     assert all(torch.equal(resumed[name], sharded[name]) for name in sharded)
-    forget(tmp_path / "sharded", 3)
-    check_close(plain("sharded", *whole, **resume), one)
+    forget(tmp_path / "run", 3)
+    check_close(plain("run", "train_dataloader.batch_size=4", CLIPPED, OFTEN, **resume), sharded)
 
 
 def test_the_blocks_of_a_model():
@@ -158,17 +169,70 @@ def test_the_blocks_of_a_model():
     blocks = [names[block] for block in transformer_blocks(swin)]
     assert blocks == [f"stages.{stage}.blocks.{block}" for stage, block in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))]
     vit = timm.create_model("test_vit")
-    assert list(transformer_blocks(vit)) == list(vit.blocks)
-    assert list(transformer_blocks(nn.MultiheadAttention(4, 2))) == []
+    assert transformer_blocks(vit) == list(vit.blocks)
+    assert transformer_blocks(nn.MultiheadAttention(4, 2)) == []
+    levit = timm.create_model("levit_128s", num_classes=0)  # has blocks in what is a block itself
+    names = [name for block in transformer_blocks(levit) for name, module in levit.named_modules() if module is block]
+    assert names.index("stages.1.blocks.0") < names.index("stages.1")
+    coat = timm.create_model("coat_lite_tiny")  # whose blocks share parameters
+    assert transformer_blocks(coat) == []
 
 
-def test_a_sharded_training_keeps_no_average(refuse, tmp_path):
-    (tmp_path / "ema.py").write_text(
-        f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\ncustom_hooks = [dict(type='EMAHook')]\n"
-    )
-    refuse("train", "ema.py", "--launcher", "pytorch", "--cfg-options", *SHARDED, parts=("FSDP2Strategy", "EMAHook"))
+@pytest.fixture
+def group(monkeypatch):
+    """A distributed run of one process."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29751").items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo")
+    yield
+    torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("settings", [{}, dict(strength=1.0, relative=True), dict(form="svd")])
+def test_corrected_weights_are_sharded_and_loaded(group, tmp_path, settings):
+    conditioning = dict(type="SpectralCorrection", **settings)
+    build = lambda seed: (  # noqa: E731
+        torch.manual_seed(seed),
+        MODELS.build(dict(type="ConditionedTimmBackbone", model_name="test_vit", conditioning=conditioning)),
+    )[1].eval()
+    plain, x = build(0), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        want = plain(x)[0]
+        for weights in (plain.state_dict(), {k: v for k, v in plain.state_dict().items() if "correction" not in k}):
+            strategy = FSDP2Strategy(work_dir=str(tmp_path))
+            strategy.model = strategy._wrap_model(build(1))
+            strategy.load_model_state_dict(weights)
+            assert all(hasattr(parameter, "full_tensor") for parameter in strategy.model.parameters())
+            torch.testing.assert_close(strategy.model(x)[0], want)
+            saved = strategy.model_state_dict()
+            assert all(torch.equal(value, saved[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "settings, options, part",
+    [
+        ("custom_hooks = [dict(type='mmengine.EMAHook')]", SHARDED, "EMAHook"),
+        ("custom_hooks = [dict(type='CalibrationHook')]", SHARDED, "calibrate.py"),
+        ("find_unused_parameters = True", SHARDED, "find_unused_parameters"),
+        ("model = dict(test_cfg=dict(mode='slide', crop_size=(9, 9), stride=(9, 9)))", SHARDED, "slide"),
+        ("", SHARDED[1:], "FlexibleRunner"),
+    ],
+)
+def test_what_a_sharded_training_cannot_have(refuse, tmp_path, settings, options, part):
+    (tmp_path / "config.py").write_text(f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\n{settings}\n")
+    parts = ("FSDP2Strategy", part)
+    refuse("train", "config.py", "--launcher", "pytorch", "--cfg-options", *options, parts=parts)
+
+
+def test_single_numbers_cannot_be_sharded():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    model[1].scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UserError, match=r"1\.scale"):
+        check_shardable(model)
+    check_shardable(model[0])
+
+
+@pytest.mark.slow
 def test_gradients_are_accumulated(plain):
     one = plain("one", "train_dataloader.batch_size=4", iterations=1)
     steps = plain("steps", "train_dataloader.batch_size=2", "optim_wrapper.accumulative_counts=2", iterations=2)

@@ -67,6 +67,7 @@ def test_segmentation_resumes_from_a_named_checkpoint(segmentation, tmp_path):
     assert_went_on(segmentation.checkpoint, default_work_dir / "iter_4.pth", iterations=2)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_constants_of_its_first(detection_options, tmp_path):
     config = DEMO / "mask_rcnn_swin_sc.py"
     options = ["--cfg-options", *detection_options, "model.backbone.conditioning.relative=True"]
@@ -87,7 +88,7 @@ def test_a_resumed_run_has_the_constants_of_its_first(detection_options, tmp_pat
     "base, parts",
     [
         ("mask_rcnn_swin_pc.py", ("coco/bbox_mAP", "coco/segm_mAP")),
-        ("retinanet_swin_pc.py", ("coco/bbox_mAP",)),
+        pytest.param("retinanet_swin_pc.py", ("coco/bbox_mAP",), marks=pytest.mark.slow),
         ("png_labels", ("mIoU",)),
     ],
 )
@@ -111,6 +112,8 @@ def test_ones_own_data(base, parts, scenes, tmp_path):
         for loader in LOADERS
         for setting in ("num_workers=0", "persistent_workers=False")
     ]
+    if base == "mask_rcnn_swin_pc.py":
+        options += ["model.test_cfg.rcnn.max_per_img=10", "model.train_cfg.rcnn.sampler.num=16"]
     if base == "retinanet_swin_pc.py":
         options += ["model.test_cfg.score_thr=0"]  # so early its scores are all low
     if base == "png_labels":
@@ -120,6 +123,7 @@ def test_ones_own_data(base, parts, scenes, tmp_path):
     assert all(re.search(rf"\(val\).*{part}: ", output) for part in parts), output[-2000:]
 
 
+@pytest.mark.slow
 def test_a_backbone_of_timm_through_the_tools(detection_options, scenes, tmp_path):
     pytest.importorskip("timm")
     (tmp_path / "xcit.py").write_text(f"""

@@ -18,6 +18,7 @@ from condattn.engine.launch import (
     load_runner_config,
 )
 from condattn.engine.processes import leave_processes, local_rank
+from condattn.engine.sharding import is_sharded
 from condattn.engine.tta import add_tta
 
 
@@ -64,6 +65,8 @@ def main() -> None:
         draw_predictions(cfg, args)
     if args.out and not detection:
         save_label_maps(cfg, args.out)
+    if args.tta and is_sharded(cfg):
+        raise UserError("--tta expects a model that is not sharded; evaluate the checkpoint in one process")
     check_data(cfg, "test")
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     model = build_model(cfg)
@@ -83,7 +86,7 @@ def main() -> None:
 
 def test(cfg: Config, args: Namespace, replaced: set[str]) -> None:
     """Test; ``replaced`` are the keys of the weights that the checkpoint provides."""
-    runner = build_runner(cfg, args.other_conditioning, args.unsafe)
+    runner = build_runner(cfg, args.other_conditioning)
     drop_pretrained(runner.model, replaced)
     if args.out and cfg.default_scope == "mmdet":
         from mmdet.evaluation import DumpDetResults

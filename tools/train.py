@@ -27,6 +27,7 @@ from condattn.engine.launch import (
     load_runner_config,
 )
 from condattn.engine.processes import leave_processes, local_rank
+from condattn.engine.sharding import check_shardable, is_sharded
 
 
 def parse_args() -> Namespace:
@@ -81,7 +82,7 @@ def main() -> None:
         known = ", ".join(torch.compiler.list_backends(exclude_tags=()))
         raise UserError(f"--compile: torch has no backend {args.compile}; it has {known}")
     resume = args.resume or ("auto" if cfg.get("resume") and not cfg.get("load_from") else None)
-    if checkpoint := find_resumable(cfg.work_dir) if resume == "auto" else resume:
+    if checkpoint := find_resumable(cfg.work_dir, args.unsafe) if resume == "auto" else resume:
         cfg.resume, cfg.load_from = True, checkpoint
     check_data(cfg, "train", "val")
     train(cfg, args, replaced=check_weights(cfg, args))
@@ -109,7 +110,7 @@ def enable_lr_scaling(cfg: Config) -> None:
 
 def train(cfg: Config, args: Namespace, replaced: set[str]) -> None:
     """Train; ``replaced`` are the keys of the weights that a checkpoint will provide."""
-    runner = build_runner(cfg, args.other_conditioning, args.unsafe)
+    runner = build_runner(cfg, args.other_conditioning)
     drop_pretrained(runner.model, replaced)
     if args.compile:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -125,6 +126,8 @@ def check_weights(cfg: Config, args: Namespace) -> set[str]:
     if checkpoint and resuming:
         check_resumable(checkpoint, path)
     model = build_model(cfg)
+    if is_sharded(cfg):
+        check_shardable(model)
     first = local_rank(cfg.launcher) == 0
     loaded = set()
     if checkpoint:
@@ -133,7 +136,7 @@ def check_weights(cfg: Config, args: Namespace) -> set[str]:
             check_conditioning(checkpoint, path, model)
     drop_pretrained(model, replaced=loaded)
     if first:
-        check_pretrained(model, "model.module" if cfg.model.type == "Conditioned" else "model")
+        check_pretrained(model, "model.module" if cfg.model.type == "Conditioned" else "model", args.unsafe)
     return loaded
 
 

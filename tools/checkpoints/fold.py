@@ -44,10 +44,10 @@ def main() -> None:
     if not difference <= TOLERANCE:
         raise UserError(f"the folded model's attention differs by {difference:.1e} of its size; nothing was written")
     print(f"attention before and after folding agrees to {difference:.1e} of its size on {len(images)} images")
-    write_checkpoint(args.out, predictor.model, checkpoint.get("meta", {}))
+    folded = fold_config(cfg, next(iter(record_of(predictor.model).values())))
+    write_checkpoint(args.out, predictor.model, {**checkpoint.get("meta", {}), "cfg": folded.pretty_text})
     print(f"{args.out}: {len(predictor.model.state_dict())} weights")
     if args.config_out:
-        folded = fold_config(cfg, next(iter(record_of(predictor.model).values())))
         write_whole(args.config_out, lambda part: part.write_text(folded.pretty_text))
         print(f"{args.config_out}: {'needs condattn' if 'condattn' in folded.pretty_text else 'needs no condattn'}")
 

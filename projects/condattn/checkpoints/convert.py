@@ -59,7 +59,6 @@ def some(names: Collection[str], count: int = 3) -> str:
     return ", ".join(list(names)[:count]) + (", ..." if len(names) > count else "")
 
 
-@torch.no_grad()
 def load_pretrained(
     model: nn.Module, path: str | Path, load: str = "raw", unsafe: bool = False, known: Collection[str] = ()
 ) -> LoadReport:
@@ -82,12 +81,21 @@ def load_pretrained(
             model, shapes differ, or values are not finite; the model is untouched then.
         ValueError: If ``load`` is neither.
     """
-    if load not in ("raw", "effective"):
-        raise ValueError(f"load is {load!r}; expected 'raw' or 'effective'")
     weights, beside, where = weights_of(read_file(path, unsafe), path)
-    fitted, report = fit(weights, model, str(path), known)
+    report = load_weights(model, weights, str(path), load, known)
     report.path = where
     report.left_out += beside
+    return report
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, load: str = "raw", known: Collection[str] = ()
+) -> LoadReport:
+    """Load weights that come from ``source`` into ``model``; see :func:`load_pretrained`."""
+    if load not in ("raw", "effective"):
+        raise ValueError(f"load is {load!r}; expected 'raw' or 'effective'")
+    fitted, report = fit(weights, model, source, known)
     model.load_state_dict(fitted, strict=False)
     if load == "effective":
         subtract_corrections(model)

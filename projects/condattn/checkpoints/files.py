@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 # Where the weights lie in a file, and what may stand before their names. Averages first, as timm's loader takes them;
@@ -34,7 +35,9 @@ def read_file(path: str | Path, unsafe: bool = False) -> Any:
     Raises:
         BadFileError: If the file cannot be read.
     """
-    path = _downloaded(str(path)) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
+    if str(path).startswith(("http://", "https://")):
+        return _read_download(str(path), unsafe)
+    path = Path(path).expanduser()
     if not path.exists():
         raise BadFileError(f"there is no file {path}")
     if path.is_dir():
@@ -58,15 +61,26 @@ def read_file(path: str | Path, unsafe: bool = False) -> Any:
         ) from error
 
 
+def _read_download(address: str, unsafe: bool) -> Any:
+    path = _downloaded(address)
+    try:
+        return read_file(path, unsafe)
+    except BadFileError as error:
+        if "--unsafe" not in str(error):
+            path.unlink(missing_ok=True)  # or else the next run would read it again
+        raise BadFileError(f"{address}: {error}") from error
+
+
 def _downloaded(address: str) -> Path:
     name = Path(urlparse(address).path).name
     path = Path(torch.hub.get_dir(), "checkpoints", f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{name}")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(address, str(path))
-        except OSError as error:
-            raise BadFileError(f"{address} cannot be downloaded; is there a network? ({error})") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # of several processes one downloads
+        if not path.exists():
+            try:
+                torch.hub.download_url_to_file(address, str(path))
+            except OSError as error:
+                raise BadFileError(f"{address} cannot be downloaded; is there a network? ({error})") from error
     return path
 
 
@@ -96,7 +110,7 @@ def _read_torch(path: Path, unsafe: bool) -> Any:
             raise BadFileError(f"{path} is no file of weights, or cut short: copy or download it again") from error
         raise BadFileError(
             f"{path} holds more than weights ({foreign[1]}), and reading it would execute its code; if you trust where "
-            "it comes from, allow that with unsafe=True, or --unsafe of the tools"
+            "it comes from, allow that with --unsafe of the tools, or in an init_cfg with unsafe=True"
         ) from error
 
 

@@ -6,16 +6,28 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import (
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
 from torch import Tensor, nn
 
-from ..checkpoints.files import read_file
-from ..models.base import TIMM, is_pretrained
+from ..checkpoints.files import BadFileError, read_file, weights_of
+from ..models.base import is_pretrained
 from .errors import UserError
 
-HUBS = ("torchvision://", "open-mmlab://", "openmmlab://", "mmcls://", "modelzoo://")
-"""Collections of weights that mmengine knows and downloads; what else is no file is refused."""
+HUBS = {
+    "torchvision://": get_torchvision_models,
+    "modelzoo://": get_torchvision_models,
+    "open-mmlab://": get_external_models,
+    "openmmlab://": get_external_models,
+    "mmcls://": get_mmcls_models,
+}
+"""Collections of weights -> mmengine's table of their addresses."""
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
@@ -48,12 +60,12 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict:
         UserError: If there is no such file, or it is not a checkpoint, cut short or not safe.
     """
     try:
-        if path.startswith(HUBS):
-            checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu", logger="silent")
-        else:
-            checkpoint = read_file(path, unsafe)
-    except Exception as error:
+        checkpoint = read_file(_address(path), unsafe)
+    except BadFileError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+    if path.startswith("mmcls://"):  # classifiers, of which detectors and segmenters take the backbone
+        weights, _, _ = weights_of(checkpoint, path)
+        checkpoint = {"state_dict": weights}
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is no checkpoint: expected a dictionary of weights, got {type(checkpoint).__name__}")
     bare = checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values())
@@ -70,7 +82,27 @@ def read_safely(unsafe: bool = False) -> None:
     def load_from_file(path: str, map_location: object = None) -> dict:
         return read_checkpoint(path, unsafe)
 
-    CheckpointLoader.register_scheme(("", "http://", "https://"), load_from_file, force=True)
+    CheckpointLoader.register_scheme(("", "http://", "https://", *HUBS), load_from_file, force=True)
+
+
+def _address(path: str) -> str:
+    """Where a file lies whose name may be of a collection."""
+    for hub, addresses in HUBS.items():
+        if path.startswith(hub):
+            name = path.removeprefix(hub)
+            name = get_deprecated_model_names().get(name, name)
+            known = addresses()
+            if name not in known:
+                raise UserError(f"{hub} has no weights called {name}; it has {_some(known)}")
+            return known[name]
+    return path
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers, of distributed runs and of augmentation at test time."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def check_resumable(checkpoint: dict, path: str) -> None:
@@ -86,8 +118,12 @@ def check_resumable(checkpoint: dict, path: str) -> None:
         )
 
 
-def find_resumable(work_dir: str) -> str | None:
+def find_resumable(work_dir: str, unsafe: bool = False) -> str | None:
     """The newest checkpoint in ``work_dir`` that a training can go on from; those that cannot be read are named.
+
+    Args:
+        work_dir: Where the checkpoints are.
+        unsafe: Whether code in them may be executed.
 
     Raises:
         UserError: If there are some, and none can be read.
@@ -98,7 +134,7 @@ def find_resumable(work_dir: str) -> str | None:
     candidates = [*named, *sorted(saved, key=lambda path: -int(path.stem.split("_")[1]))]
     for path in dict.fromkeys(path.resolve() for path in candidates):
         try:
-            check_resumable(read_checkpoint(str(path)), str(path))
+            check_resumable(read_checkpoint(str(path), unsafe), str(path))
         except UserError as error:
             print(f"warning: {error}; the checkpoint before it is tried", file=sys.stderr)
         else:
@@ -153,12 +189,13 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
     return fitting
 
 
-def check_pretrained(model: nn.Module, key: str = "model") -> None:
+def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False) -> None:
     """Read (and so download, once) the pretrained weights that ``model`` will start from, and load them into it.
 
     Args:
         model: The model.
         key: Where the configuration describes it.
+        unsafe: Whether code in the files may be executed; our own backbones have a setting for that.
 
     Raises:
         UserError: If they cannot be had or fit no weight; the message says how to train without them.
@@ -166,14 +203,15 @@ def check_pretrained(model: nn.Module, key: str = "model") -> None:
     for name, init_cfg in list(_pretrained(model)):
         module = model.get_submodule(name)
         place = ".".join(filter(None, (key, name)))
-        file, nothing = f"{place}.init_cfg.checkpoint=FILE", f"{place}.init_cfg=None"
-        if init_cfg["checkpoint"].startswith(TIMM):
-            file, nothing = f"{place}.checkpoint_path=FILE", f"{place}.pretrained=False"
+        setting = getattr(module, "weights_setting", "init_cfg.checkpoint")
+        nothing = (
+            ["init_cfg=None"] if setting == "init_cfg.checkpoint" else ["pretrained=False", "checkpoint_path=None"]
+        )
         try:
             if getattr(module, "checks_its_weights", False):
                 module.init_weights()
                 continue
-            weights = read_checkpoint(init_cfg["checkpoint"])
+            weights = read_checkpoint(init_cfg["checkpoint"], unsafe)
             before = {key: value.clone() for key, value in module.state_dict().items()}
             module.init_weights()
             if all(value.equal(before[key]) for key, value in module.state_dict().items()):
@@ -182,7 +220,8 @@ def check_pretrained(model: nn.Module, key: str = "model") -> None:
         except (UserError, ValueError) as error:
             raise UserError(
                 f"the pretrained weights {init_cfg['checkpoint']} cannot be loaded; train from a file with "
-                f"--cfg-options {file} or from scratch with --cfg-options {nothing} ({error})"
+                f"--cfg-options {place}.{setting}=FILE or from scratch with --cfg-options "
+                f"{' '.join(f'{place}.{option}' for option in nothing)} ({error})"
             ) from error
 
 
@@ -191,8 +230,7 @@ def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:
 
     A checkpoint that is loaded after the initialisation replaces them, so they need not be there.
     """
-    if is_model_wrapper(model):
-        model = model.module
+    model = unwrapped(model)
     for name, _ in list(_pretrained(model)):
         module = model.get_submodule(name)
         if all((f"{name}.{key}" if name else key) in replaced for key in module.state_dict()):

@@ -3,12 +3,12 @@
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from ..condition import conditioning_of, same_conditioning
+from .checkpoints import unwrapped
 from .errors import UserError
 
 Record = dict[str, list[dict[str, Any]]]
@@ -17,9 +17,7 @@ ENTRY = "conditioning"
 
 def record_of(model: nn.Module) -> Record:
     """What a checkpoint records of ``model``: site name -> its methods, as plain data."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return conditioning_of(model)
+    return conditioning_of(unwrapped(model))
 
 
 def check_conditioning(checkpoint: dict, path: str, model: nn.Module) -> None:

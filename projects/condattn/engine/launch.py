@@ -98,6 +98,7 @@ def load_runner_config(args: Namespace) -> Config:
         UserError: As :func:`load_config`, and for settings that exclude each other.
     """
     cfg = load_config(args.config, args.cfg_options)
+    read_safely(args.unsafe)
     # What is built for the checks is built again by the runner, whose own logger will report it.
     MMLogger.get_current_instance().setLevel("WARNING")
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -142,16 +143,14 @@ def innermost(dataset: ConfigDict) -> ConfigDict:
     return dataset
 
 
-def build_runner(cfg: Config, other_conditioning: bool = False, unsafe: bool = False) -> Runner:
+def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
     """Join the other processes, if any, and build the runner, with a progress bar and the hooks that guard a run.
 
     Args:
         cfg: The configuration.
         other_conditioning: Whether checkpoints of a model that is conditioned otherwise are loaded.
-        unsafe: Whether code in checkpoints may be executed.
     """
     given = copy.deepcopy(cfg)
-    read_safely(unsafe)
     start_processes(cfg)
     checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     if checkpoints.get("type") == "CheckpointHook":

@@ -2,10 +2,11 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
 from mmengine import dist
 from mmengine._strategy import DDPStrategy
 from mmengine.config import Config
@@ -40,10 +41,8 @@ class FSDP2Strategy(DDPStrategy):
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if not dist.is_distributed():
             return super(DDPStrategy, self)._wrap_model(model)
-        try:
-            from torch.distributed.fsdp import fully_shard
-        except ImportError as error:
-            raise UserError(f"FSDP2Strategy needs torch 2.6 or newer, found {torch.__version__}") from error
+        from torch.distributed.fsdp import fully_shard
+
         model = self.convert_model(model.to(get_device()))
         for value in model.state_dict().values():
             dist.broadcast(value, src=0)  # as DDP does: the processes shard the same model
@@ -74,11 +73,11 @@ class FSDP2Strategy(DDPStrategy):
             write_whole(filename, lambda path: torch.save(checkpoint, path), overwrite=True)
 
     def model_state_dict(self) -> dict[str, Tensor]:
-        """The whole weights, on the CPU."""
+        """The whole weights, on the CPU of the first process."""
         return tree_map(_whole, dict(self.model.state_dict()))
 
     def optim_state_dict(self) -> dict[str, Any]:
-        """The whole state of the optimizer, on the CPU."""
+        """The whole state of the optimizer, on the CPU of the first process."""
         return tree_map(_whole, super().optim_state_dict())
 
     def load_model_state_dict(
@@ -102,37 +101,86 @@ class FSDP2Strategy(DDPStrategy):
         super().load_optim_state_dict({**state_dict, "state": state})
 
 
+def is_sharded(cfg: Config) -> bool:
+    """Whether the run of ``cfg`` shards its model: with ``FSDP2Strategy``, and several processes."""
+    return _name(cfg.get("strategy") or {}) == "FSDP2Strategy" and cfg.launcher != "none"
+
+
 def check_sharding(cfg: Config) -> None:
     """Check that what ``cfg`` asks for can be had when it is sharded.
 
     Raises:
-        UserError: If it asks for a moving average of the weights, for which the sharded model would have to be copied.
+        UserError: If it cannot.
     """
-    hooks = [hook.get("type") for hook in cfg.get("custom_hooks") or [] if isinstance(hook, dict)]
-    if (cfg.get("strategy") or {}).get("type") == "FSDP2Strategy" and cfg.launcher != "none" and "EMAHook" in hooks:
-        raise UserError("FSDP2Strategy expects a run without moving average, found EMAHook in custom_hooks; remove one")
+    if not is_sharded(cfg):
+        return
+    if cfg.get("runner_type") != "FlexibleRunner":
+        raise UserError(f"FSDP2Strategy expects runner_type='FlexibleRunner', found {cfg.get('runner_type')}")
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        raise UserError(f"FSDP2Strategy expects torch 2.6 or newer, found {torch.__version__}")
+    hooks = [_name(hook) for hook in cfg.get("custom_hooks") or [] if isinstance(hook, dict)]
+    for hook, why in (
+        ("EMAHook", "it copies the model, which a sharded one does not allow"),
+        ("CalibrationHook", "use tools/checkpoints/calibrate.py, and start from what it writes"),
+    ):
+        if hook in hooks:
+            raise UserError(f"FSDP2Strategy expects custom_hooks without {hook}: {why}")
+    if cfg.get("find_unused_parameters"):
+        raise UserError("FSDP2Strategy expects every process to use every parameter, found find_unused_parameters=True")
+    if (cfg.model.get("test_cfg") or {}).get("mode") == "slide":
+        raise UserError(
+            "FSDP2Strategy expects processes that run the model equally often, found model.test_cfg.mode='slide'; "
+            "set it to 'whole', and evaluate checkpoints in one process"
+        )
 
 
-def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks around the attention sites: innermost members of lists of modules, once each."""
+def check_shardable(model: nn.Module) -> None:
+    """Check that the parameters of ``model`` can be sharded.
+
+    Raises:
+        UserError: If one is a single number, as mmcv's ``Scale`` has it (heads of FCOS, ATSS ...).
+    """
+    if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
+        raise UserError(
+            f"FSDP2Strategy expects parameters with an axis to divide, found the single number {scalars[0]}; train "
+            "this model without sharding"
+        )
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks around the attention sites, innermost members of lists of modules, those inside others first.
+
+    Blocks that share parameters with what is outside them are left out.
+    """
     modules = dict(model.named_modules())
-    seen = set()
+    names = []
     for site in find_sites(model):
         path = site.name.split(".")
         for length in range(len(path) - 1, 0, -1):
-            parent, name = modules[".".join(path[: length - 1])], ".".join(path[:length])
-            if isinstance(parent, nn.ModuleList | nn.Sequential):
-                if name not in seen:
-                    seen.add(name)
-                    yield modules[name]
+            if isinstance(modules[".".join(path[: length - 1])], nn.ModuleList | nn.Sequential):
+                names.append(".".join(path[:length]))
                 break
+    places = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    blocks = []
+    for name in sorted(dict.fromkeys(names), key=lambda name: -name.count(".")):
+        own = [id(parameter) for _, parameter in modules[name].named_parameters(remove_duplicate=False)]
+        if all(own.count(one) == places.count(one) for one in set(own)):
+            blocks.append(modules[name])
+    return blocks
+
+
+def _name(settings: dict) -> str:
+    """The type that settings name, without its scope."""
+    return str(settings.get("type")).rpartition(".")[2]
 
 
 def _whole(value: Any) -> Any:
-    """A tensor on the CPU, gathered if it is sharded; anything else as it is."""
+    """A tensor on the CPU, gathered if it is sharded, of which the first process alone keeps it; else as it is."""
+    if not isinstance(value, Tensor):
+        return value
     if hasattr(value, "full_tensor"):
         value = value.full_tensor()
-    return value.cpu() if isinstance(value, Tensor) else value
+    return value.cpu() if dist.is_main_process() else value.new_empty(0)
 
 
 def _share(value: Any, like: Tensor | None) -> Any:

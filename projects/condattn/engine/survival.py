@@ -49,6 +49,18 @@ class WholeCheckpointHook(CheckpointHook):
 
     def __init__(self, *args, backend_args: dict | None = None, **kwargs) -> None:
         super().__init__(*args, backend_args=backend_args or {"backend": "whole_file"}, **kwargs)
+        self._meta: dict[str, int] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """As upstream, and remove what a killed run has left half-written."""
+        super().before_train(runner)
+        if is_main_process() and Path(self.out_dir).is_dir():
+            for part in Path(self.out_dir).glob(".*.part"):
+                part.unlink()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Put the position of the run in, which ``FlexibleRunner`` counts one too far after a validation."""
+        checkpoint["meta"].update(self._meta)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         surplus = None
@@ -60,6 +72,7 @@ class WholeCheckpointHook(CheckpointHook):
         name = self.filename_tmpl.format(step)
         before, self.last_ckpt = self.last_ckpt, self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        outer, self._meta = self._meta, self._meta or dict(meta)
         try:
             runner.save_checkpoint(
                 self.out_dir,
@@ -77,6 +90,8 @@ class WholeCheckpointHook(CheckpointHook):
         except OSError as error:
             newest = f"the newest whole one is {before}" if before else "there is no earlier one"
             raise UserError(f"the checkpoint {self.last_ckpt} could not be written ({error}); {newest}") from error
+        finally:
+            self._meta = outer
         if surplus is not None and is_main_process():
             path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(surplus))
             if self.file_backend.isfile(path):
@@ -89,6 +104,7 @@ class WholeCheckpointHook(CheckpointHook):
         surplus: list[tuple[Callable, str]] = []
         backend = self.file_backend
         remove, rmtree = backend.remove, backend.rmtree
+        self._meta = {"epoch": runner.epoch, "iter": runner.iter}
         backend.remove = lambda path: surplus.append((remove, path))
         backend.rmtree = lambda path: surplus.append((rmtree, path))
         try:
@@ -100,6 +116,7 @@ class WholeCheckpointHook(CheckpointHook):
             ) from error
         finally:
             del backend.remove, backend.rmtree
+            self._meta = {}
         for delete, path in surplus:
             delete(path)
 
@@ -117,7 +134,6 @@ class ExactResumeHook(Hook):
 
     def __init__(self) -> None:
         self._newest: str | None = None
-        self._position = -1
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Begin an epoch, or, resumed, an iteration-based run."""
@@ -134,25 +150,25 @@ class ExactResumeHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         """After a checkpoint of an iteration-based run, begin anew as a resumed run does."""
-        loop = runner.train_loop
-        if runner.message_hub.runtime_info.get("last_ckpt") == self._newest or isinstance(loop, EpochBasedTrainLoop):
-            return
-        if self._can_forward(runner):
-            self._begin(runner, runner.iter + 1)
-            loop.dataloader_iterator._iterator = None
-            loop.dataloader_iterator.skip_iter(runner.iter + 1)
+        self._begin_anew(runner, runner.iter + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """A validation between a checkpoint and the next iteration, which a resumed run does not do, draws numbers."""
-        if self._position == runner.iter:
-            self._begin(runner, runner.iter)
+        """Likewise, since a resumed run does no validation first, and a better model is saved after it."""
+        self._begin_anew(runner, runner.iter)
+
+    def _begin_anew(self, runner: Runner, position: int) -> None:
+        loop = runner.train_loop
+        saved = runner.message_hub.runtime_info.get("last_ckpt") != self._newest
+        if saved and not isinstance(loop, EpochBasedTrainLoop) and self._can_forward(runner):
+            self._begin(runner, position)
+            loop.dataloader_iterator._iterator = None
+            loop.dataloader_iterator.skip_iter(position)
 
     def _can_forward(self, runner: Runner) -> bool:
         iterator = getattr(runner.train_loop, "dataloader_iterator", None)
         return hasattr(iterator, "skip_iter") and hasattr(runner.train_dataloader.sampler, "skip")
 
     def _begin(self, runner: Runner, position: int) -> None:
-        self._position = position
         text = f"{runner.seed} {get_rank()} {position}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") // 2
         random.seed(seed)

@@ -77,6 +77,11 @@ class Correction:
         return constant.to(weight.dtype)
 
 
+def _whole(weight: Tensor) -> Tensor:
+    """A weight, gathered if it is sharded over processes (FSDP2)."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 class CorrectedModule(nn.Module):
     """Mixin: weights of the module enter its forward as W + C, C a constant that is never trained.
 
@@ -102,7 +107,7 @@ class CorrectedModule(nn.Module):
     @torch.no_grad()
     def _register(self, parameter: str) -> None:
         """Make the buffers of a correction, on the weight's device: C, and where its entries are."""
-        weight, correction = self._matrix(getattr(self, parameter)), self.corrections[parameter]
+        weight, correction = self._matrix(_whole(getattr(self, parameter))), self.corrections[parameter]
         if correction.depends_on_weight:
             shape = weight.shape if correction.svd else weight.shape[:1]
             constant = weight.new_full(shape, torch.nan)

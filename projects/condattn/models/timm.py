@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from timm.models import group_parameters
 from torch import Tensor
 
-from ..checkpoints.convert import fit
+from ..checkpoints.convert import load_weights
 from ..condition import condition
 from ..methods.base import Conditioning
 from .base import TIMM, is_pretrained, load_as_configured
@@ -80,7 +80,8 @@ class ConditionedTimmBackbone(BaseModule):
         options = dict(img_size=img_size, drop_path_rate=drop_path_rate)
         settings = {**kwargs, **{name: value for name, value in options.items() if value is not None}}
         self.model = _create(model_name, settings)
-        self._settings = (model_name, settings)
+        self._settings = settings
+        self.weights_setting = "checkpoint_path" if checkpoint_path or pretrained else "init_cfg.checkpoint"
         self._names = list(self.model.state_dict())  # before parts of the model are pruned
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{model_name} of timm gives no intermediate features; choose another model")
@@ -124,21 +125,24 @@ class ConditionedTimmBackbone(BaseModule):
             ValueError: If the weights cannot be downloaded or read, or are of another model.
         """
         if is_pretrained(self.init_cfg) and self.init_cfg["checkpoint"].startswith(TIMM):
-            self._download()
+            self._download(**{name: value for name, value in self.init_cfg.items() if name != "type"})
         elif is_pretrained(self.init_cfg):
             load_as_configured(self.model, self.init_cfg, known=self._names)
         elif self.init_cfg is not None:
             initialize(self.model, self.init_cfg)
 
-    def _download(self) -> None:
-        model_name, settings = self._settings
+    def _download(self, checkpoint: str, load: str = "raw", **other: Any) -> None:
+        model_name = checkpoint.removeprefix(TIMM)
+        if other:
+            raise ValueError(
+                f"init_cfg has {', '.join(other)}; with weights of timm its settings are checkpoint and load"
+            )
         try:
-            weights = _create(model_name, {**settings, "pretrained": True}).state_dict()
+            weights = _create(model_name, {**self._settings, "pretrained": True}).state_dict()
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())
             raise ValueError(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
-        fitted, report = fit(weights, self.model, f"timm's {model_name}", known=self._names)
-        self.model.load_state_dict(fitted, strict=False)
+        report = load_weights(self.model, weights, f"timm's {model_name}", load, self._names)
         print_log(f"pretrained weights {report}", logger="current")
 
     def train(self, mode: bool = True):
