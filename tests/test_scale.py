@@ -7,7 +7,8 @@ import sys
 import pytest
 import timm
 import torch
-from runs import DEMO, TOOLS, run
+import torch.distributed.fsdp
+from runs import DEMO, TOOLS, forwarded, run
 from torch import nn
 
 pytest.importorskip("mmdet")
@@ -34,6 +35,7 @@ CLIPPED = "optim_wrapper.clip_grad.max_norm=1.0"
 SHARDED = ("runner_type=FlexibleRunner", "strategy.type=FSDP2Strategy")
 # With a validation, and so a best model, before the last iteration.
 HALVES = ("train_dataloader.batch_size=2", CLIPPED, OFTEN, "train_cfg.val_interval=2", *SHARDED)
+sharding = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="this torch has no FSDP2")
 
 
 @pytest.fixture
@@ -116,6 +118,7 @@ def test_two_processes_train_as_one_with_both_batches(plain, tmp_path):
     check_close(two, one)
 
 
+@forwarded
 def test_two_processes_resume_exactly(plain, tmp_path):
     """Each with random numbers of its own."""
     options = ("model.backbone.drop_path_rate=0.5", OFTEN)
@@ -140,6 +143,7 @@ def test_two_machines_train_together(plain, tmp_path):
     check_close(two, one)
 
 
+@sharding
 def test_a_sharded_training(plain, tmp_path):
     """Is the same training, and leaves the same files."""
     one = plain("one", "train_dataloader.batch_size=4", CLIPPED, iterations=3)
@@ -151,6 +155,7 @@ def test_a_sharded_training(plain, tmp_path):
         assert torch.load(file, weights_only=False)["meta"]["iter"] == int(file.stem.rpartition("_")[2])
 
 
+@sharding
 @pytest.mark.slow
 def test_a_sharded_training_is_resumed(plain, tmp_path):
     """Sharded with no bit changed, and unsharded."""
@@ -188,6 +193,7 @@ def group(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
+@sharding
 @pytest.mark.parametrize("settings", [{}, dict(strength=1.0, relative=True), dict(form="svd")])
 def test_corrected_weights_are_sharded_and_loaded(group, tmp_path, settings):
     conditioning = dict(type="SpectralCorrection", **settings)
@@ -208,6 +214,7 @@ def test_corrected_weights_are_sharded_and_loaded(group, tmp_path, settings):
             assert all(torch.equal(value, saved[name]) for name, value in plain.state_dict().items())
 
 
+@sharding
 @pytest.mark.parametrize(
     "settings, options, part",
     [

@@ -7,24 +7,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import DEMO, TOOLS, error_lines, run
+from runs import DEMO, TOOLS, error_lines, forwarded, run
 from torch import nn
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
-
-import mmengine
 
 import condattn
 from condattn.engine.checkpoints import find_resumable
 from condattn.engine.errors import UserError
 from condattn.engine.survival import WholeFileBackend, find_trouble
 
-# Stock mmengine cannot forward a data loader.
-FORWARDS = hasattr(mmengine.runner.loops._InfiniteDataloaderIterator, "skip_iter")
 EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
 # The demo detector has random augmentation and sampling; these are the segmenter's, in its workers and in its model.
 RANDOM = """
@@ -91,9 +88,6 @@ def check_kills(kind, small, scenes, folder, kills, workers):
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     assert not list((folder / "killed").glob(".*.part"))
-
-
-forwarded = pytest.mark.skipif(not FORWARDS, reason="this mmengine cannot forward a data loader")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +174,7 @@ def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypat
 
     from condattn.engine.survival import WholeCheckpointHook
 
-    hook = WholeCheckpointHook(interval=1)
+    hook, runner = WholeCheckpointHook(interval=1), SimpleNamespace(epoch=1, iter=2)
     hook.file_backend = WholeFileBackend()
     (tmp_path / "best.pth").write_bytes(b"old")
     full = []
@@ -193,10 +187,10 @@ def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypat
     monkeypatch.setattr(CheckpointHook, "_save_best_checkpoint", save)
     full.append(True)
     with pytest.raises(UserError, match="could not be written .*No space left.*the one before it is .*best.pth"):
-        hook._save_best_checkpoint(None, {})
+        hook._save_best_checkpoint(runner, {})
     assert (tmp_path / "best.pth").read_bytes() == b"old"
     full.clear()
-    hook._save_best_checkpoint(None, {})
+    hook._save_best_checkpoint(runner, {})
     assert not (tmp_path / "best.pth").exists()
 
 

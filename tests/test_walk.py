@@ -11,6 +11,7 @@ from torch import nn
 
 import condattn
 from condattn import SpectralCorrection, sites
+from condattn.spectra.capture import capture
 
 ZOO = []
 for library, zoo, names in (
@@ -34,6 +35,8 @@ MORE_THAN_A_PRODUCT = (
     "mvit.MultiScaleAttention",
     "volo.OutlookAttention",
 )
+# Classes that change the map after the softmax.
+MIXED = ("cait.TalkingHeadAttn", "convit.GPSA", ".DiffAttention", ".DiffParallelScalingBlock")
 NO_PC = ("iformer.SHMA",)
 NO_SC = ("efficientvit_msra.CascadedGroupAttention", "attention_pool.AttentionPoolPrr")
 
@@ -179,6 +182,27 @@ def test_queries_and_keys_make_the_map_and_values_do_not(family):
         for target in seen.keys() - {"none"}:
             moved = [(a - b).abs().max() > 1e-9 for a, b in zip(seen[target], seen["none"], strict=True)]
             assert moved == [target != "v", True], (site, target)
+
+
+def test_maps_and_head_outputs_are_seen(family):
+    """As by someone who knows none of the classes."""
+    model, forward = family
+    for site in firsts(model):
+        if is_one_of(site, MORE_THAN_A_PRODUCT + MIXED):
+            continue
+        shown, seen = [], []
+        record = lambda m, heads, dim, shown=shown: (shown.append((m, heads, dim)), heads)[1]  # noqa: E731
+        with HeadTap(record, [site.module]):
+            run(model, forward)
+        with capture([site], lambda _, one, seen=seen: seen.append(one)):
+            run(model, forward)
+        weights, heads, dim = shown[0]
+        heads = heads if (dim == -1) != site.cross_covariance else heads.mT
+        assert seen[0].map is not None, site
+        close(seen[0].map.flatten().sort()[0], weights.flatten().sort()[0])
+        assert seen[0].outputs.shape[-2:] == heads.shape[-2:], site
+        close(seen[0].outputs.flatten().sort()[0], heads.flatten().sort()[0])
+        close(seen[0].outputs.flatten(0, -3).sum(0), heads.flatten(0, -3).sum(0))
 
 
 def test_trains_copies_and_keeps_its_keys(family):

@@ -10,7 +10,7 @@ from .stack import check_stack
 
 MODULES = (
     *("models.factory", "models.pyramid"),
-    *("engine.progress", "engine.guard", "engine.calibration", "engine.survival", "engine.sharding"),
+    *("engine.progress", "engine.guard", "engine.calibration", "engine.survival", "engine.sharding", "engine.spectra"),
 )
 LIBRARY_MODULES = {
     "timm": ("models.timm",),

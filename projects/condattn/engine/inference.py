@@ -16,7 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
-from .checkpoints import check_fit, read_checkpoint
+from .checkpoints import check_fit, drop_pretrained, read_checkpoint
 from .errors import UserError
 from .guard import check_conditioning
 from .launch import build_model, innermost
@@ -67,9 +67,8 @@ class Predictor:
 
     Args:
         cfg: The configuration.
-        checkpoint: File or URL of the weights.
+        checkpoint: File or URL of the weights; None: as they are initialised, without pretrained ones.
         device: Where to predict.
-
         other_conditioning: Load a checkpoint although its model was conditioned otherwise.
         unsafe: Execute the code in a checkpoint that holds more than weights.
 
@@ -80,18 +79,22 @@ class Predictor:
     def __init__(
         self,
         cfg: Config,
-        checkpoint: str,
+        checkpoint: str | None,
         device: torch.device,
         other_conditioning: bool = False,
         unsafe: bool = False,
     ) -> None:
-        state = read_checkpoint(checkpoint, unsafe)
-        model = build_model(cfg)
-        check_fit(state, checkpoint, model)
-        if not other_conditioning:
-            check_conditioning(state, checkpoint, model)
-        weights = state.get("state_dict", state)
-        model.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()}, strict=False)
+        model, state = build_model(cfg), {}
+        if checkpoint is None:
+            drop_pretrained(model, replaced=set(model.state_dict()))
+            model.init_weights()
+        else:
+            state = read_checkpoint(checkpoint, unsafe)
+            check_fit(state, checkpoint, model)
+            if not other_conditioning:
+                check_conditioning(state, checkpoint, model)
+            weights = state.get("state_dict", state).items()
+            model.load_state_dict({name.removeprefix("module."): value for name, value in weights}, strict=False)
         meta = state.get("meta", {}).get("dataset_meta")
         self.model = revert_sync_batchnorm(model).to(device).eval()
         self._segments = cfg.default_scope == "mmseg"
@@ -101,6 +104,10 @@ class Predictor:
     @torch.inference_mode()
     def predict(self, paths: Iterable[Path]) -> list[BaseDataElement]:
         """Predict a batch of image files; one data sample an image, on the CPU."""
+        return self.run(paths)
+
+    def run(self, paths: Iterable[Path]) -> list[BaseDataElement]:
+        """:meth:`predict`, in the caller's mode of gradients."""
         inputs = [self._pipeline({"img_path": str(path), "img_id": index}) for index, path in enumerate(paths)]
         return [sample.cpu() for batch in self._batches(inputs) for sample in self.model.test_step(batch)]
 

@@ -121,6 +121,7 @@ def check_sharding(cfg: Config) -> None:
     hooks = [_name(hook) for hook in cfg.get("custom_hooks") or [] if isinstance(hook, dict)]
     for hook, why in (
         ("EMAHook", "it copies the model, which a sharded one does not allow"),
+        ("SpectraHook", "it measures whole weights; use tools/analysis/spectra.py on a checkpoint"),
         ("CalibrationHook", "use tools/checkpoints/calibrate.py, and start from what it writes"),
     ):
         if hook in hooks:

@@ -119,6 +119,14 @@ class HeadNorm:
             return norms.unflatten(-1, (self.num_heads, -1)).mean(-1).flatten(0, -2).mean(0)
         return norms.movedim(axis, -1).flatten(0, -2).mean(0)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The head outputs in ``x`` as matrices: (samples, num_heads, rows, d); the samples are the first axis."""
+        part = x if self.channels is None else x.movedim(self.axis, -1)[..., self.channels].movedim(-1, self.axis)
+        axis = self.axis % x.dim()
+        heads = part.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1))
+        heads = heads.movedim((axis + self.interleaved, axis + (not self.interleaved)), (-2, -1))
+        return heads.flatten(1, -3).transpose(1, 2) if heads.dim() > 3 else heads.unsqueeze(2)
+
     def _normalize(self, x: Tensor) -> Tensor:
         eps, detach = self.method.eps, self.method.detach
         if self.over_tokens:

@@ -1,0 +1,101 @@
+"""Log the condition numbers of attention while a model trains."""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ..sites import find_sites
+from ..spectra import Measurement, measure
+from ..spectra.advice import find_warnings
+from .checkpoints import unwrapped
+
+
+@HOOKS.register_module()
+class SpectraHook(Hook):
+    """Measure attention every so many iterations, on the first images of the batch, and log it where the run logs.
+
+    For each measured site 'spectra/SITE/QUANTITY', with medians over heads, images and windows: kappa_W_Q (of W + C
+    where there is a correction), kappa_map, kappa_A(X), kappa_C A(X), entropy (a share of the largest possible), and
+    the largest logit of all. The training is not changed by a bit. In a distributed run the first process measures.
+
+    Args:
+        interval: Iterations from one measurement to the next; the first is after the first iteration.
+        quantities: See :func:`condattn.spectra.measure`.
+        max_sites: How many sites are measured, evenly spread over the model.
+        images: How many images of the batch.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    priority = "LOW"
+
+    def __init__(
+        self,
+        interval: int = 500,
+        quantities: Sequence[str] = ("weights", "outputs", "entropy"),
+        max_sites: int = 6,
+        images: int = 1,
+    ) -> None:
+        for name, value in dict(interval=interval, max_sites=max_sites, images=images).items():
+            if value < 1:
+                raise ValueError(f"SpectraHook: {name} is {value}; expected at least 1")
+        self.interval, self.quantities, self.max_sites, self.images = interval, tuple(quantities), max_sites, images
+        self._seconds, self._began = 0.0, 0.0
+
+    def before_train(self, runner: Runner) -> None:
+        """Start the clock."""
+        self._seconds, self._began = 0.0, time.monotonic()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        """Measure, if it is time to."""
+        if (runner.iter == 0 or self.every_n_train_iters(runner, self.interval)) and is_main_process():
+            began = time.monotonic()
+            self._measure(runner, data_batch)
+            self._seconds += time.monotonic() - began
+
+    def after_train(self, runner: Runner) -> None:
+        """Say what it cost."""
+        if is_main_process():
+            share = self._seconds / (time.monotonic() - self._began)
+            runner.logger.info(f"SpectraHook took {self._seconds:.1f} s, {share:.2%} of the training")
+
+    def _measure(self, runner: Runner, batch: dict) -> None:
+        model = unwrapped(runner.model)
+        names = [site.name for site in find_sites(model)]
+        count = min(self.max_sites, len(names))
+        first = {name: copy.deepcopy(values[: self.images]) for name, values in batch.items()}
+
+        def run() -> None:
+            data = model.data_preprocessor(first, training=False)
+            model(data["inputs"], data["data_samples"], mode="tensor")
+
+        chosen = [names[i * len(names) // count] for i in range(count)]
+        measurement = measure(model, run, self.quantities, chosen)
+        values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}
+        runner.visualizer.add_scalars(values, step=runner.iter + 1)
+        for line in find_warnings({"": measurement}):
+            runner.logger.warning(line)
+
+
+def scalars(measurement: Measurement) -> dict[str, float]:
+    """'SITE/QUANTITY' -> median over heads and samples; what is not finite is left out."""
+    found = {}
+    corrected = {(one.site, one.matrix.removesuffix(" + C")) for one in measurement.spectra if "+ C" in one.matrix}
+    for one in measurement.spectra:
+        if (one.site, one.matrix) not in corrected:
+            found[f"{one.site}/kappa_{one.matrix.removesuffix(' + C')}"] = one.kappa.nanmedian().item()
+    for one in measurement.entropies:
+        found[f"{one.site}/entropy"] = one.relative.median().item()
+        found[f"{one.site}/largest_logit"] = one.largest_logit.max().item()
+    for one in measurement.jacobians:
+        found[f"{one.site}/kappa_d{one.output}_d{one.weight}_head_{one.head}"] = one.extremes.kappa
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -1,0 +1,271 @@
+"""What happens at each attention site while a model runs: the attention map, its logits, the head outputs.
+
+Nothing is asked of the host's code. Fused kernels never show the map, so scaled dot-product attention runs in its plain
+form meanwhile, and the map is seen where the tensor operations of a site compute a softmax and multiply its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from ..kernels.row_norm import normalize_rows
+from ..methods.preconditioner import HeadNorm, RowPreconditioner
+from ..sites import AttentionSite
+
+aten = torch.ops.aten
+SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
+COPIES = {aten._to_copy.default, aten.clone.default}
+PRODUCTS = {aten.bmm.default, aten.mm.default}
+
+
+@dataclass
+class Seen:
+    """What one call of an attention site showed, computed in float64 from what went in where its module can do that.
+
+    Attributes:
+        logits: Input of the softmax, bias and mask included, (samples, heads, N, M); None where there was no softmax.
+            A sample is an image, or a window of one.
+        map: Its output, the attention map, of the same shape.
+        outputs: A(X), the outputs of the heads, (samples, heads, N, d), also of attention between channels, whose map
+            is d x d; None where they could not be seen.
+        tokens: X, the input of the projections, (samples, N, D); None in cross attention, where queries and keys are
+            made of different tokens, and where it could not be seen.
+        args: Arguments of the call.
+        kwargs: Keyword arguments of the call.
+    """
+
+    logits: Tensor | None
+    map: Tensor | None
+    outputs: Tensor | None
+    tokens: Tensor | None
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def capture(sites: Iterable[AttentionSite], observe: Callable[[AttentionSite, Seen], None]) -> Iterator[None]:
+    """While the context lasts, show ``observe`` what each call of each site does.
+
+    Runs without gradients; the model is left as it is.
+    """
+    operations = _Operations()
+    with ExitStack() as stack:
+        for site in sites:
+            for hook in operations.watch(site, observe):
+                stack.callback(hook.remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_slow_path())
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(operations)
+        yield
+
+
+@contextmanager
+def _slow_path() -> Iterator[None]:
+    """PyTorch's encoder layers as they are written, not as one operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@dataclass
+class _Call:
+    """A running call: its softmaxes, the products of their results with something, and what went in and out."""
+
+    site: AttentionSite
+    args: tuple
+    kwargs: dict[str, Any]
+    maps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    products: dict[int, Tensor] = field(default_factory=dict)
+    passed: Tensor | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def seen(self) -> Seen:
+        """What it showed: the last softmax whose result was multiplied, or else the last."""
+        heads = self.site.num_heads
+        index = max(self.products, default=len(self.maps) - 1)
+        logits, weights, outputs = None, None, None
+        if self.maps:
+            logits, weights = (_by_head(tensor, heads) for tensor in self.maps[index])
+            if index in self.products and weights is not None:
+                outputs = _by_head(self.products[index].reshape(*self.maps[index][1].shape[:-1], -1), heads)
+        if outputs is not None and self.site.cross_covariance:
+            outputs = outputs.mT
+        # What is added to the product (CSWin's positions) is part of the outputs; what is cut off from padding is not.
+        if self.passed is not None and (outputs is None or _differ(outputs, self.passed)):
+            outputs = head_outputs(self.site, self.passed)
+        return Seen(logits, weights, outputs, self._tokens(outputs), self.args, self.kwargs)
+
+    def _tokens(self, outputs: Tensor | None) -> Tensor | None:
+        if isinstance(self.site.module, nn.MultiheadAttention):
+            query = self.args[0] if self.args else self.kwargs["query"]
+            key = self.args[1] if len(self.args) > 1 else self.kwargs["key"]
+            x = query if key is query else None
+            x = x if x is None or x.dim() < 3 or self.site.module.batch_first else x.transpose(0, 1)
+        else:
+            x = self.inputs.get("q")
+            x = x if x is self.inputs.get("k") else None
+            x = x.flatten(2).mT if x is not None and isinstance(self.site.q.owner, nn.Conv2d) else x
+        if x is None or outputs is None or x.numel() != len(outputs) * outputs.shape[2] * x.shape[-1]:
+            return None
+        return x.reshape(len(outputs), outputs.shape[2], -1)
+
+
+class _Operations(TorchDispatchMode):
+    """Watches the tensor operations of the innermost site that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.asleep, self.again = False, False
+        self.seen: Seen | None = None
+
+    def watch(self, site: AttentionSite, observe: Callable[[AttentionSite, Seen], None]) -> list[RemovableHandle]:
+        """Hooks that begin and end the calls of a site."""
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not self.asleep:
+                self.calls.append(_Call(site, args, kwargs))
+
+        def end(module: nn.Module, args: tuple, output: object) -> None:
+            if self.asleep:
+                return
+            call = self.calls.pop()
+            if self.again:  # the same call in float64, which is the one to show
+                self.seen = call.seen()
+                return
+            seen = self._in_double(module, call) or call.seen()
+            self.asleep = True  # the observer may call the module again
+            try:
+                with _disable_current_modes():
+                    observe(site, seen)
+            finally:
+                self.asleep = False
+
+        def leave(module: nn.Module, args: tuple) -> None:
+            if self._is_running(site):
+                self.calls[-1].passed = args[0]
+
+        hooks = [
+            site.module.register_forward_pre_hook(begin, with_kwargs=True),
+            site.module.register_forward_hook(end),
+        ]
+        if site.out is not None and not isinstance(site.out.owner, nn.MultiheadAttention):
+            hooks.append(site.out.owner.register_forward_pre_hook(leave, prepend=True))
+        for name in ("q", "k"):
+            projection = getattr(site, name)
+            if projection is not None and projection.owner is not site.module:
+
+                def enter(module: nn.Module, args: tuple, name: str = name) -> None:
+                    if self._is_running(site):
+                        self.calls[-1].inputs[name] = args[0]
+
+                hooks.append(projection.owner.register_forward_pre_hook(enter))
+        return hooks
+
+    def _in_double(self, module: nn.Module, call: _Call) -> Seen | None:
+        """The call in float64; None where the module cannot do it, with weights of others or operators of one type."""
+        self.again, self.seen = True, None
+        depth = len(self.calls)
+        try:
+            functional_call(module, doubled_state(module), doubled(call.args), doubled(call.kwargs))
+        except RuntimeError:
+            del self.calls[depth:]
+        finally:
+            self.again = False
+        return self.seen
+
+    def _is_running(self, site: AttentionSite) -> bool:
+        return not self.asleep and bool(self.calls) and self.calls[-1].site is site
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if self.calls:
+            self._look(self.calls[-1], function, args, result)
+        return result
+
+    def _look(self, call: _Call, function, args: tuple, result) -> None:
+        if function in SOFTMAX and args[1] in (-1, result.dim() - 1):
+            call.maps.append((args[0], result))
+        elif function in COPIES:
+            for index, (logits, weights) in enumerate(call.maps):
+                if _shares(args[0], weights) and args[0].shape == weights.shape:
+                    call.maps[index] = (logits, result)
+        elif function in PRODUCTS:
+            for index, (_, weights) in enumerate(call.maps):
+                if _shares(args[0], weights):
+                    call.products[index] = result
+                elif _shares(args[1], weights) and args[1].stride()[-2:] != weights.stride()[-2:]:
+                    call.products[index] = result.mT
+
+
+def doubled(values: Any) -> Any:
+    """The same with tensors of floating-point numbers in float64; what was one tensor is one."""
+    done: dict[int, Tensor] = {}
+
+    def double(value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        return done.setdefault(id(value), value.double())
+
+    return tree_map(double, values)
+
+
+def doubled_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module, in float64."""
+    return doubled({**dict(module.named_parameters()), **dict(module.named_buffers())})
+
+
+def precondition(site: AttentionSite, outputs: Tensor) -> Tensor:
+    """C A(X), with the preconditioner of the site, or the default one: (samples, heads, N, d)."""
+    method = RowPreconditioner.applied_to(site) or RowPreconditioner()
+    over_tokens = site.cross_covariance and method.cross_covariance == "tokens"
+    return normalize_rows(outputs, method.eps, method.detach, dim=-2 if over_tokens else -1)
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def head_outputs(site: AttentionSite, passed: Tensor) -> Tensor:
+    """What passes where ``site.out`` says, as head outputs (samples, heads, N, d)."""
+    if site.out.num_heads == 1 < site.num_heads:  # the heads have an axis of their own
+        return _by_head(passed, site.num_heads)
+    return HeadNorm(RowPreconditioner(), site).rows(passed)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one size cannot have the same entries."""
+    return one.numel() == other.numel() and not torch.allclose(one.norm(), other.norm(), rtol=1e-3)
+
+
+def _by_head(tensor: Tensor, heads: int) -> Tensor | None:
+    """A tensor (..., rows, columns) as (samples, heads, rows, columns), or None where there is no axis of heads."""
+    if tensor.dim() == 3 and tensor.shape[0] % heads == 0:
+        return tensor.unflatten(0, (-1, heads))
+    if tensor.dim() < 4:
+        return None
+    for axis in (1, -3):
+        if tensor.shape[axis] == heads:
+            return tensor.movedim(axis, -3).flatten(0, -4)
+    if tensor.shape[1] % heads == 0:  # several maps a head
+        return tensor.movedim(1, -3).flatten(0, -4)
+    if tensor.shape[0] % heads == 0:
+        return tensor.unflatten(0, (-1, heads)).movedim(1, -3).flatten(0, -4)
+    return None

@@ -1,0 +1,262 @@
+"""What was measured of one or several models, as a table, CSV, JSON, plots and one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .advice import LOW_ENTROPY, find_warnings
+from .measure import Measurement
+
+PANELS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "map": "attention map", "A(X)": "head output"}
+STYLES = ("-", "--", "-.", ":")
+COLORS = ("#3b6fb6", "#d1702b", "#3d8f5f", "#a3479c", "#7a7a7a", "#b5a02a")
+
+Measurements = Mapping[str, Measurement]
+"""Label, such as the name of a conditioning -> what was measured of that model."""
+Row = dict[str, Any]
+
+
+def flat_rows(measurements: Measurements) -> list[Row]:
+    """The rows of all measurements, each with its label; see :meth:`condattn.spectra.Measurement.rows`."""
+    return [dict(model=label, **row) for label, measurement in measurements.items() for row in measurement.rows()]
+
+
+def summary(measurements: Measurements) -> list[Row]:
+    """One row for each model and site: medians over the heads of what it computes with.
+
+    Columns: model, site, kappa of each of ``PANELS``, relative_entropy, largest_logit (of all heads); None where it was
+    not measured.
+    """
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in flat_rows(measurements):
+        values = found.setdefault((row["model"], row["site"]), {})
+        if row["quantity"] == "entropy":
+            for name in ("relative_entropy", "largest_logit"):
+                values.setdefault(name, []).append(row[name])
+        elif row.get("used"):
+            values.setdefault(_panel(row), []).append(row["kappa"])
+    lines = []
+    for (model, site), values in found.items():
+        middle = {name: float(np.nanmedian(values[name])) if name in values else None for name in PANELS}
+        spread = float(np.nanmedian(values["relative_entropy"])) if "relative_entropy" in values else None
+        largest = max(values["largest_logit"]) if "largest_logit" in values else None
+        lines.append(dict(model=model, site=site) | middle | dict(relative_entropy=spread, largest_logit=largest))
+    return lines
+
+
+def _panel(row: Row) -> str:
+    return "A(X)" if row["quantity"] == "C A(X)" else row["quantity"].removesuffix(" + C")
+
+
+def write_report(measurements: Measurements, folder: Path, title: str) -> list[Path]:
+    """Write spectra.csv, spectra.json, the plots (PNG) and report.html into ``folder``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = flat_rows(measurements)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    paths = [folder / "spectra.csv", folder / "spectra.json"]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    paths[1].write_text(json.dumps([_plain(row) for row in rows], indent=1, allow_nan=False))
+    pictures = {}
+    for name, draw in PLOTS.items():
+        figure = draw(measurements)
+        if figure is not None:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=130)
+            pictures[name] = buffer.getvalue()
+            paths.append(folder / f"{name}.png")
+            paths[-1].write_bytes(pictures[name])
+    paths.append(folder / "report.html")
+    paths[-1].write_text(page(measurements, pictures, title))
+    return paths
+
+
+def _plain(row: Row) -> Row:
+    """Without numbers that JSON does not have."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+
+
+def plot_depth(measurements: Measurements) -> Figure | None:
+    """Condition numbers by depth: one panel a matrix, one line a model; the band holds all heads."""
+    data: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for row in flat_rows(measurements):
+        if row.get("used") and math.isfinite(row["kappa"]):
+            data.setdefault(_panel(row), {}).setdefault(row["model"], {}).setdefault(row["depth"], []).append(
+                row["kappa"]
+            )
+    panels = [name for name in PANELS if name in data]
+    if not panels:
+        return None
+    figure, axes = _grid(panels)
+    for name, axis in zip(panels, axes, strict=True):
+        for model, _, look in _looks(measurements):
+            _line_with_band(axis, data[name].get(model, {}), look)
+        axis.set(title=PANELS[name], yscale="log", xlabel="attention layer", ylabel="condition number")
+    axes[0].legend()
+    return figure
+
+
+def plot_heads(measurements: Measurements) -> Figure | None:
+    """Condition numbers of the head outputs: a heat map of heads and depths for each model."""
+    maps = {}
+    for label, measurement in measurements.items():
+        rows = [row for row in measurement.rows() if row.get("used") and _panel(row) == "A(X)"]
+        if rows:
+            grid = np.full((1 + max(r["head"] for r in rows), 1 + max(r["depth"] for r in rows)), np.nan)
+            for row in rows:
+                grid[row["head"], row["depth"]] = np.log10(row["kappa"])
+            maps[label] = grid
+    if not maps:
+        return None
+    low, high = (limit([limit(grid) for grid in maps.values()]) for limit in (np.nanmin, np.nanmax))
+    figure, axes = _grid(maps)
+    for (label, grid), axis in zip(maps.items(), axes, strict=True):
+        image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+        axis.set(title=label, xlabel="attention layer", ylabel="head")
+    figure.colorbar(image, ax=list(axes), label="log10 of the condition number of the head output")
+    return figure
+
+
+def plot_values(measurements: Measurements) -> Figure | None:
+    """Singular values of the head outputs over the largest, at the first, the middle and the last layer."""
+    depths = sorted({m.sites[s.site] for m in measurements.values() for s in m.spectra if s.matrix == "A(X)"})
+    if not depths:
+        return None
+    depths = sorted({depths[0], depths[len(depths) // 2], depths[-1]})
+    figure, axes = _grid(depths)
+    for depth, axis in zip(depths, axes, strict=True):
+        for _, measurement, look in _looks(measurements):
+            for one in measurement.spectra:
+                wanted = "C A(X)" if one.site in measurement.preconditioned else "A(X)"
+                if one.matrix == wanted and measurement.sites[one.site] == depth:
+                    values = one.values.flatten(0, 1).numpy()
+                    values = np.median(values / np.maximum(values[:, :1], 1e-300), 0)
+                    axis.plot(np.arange(1, len(values) + 1), np.maximum(values, 1e-16), **look)
+        axis.set(title=f"layer {depth}", yscale="log", xlabel="singular value", ylabel="relative to the largest")
+    axes[0].legend()
+    return figure
+
+
+def plot_entropy(measurements: Measurements) -> Figure | None:
+    """Entropy of attention by depth, as a share of its largest possible value."""
+    data = {
+        label: {m.sites[one.site]: one.relative.flatten().numpy() for one in m.entropies}
+        for label, m in measurements.items()
+    }
+    if not any(data.values()):
+        return None
+    figure, (axis,) = _grid(["entropy"])
+    for label, _, look in _looks(measurements):
+        _line_with_band(axis, data[label], look)
+    axis.axhline(LOW_ENTROPY, color="#888888", linestyle=":", label="saturated below")
+    axis.set(xlabel="attention layer", ylabel="entropy / log(keys)", ylim=(-0.03, 1.03), title="attention entropy")
+    axis.legend()
+    return figure
+
+
+def plot_jacobians(measurements: Measurements) -> Figure | None:
+    """Condition numbers of the Jacobians by depth, and the bound of Thm 3.4."""
+    weights = sorted({one.weight for m in measurements.values() for one in m.jacobians})
+    if not weights:
+        return None
+    figure, axes = _grid(weights)
+    for weight, axis in zip(weights, axes, strict=True):
+        for label, m, look in _looks(measurements):
+            output = {site: "C A(X)" if site in m.preconditioned else "A(X)" for site in m.sites}
+            used = [one for one in m.jacobians if one.weight == weight and one.output == output[one.site]]
+            depths = [m.sites[one.site] for one in used]
+            axis.scatter(depths, [one.extremes.kappa for one in used], s=14, color=look["color"], label=label)
+            heights = {m.sites[site]: bound.value for (site, _), bound in m.bounds.items()}
+            bound_look = dict(s=60, marker="_", color=look["color"], label=f"{label}, bound")
+            axis.scatter(list(heights), list(heights.values()), **bound_look)
+        axis.set(title=f"Jacobian by {weight}", yscale="log", xlabel="attention layer", ylabel="condition number")
+    axes[0].legend()
+    return figure
+
+
+PLOTS: dict[str, Callable[[Measurements], Figure | None]] = {
+    "kappa_by_depth": plot_depth,
+    "heads": plot_heads,
+    "singular_values": plot_values,
+    "entropy_by_depth": plot_entropy,
+    "jacobians": plot_jacobians,
+}
+"""File name -> what draws it; its docstring is the caption."""
+
+
+def _grid(panels) -> tuple[Figure, np.ndarray]:
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.2 + 3.6 * columns, 0.4 + 2.9 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    return figure, axes[: len(panels)]
+
+
+def _line_with_band(axis: Axes, layers: Mapping[int, Sequence[float]], look: dict[str, str]) -> None:
+    """Medians by depth, in a band from the smallest to the largest."""
+    depths = sorted(layers)
+    if depths:
+        axis.plot(depths, [np.median(layers[d]) for d in depths], marker="o", markersize=3, **look)
+        low, high = ([limit(layers[d]) for d in depths] for limit in (np.min, np.max))
+        axis.fill_between(depths, low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def _looks(measurements: Measurements) -> Iterator[tuple[str, Measurement, dict[str, str]]]:
+    """Each model and how its lines look; lines that lie on each other can be told apart."""
+    for i, (label, measurement) in enumerate(measurements.items()):
+        yield label, measurement, dict(color=COLORS[i % len(COLORS)], linestyle=STYLES[i % len(STYLES)], label=label)
+
+
+def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) -> str:
+    """One HTML page that needs nothing beside it: warnings, pictures, and the table of all sites."""
+    figures = [
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for name, data in pictures.items()
+        for caption in [str(PLOTS[name].__doc__)]
+    ]
+    warnings = [f"<li>{html.escape(text)}</li>" for text in find_warnings(measurements)]
+    left_out = [
+        f"<li>{html.escape(f'{label}: {quantity} of {site}: {reason}')}</li>"
+        for label, measurement in measurements.items()
+        for (site, quantity), reason in measurement.left_out.items()
+    ]
+    lines = summary(measurements)
+    head = "".join(f"<th>{html.escape(PANELS.get(name, name.replace('_', ' ')))}</th>" for name in lines[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell(v))}</td>" for v in row.values()) + "</tr>" for row in lines
+    )
+    return Template((Path(__file__).parent / "report.html").read_text()).substitute(
+        title=html.escape(title),
+        warnings=f"<h2>Worth a look</h2><ul>{''.join(warnings)}</ul>" if warnings else "",
+        figures="".join(figures),
+        table=f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>",
+        left_out=f"<h2>Left out</h2><ul>{''.join(left_out)}</ul>" if left_out else "",
+    )
+
+
+def cell(value: object) -> str:
+    """A value of :func:`summary` as text."""
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.3g}"

@@ -1,0 +1,102 @@
+"""Singular values: of matrices, and of the weights of each head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..methods.correction import CorrectedModule
+from ..sites import AttentionSite, as_matrix, indices
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one kind of matrix at one site.
+
+    Attributes:
+        site: Name of the site.
+        matrix: 'W_Q', 'W_K', 'W_V' (D x d), the same '+ C', 'map' (N x M), 'A(X)' or 'C A(X)' (N x d).
+        values: (samples, heads, k) float64, in descending order. Weights have one sample; of maps and outputs a sample
+            is an image, or a window of one.
+        size: Rows and columns of the matrix.
+        tolerance: What counts as zero, relative to the largest value: max(size) times the precision of the matrix.
+    """
+
+    site: str
+    matrix: str
+    values: Tensor
+    size: tuple[int, int]
+    tolerance: float
+
+    @property
+    def sigma_max(self) -> Tensor:
+        """The largest singular values, (samples, heads)."""
+        return self.values[..., 0]
+
+    @property
+    def rank(self) -> Tensor:
+        """How many singular values are not zero, (samples, heads)."""
+        return (self.values > self.tolerance * self.values[..., :1]).sum(-1)
+
+    @property
+    def sigma_min(self) -> Tensor:
+        """The smallest singular values that are not zero, (samples, heads); 0 of a matrix of zeros."""
+        last = (self.rank - 1).clamp_min(0)
+        return self.values.gather(-1, last[..., None])[..., 0]
+
+    @property
+    def kappa(self) -> Tensor:
+        """sigma_max / sigma_min, (samples, heads); NaN of a matrix of zeros."""
+        return self.sigma_max / self.sigma_min
+
+    @property
+    def singular(self) -> Tensor:
+        """Whether the rank is less than full, (samples, heads); sigma_min and kappa leave the zeros out then."""
+        return self.rank < self.values.shape[-1]
+
+
+def spectrum(site: str, matrix: str, values: Tensor) -> Spectrum:
+    """The spectrum of matrices (samples, heads, rows, columns)."""
+    tolerance = max(values.shape[-2:]) * torch.finfo(values.dtype).eps
+    singular = torch.linalg.svdvals(values.double())
+    return Spectrum(site, matrix, singular.cpu(), tuple(values.shape[-2:]), tolerance)
+
+
+def weight_spectra(site: AttentionSite) -> list[Spectrum]:
+    """Singular values of each head's W_Q, W_K and W_V, and of W + C where there is a correction.
+
+    Raises:
+        ValueError: If a weight is not finite.
+    """
+    spectra = []
+    for name in ("q", "k", "v"):
+        projection = getattr(site, name)
+        if projection is None:
+            continue
+        weights = {f"W_{name.upper()}": projection.weight.unflatten(0, (projection.num_heads or site.num_heads, -1))}
+        owner = projection.owner
+        if isinstance(owner, CorrectedModule) and projection.parameter in owner.corrections:
+            weights[f"W_{name.upper()} + C"] = effective_heads(site, name)
+        for matrix, heads in weights.items():
+            if not heads.isfinite().all():
+                raise ValueError(f"{site}: {matrix} has values that are not finite; is the checkpoint whole?")
+            spectra.append(spectrum(site.name, matrix, heads.mT[None]))
+    return spectra
+
+
+def effective_heads(site: AttentionSite, name: str) -> Tensor:
+    """W of each head that a site computes with, with its correction if there is one: (heads, d, D).
+
+    Args:
+        site: The site.
+        name: 'q', 'k' or 'v'; the site has it.
+    """
+    projection = getattr(site, name)
+    owner = projection.owner
+    weight = getattr(owner, projection.parameter)
+    if isinstance(owner, CorrectedModule):
+        weight = owner.effective_weight(projection.parameter)
+    matrix = as_matrix(owner, weight)[indices(projection.rows)]
+    return matrix.unflatten(0, (projection.num_heads or site.num_heads, -1))

@@ -1,0 +1,430 @@
+"""Spectra of attention: against numpy on small cases, the theorems, and the models that they are measured of."""
+
+import copy
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import DEMO, TOOLS, run
+from torch import nn
+from torch.func import jacrev
+
+import condattn
+from condattn.spectra import measure
+from condattn.spectra.advice import find_warnings
+from condattn.spectra.jacobian import HeadFunction, jacobian_extremes
+from condattn.spectra.report import write_report
+from condattn.spectra.weights import effective_heads
+
+EVERYTHING = ("weights", "map", "outputs", "entropy", "jacobian")
+SVD = dict(type="SpectralCorrection", form="svd")
+
+
+def attention(dim=12, heads=3, **settings):
+    torch.manual_seed(0)
+    return nn.MultiheadAttention(dim, heads, batch_first=True, **settings).double().eval()
+
+
+def by_hand(model, queries, keys, bias=None):
+    """Map and head outputs of nn.MultiheadAttention, one image and head at a time, in numpy."""
+    weights, biases = (p.detach().numpy() for p in (model.in_proj_weight, model.in_proj_bias))
+    (wq, wk, wv), (bq, bk, bv) = np.split(weights, 3), np.split(biases, 3)
+    d = model.head_dim
+    maps, outputs = [], []
+    for x, y in zip(queries.numpy(), keys.numpy(), strict=True):
+        for h in range(model.num_heads):
+            part = slice(h * d, (h + 1) * d)
+            q, k, v = x @ wq[part].T + bq[part], y @ wk[part].T + bk[part], y @ wv[part].T + bv[part]
+            logits = q @ k.T / math.sqrt(d) + (0 if bias is None else bias)
+            weight = np.exp(logits - logits.max(1, keepdims=True))
+            weight /= weight.sum(1, keepdims=True)
+            maps.append(weight)
+            outputs.append(weight @ v)
+    return maps, outputs
+
+
+def values(measurement, matrix):
+    (one,) = [one for one in measurement.spectra if one.matrix == matrix]
+    return one.values.flatten(0, 1).numpy()
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("mask", [False, True], ids=["", "masked"])
+def test_maps_and_outputs_against_numpy(cross, mask):
+    model, x = attention(), torch.randn(2, 5, 12).double()
+    y = torch.randn(2, 7, 12).double() if cross else x
+    bias = torch.zeros(5, y.shape[1]).double()
+    if mask:
+        bias[:, 3:] = -torch.inf
+    measurement = measure(model, [dict(query=x, key=y, value=y, attn_mask=bias)])
+    maps, outputs = by_hand(model, x, y, bias.numpy())
+    close = dict(rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(values(measurement, "map"), [np.linalg.svd(m, compute_uv=False) for m in maps], **close)
+    np.testing.assert_allclose(
+        values(measurement, "A(X)"), [np.linalg.svd(m, compute_uv=False) for m in outputs], **close
+    )
+    rows = [m / np.linalg.norm(m, axis=1, keepdims=True) for m in outputs]
+    np.testing.assert_allclose(
+        values(measurement, "C A(X)"), [np.linalg.svd(m, compute_uv=False) for m in rows], **close
+    )
+    (entropy,) = measurement.entropies
+    wanted = [-(m * np.log(np.where(m > 0, m, 1))).sum(1).mean() for m in maps]
+    np.testing.assert_allclose(entropy.values.flatten(), wanted, **close)
+    np.testing.assert_allclose(entropy.relative.flatten(), np.array(wanted) / math.log(y.shape[1]), **close)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "sc", SVD])
+def test_weights_against_numpy(conditioning):
+    model = attention()
+    plain = [part.reshape(3, 4, 12) for part in np.split(model.in_proj_weight.detach().numpy().copy(), 3)]
+    condattn.condition(model, conditioning)
+    measurement = measure(model, quantities=["weights"])
+    (site,) = condattn.find_sites(model)
+    corrected = effective_heads(site, "q").detach().numpy()
+    for name, heads in zip("QKV", plain, strict=True):
+        wanted = [np.linalg.svd(head, compute_uv=False) for head in heads]
+        np.testing.assert_allclose(values(measurement, f"W_{name}"), wanted, rtol=1e-10)
+    matrices = {one.matrix for one in measurement.spectra}
+    if conditioning == "none":
+        assert matrices == {"W_Q", "W_K", "W_V"}
+        return
+    assert "W_Q + C" in matrices
+    wanted = [np.linalg.svd(head, compute_uv=False) for head in corrected]
+    np.testing.assert_allclose(values(measurement, "W_Q + C"), wanted, rtol=1e-10)
+    for row in measurement.rows():
+        assert row["used"] == row["quantity"].endswith("+ C")
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.sampled_from([(4, 1), (8, 2), (12, 3)]), st.floats(-3, 3))
+def test_the_exact_form_bounds_condition_numbers_by_two(seed, size, scale):
+    """Thm 3.5, per head."""
+    torch.manual_seed(seed)
+    model = nn.MultiheadAttention(*size).double()
+    with torch.no_grad():
+        model.in_proj_weight.mul_(10**scale)
+    condattn.condition(model, dict(SVD, layout="per_head"))
+    for one in measure(model, quantities=["weights"]).spectra:
+        assert not one.matrix.endswith("+ C") or one.kappa.max() <= 2 + 1e-9
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.floats(1.01, 20.0))
+def test_the_identity_form_has_its_guarantee(seed, strength):
+    """lambda > |W| gives kappa(W + lambda I) <= (lambda + |W|) / (lambda - |W|)."""
+    torch.manual_seed(seed)
+    model = nn.MultiheadAttention(8, 2).double()
+    condattn.condition(model, dict(type="SpectralCorrection", strength=strength, relative=True, layout="per_head"))
+    for one in measure(model, quantities=["weights"]).spectra:
+        assert not one.matrix.endswith("+ C") or one.kappa.max() <= (strength + 1) / (strength - 1) + 1e-9
+
+
+def explicit(model, x, head, name, conditioned):
+    """The Jacobian of one head's output, from the formula, by torch.func.jacrev."""
+    d = model.head_dim
+    weights = dict(zip("qkv", model.in_proj_weight.detach().chunk(3), strict=True))
+    biases = dict(zip("qkv", model.in_proj_bias.detach().chunk(3), strict=True))
+    part = slice(head * d, (head + 1) * d)
+
+    def output(weight):
+        made = {n: x @ (weight if n == name else weights[n][part]).T + biases[n][part] for n in "qkv"}
+        heads = (made["q"] @ made["k"].T / math.sqrt(d)).softmax(-1) @ made["v"]
+        return heads / heads.norm(dim=-1, keepdim=True) if conditioned else heads
+
+    return jacrev(output)(weights[name][part]).reshape(len(x) * d, -1).numpy()
+
+
+@pytest.mark.parametrize("conditioning", ["none", "pc"])
+def test_jacobians_against_the_explicit_matrix(conditioning):
+    model, x = attention(), torch.randn(2, 5, 12).double()
+    condattn.condition(model, conditioning)
+    measurement = measure(model, lambda: model(x, x, x), ["jacobian", "map"])
+    assert len(measurement.jacobians) == 3 * 3 * (2 if conditioning == "pc" else 1)
+    for one in measurement.jacobians:
+        matrix = explicit(model, x[0], one.head, one.weight[-1].lower(), one.output == "C A(X)")
+        wanted = np.linalg.svd(matrix, compute_uv=False)
+        wanted = wanted[wanted > 1e-10 * wanted[0]]
+        assert one.extremes.size == matrix.shape and one.extremes.rank == len(wanted)
+        assert one.extremes.sigma_max == pytest.approx(wanted[0], rel=1e-6)
+        assert one.extremes.sigma_min == pytest.approx(wanted[-1], rel=1e-6)
+        assert one.extremes.kappa <= measurement.bounds["", one.head].value or one.output == "C A(X)"
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_products_alone_find_the_extremes_too(shape):
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(*shape).double(), full_matrices=False)
+    matrix = u @ torch.diag(torch.linspace(3.0, 0.5, 30).double()) @ vh
+    found = jacobian_extremes(lambda w: matrix @ w, torch.zeros(shape[1]).double(), whole=0)
+    assert found.sigma_max == pytest.approx(3.0, rel=1e-5) and found.sigma_min == pytest.approx(0.5, rel=1e-4)
+    assert found.residual < 1e-4 and found.rank is None
+
+
+def test_directions_that_cannot_change_are_left_out(monkeypatch):
+    """Of C A(X) by products alone, against the whole matrix."""
+    monkeypatch.setattr("condattn.spectra.jacobian.STEPS", 5000)
+    model, x = attention(24, 6), torch.randn(1, 12, 24).double()
+    condattn.condition(model, "pc")
+    (site,) = condattn.find_sites(model)
+    function = HeadFunction(site, (x, x, x), {}, "v", 1, 0, True)
+    whole = jacobian_extremes(function, function.block)
+    rows = function(function.block)
+    null = torch.zeros(12, 12, 4).double()
+    null[range(12), range(12)] = rows / rows.norm(dim=-1, keepdim=True)
+    some = jacobian_extremes(function, function.block, null.flatten(1), whole=0)
+    assert whole.rank == 36
+    assert some.sigma_max == pytest.approx(whole.sigma_max, rel=1e-5) and some.residual < 1e-2
+    assert some.sigma_min == pytest.approx(whole.sigma_min, rel=1e-3)
+
+
+MODELS = {"ViT": "test_vit", "XCiT": "xcit_nano_12_p16_224"}
+
+
+@pytest.mark.parametrize("name", ["ViT", "XCiT", "Swin of timm", "Swin of mmdet", "cross attention"])
+def test_every_quantity(name):
+    """Shifted windows and all; the Jacobians of the second site, small enough to be whole."""
+    timm = pytest.importorskip("timm")
+    x = torch.randn(1, 3, 64, 64)
+    if name == "Swin of timm":
+        sizes = dict(embed_dim=8, depths=(2,), num_heads=(2,), window_size=4, img_size=32)
+        model, x = timm.create_model("swin_tiny_patch4_window7_224", **sizes), x[..., :32, :32]
+    elif name == "Swin of mmdet":
+        pytest.importorskip("mmdet")
+        from mmengine.registry import MODELS as registry
+
+        settings = dict(embed_dims=8, depths=(2, 2), num_heads=(2, 2), strides=(4, 2), out_indices=(1,), window_size=4)
+        model = registry.build(dict(type="mmdet.SwinTransformer", **settings))
+        x = x[..., :40, :36]  # padded to whole windows
+    elif name == "cross attention":
+        layer = nn.TransformerDecoderLayer(12, 2, 24, batch_first=True)
+        model = nn.Sequential()
+        model.layer = layer
+        model.forward = lambda x: layer(x.flatten(2)[:, :2, :12].repeat(1, 2, 1), x.flatten(2)[:, :3, 12:24])
+    else:
+        sizes = dict(img_size=64, num_classes=0)
+        model = timm.create_model(MODELS[name], **sizes)
+    condattn.condition(model, "sc+pc" if name != "cross attention" else "pc")
+    model.train()
+    sites = [site.name for site in condattn.find_sites(model)][1:2]
+    measurement = measure(model, x, EVERYTHING, sites, max_heads=1)
+    assert set(measurement.left_out) <= {(sites[0], "bound")}
+    assert ((sites[0], "bound") in measurement.left_out) == (name in ("XCiT", "cross attention"))
+    matrices = {one.matrix for one in measurement.spectra}
+    assert {"W_Q", "W_K", "W_V", "map", "A(X)", "C A(X)"} <= matrices
+    assert len(measurement.jacobians) == 6 and len(measurement.entropies) == 1
+    for row in measurement.rows():
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        saturated = row["quantity"].endswith(("dW_Q", "dW_K"))  # by the literal correction
+        assert numbers and (saturated or all(math.isfinite(number) for number in numbers)), row
+    assert model.training
+
+
+def test_one_token_and_matrices_of_zeros():
+    model, x = attention(), torch.randn(1, 1, 12).double()
+    measurement = measure(model, lambda: model(x, x, x), EVERYTHING)
+    assert values(measurement, "map").tolist() == [[1.0]] * 3
+    with torch.no_grad():
+        model.in_proj_weight.zero_(), model.in_proj_bias.zero_()
+    measurement = measure(model, lambda: model(x, x, x))
+    outputs = next(one for one in measurement.spectra if one.matrix == "A(X)")
+    assert outputs.singular.all() and outputs.kappa.isnan().all() and (outputs.rank == 0).all()
+    assert measurement.entropies[0].relative.isnan().all()
+
+
+def test_bad_input():
+    model, x = attention(), torch.randn(1, 4, 12).double()
+    with pytest.raises(ValueError, match="unknown quantity 'colour'; known are weights"):
+        measure(model, x, ["colour"])
+    with pytest.raises(ValueError, match="depend on the input; give inputs"):
+        measure(model)
+    with pytest.raises(ValueError, match="has no attention site"):
+        measure(nn.Linear(2, 2), x)
+    with pytest.raises(ValueError, match="no attention site is called 'nowhere'"):
+        measure(model, x, sites=["nowhere"])
+    with pytest.raises(ValueError, match="no input reached an attention site"):
+        measure(model, lambda: None)
+    with torch.no_grad():
+        model.in_proj_weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="W_Q has values that are not finite"):
+        measure(model, quantities=["weights"])
+    with pytest.raises(ValueError, match="the attention map has values that are not finite"):
+        measure(model, lambda: model(x, x, x), ["map"])
+
+
+@pytest.mark.parametrize("conditioning", ["pc", SVD])
+def test_nothing_of_the_model_changes(conditioning):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("levit_128s", num_classes=3)  # caches biases in evaluation mode
+    condattn.condition(model, conditioning, exclude=["*downsample*"])
+    model.train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    x = torch.randn(2, 3, 224, 224)
+    state = torch.get_rng_state()
+    measure(model, x, ["weights", "map", "outputs", "entropy"])
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    assert all(module.training for module in model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in model.modules()
+        if not hasattr(module, "head_norm")
+    )
+    model.eval()
+    with torch.no_grad():
+        assert model(x).dtype == torch.float32
+
+
+def test_warnings():
+    timm = pytest.importorskip("timm")
+    model, x = timm.create_model("test_vit", img_size=64), torch.randn(1, 3, 64, 64)
+    assert find_warnings({"": measure(model, x)}) == []
+    condattn.condition(model, "sc")
+    (line,) = find_warnings({"sc": measure(model, x)})
+    assert line.startswith("sc: attention is saturated") and "blocks.0.attn, blocks.1.attn" in line
+    model = timm.create_model("test_vit", img_size=64)
+    condattn.condition(model, dict(type="SpectralCorrection", strength=1e-4))
+    (line,) = find_warnings({"": measure(model, x)})
+    assert line.startswith("the spectral correction is too small to matter at blocks.0.attn")
+    model = attention(8, 1)
+    condattn.condition(model, "pc")
+    with torch.no_grad():  # each token attends to its like, A(X) = X
+        model.in_proj_weight.copy_(torch.eye(8).repeat(3, 1))
+        model.in_proj_weight[:16] *= 40
+        model.in_proj_bias.zero_()
+    x = torch.zeros(1, 5, 8).double()
+    x[0, 0, 0], x[0, 1:, 1] = 1.0, 0.5  # orthonormal columns, whose rows have two norms
+    measured = measure(model, lambda: model(x, x, x), ["outputs"])
+    kappa = {one.matrix: one.kappa.item() for one in measured.spectra}
+    assert kappa == pytest.approx({"A(X)": 1.0, "C A(X)": 2.0})
+    (line,) = find_warnings({"": measured})
+    assert line.startswith("the preconditioner raises the condition number")
+
+
+def test_the_report(tmp_path):
+    timm = pytest.importorskip("timm")
+    measurements = {}
+    for label in ("none", "pc", "sc+pc"):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", img_size=64)
+        condattn.condition(model, label)
+        measurements[label] = measure(model, torch.randn(1, 3, 64, 64))
+    paths = write_report(measurements, tmp_path / "out", "A <title>")
+    assert {path.name for path in paths} == {
+        *("spectra.csv", "spectra.json", "report.html"),
+        *("kappa_by_depth.png", "heads.png", "singular_values.png", "entropy_by_depth.png"),
+    }
+    rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
+    with (tmp_path / "out" / "spectra.csv").open() as file:
+        assert [row["kappa"] for row in csv.DictReader(file)] == [
+            str(row["kappa"]) if "kappa" in row else "" for row in rows
+        ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page and "A &lt;title&gt;" in page
+    assert "attention is saturated" in page and page.count("blocks.5.attn") >= 3
+
+
+# ------------------------------------------------------------------------------------- the tool and the hook
+
+
+def spectra_tool(call, *arguments):
+    pytest.importorskip("mmdet")
+    return call("analysis/spectra", *arguments)
+
+
+def test_the_tool_compares_conditionings(call, detection, scenes, tmp_path):
+    images = scenes / "images" / "validation"
+    command = [detection.config, detection.checkpoint, "--images", images, "--num", 1, "--compare", "none,sc+pc"]
+    status, output, _ = spectra_tool(call, *command, "--out", "out")
+    assert status is None and "saturated" in output and "report.html" in output
+    rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
+    assert {row["model"] for row in rows} == {"none", "sc+pc"}
+    by_model = {
+        m: [r["sigma_max"] for r in rows if r["model"] == m and r["quantity"] == "W_Q"] for m in ("none", "sc+pc")
+    }
+    assert by_model["none"] == by_model["sc+pc"]  # the same weights
+
+
+def test_the_tool_measures_weights_alone_and_data_of_a_configuration(call, segmentation_options, tmp_path):
+    config = DEMO / "upernet_swin_pc.py"
+    status, output, _ = spectra_tool(call, config, "--out", "weights")
+    assert status is None and "kappa_by_depth.png" in output and "entropy" not in "".join(output.split()[-6:])
+    options = ["--cfg-options", *segmentation_options]
+    status, output, _ = spectra_tool(call, config, "--dataset", "val", "--num", 1, "--out", "data", *options)
+    assert status is None and (tmp_path / "data" / "entropy_by_depth.png").exists()
+
+
+def test_the_tool_takes_models_of_timm(call, scenes):
+    pytest.importorskip("timm")
+    images = scenes / "images" / "validation"
+    status, output, _ = spectra_tool(call, "test_vit", "--images", images, "--num", 1, "--out", "out")
+    assert status is None and "blocks.5.attn" in output
+
+
+def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
+    images = scenes / "images" / "validation"
+    (tmp_path / "empty").mkdir()
+    tool = "analysis/spectra"
+    refuse(tool, "no_model", "--out", "out", parts=("no_model", "timm"))
+    refuse(tool, detection.config, "--out", "out", "--images", "empty", parts=("no image below empty",))
+    refuse(tool, detection.config, "--out", "out", "--jacobian", parts=("--jacobian expects images",))
+    refuse(tool, detection.config, "--out", "out", "--num", "0", parts=("--num", "at least 1"))
+    torch.save({"state_dict": {"a.weight": torch.ones(2)}}, "other.pth")
+    refuse(tool, detection.config, "other.pth", "--out", "out", parts=("no weight of the checkpoint other.pth fits",))
+    checkpoint = torch.load(detection.checkpoint, weights_only=False)
+    name = next(name for name in checkpoint["state_dict"] if name.endswith("qkv.weight"))
+    checkpoint["state_dict"][name][0, 0] = torch.nan
+    torch.save(checkpoint, "nan.pth")
+    refuse(tool, detection.config, "nan.pth", "--out", "out", parts=("W_Q has values that are not finite",))
+    refuse(
+        *(tool, detection.config, detection.checkpoint, "--images", images, "--out", "out"),
+        *("--compare", "none,colour", "--num", "1"),
+        parts=("unknown conditioning 'colour'",),
+    )
+
+
+def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation_options, tmp_path):
+    pytest.importorskip("mmseg")
+    base = f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\nrandomness = dict(seed=0)\n"
+    base += "model = dict(backbone=dict(drop_path_rate=0.5))\n"
+    hook = "dict(type='SpectraHook', interval=2, max_sites=2, quantities=('weights', 'map', 'outputs', 'entropy'))"
+    (tmp_path / "plain.py").write_text(base + "custom_hooks = []\n")
+    (tmp_path / "watched.py").write_text(base + f"custom_hooks = [{hook}]\n")
+    outputs = {}
+    for name in ("plain", "watched"):
+        command = [TOOLS / "train.py", f"{name}.py", "--work-dir", name, "--cfg-options", *segmentation_options]
+        outputs[name] = run(*command, "train_cfg.max_iters=2", cwd=tmp_path).stdout
+    plain, watched = (torch.load(tmp_path / name / "iter_2.pth", weights_only=False) for name in outputs)
+    assert all(torch.equal(value, watched["state_dict"][name]) for name, value in plain["state_dict"].items())
+    (file,) = (tmp_path / "watched").glob("*/vis_data/scalars.json")
+    logged = [json.loads(line) for line in file.read_text().splitlines()]
+    logged = [line for line in logged if any(name.startswith("spectra/") for name in line)]
+    assert [line["step"] for line in logged] == [1, 2]
+    names = {name.rpartition("/")[2] for line in logged for name in line} - {"step"}
+    wanted = {
+        "kappa_W_Q",
+        "kappa_W_K",
+        "kappa_W_V",
+        "kappa_map",
+        "kappa_A(X)",
+        "kappa_C A(X)",
+        "entropy",
+        "largest_logit",
+    }
+    assert wanted <= names
+    assert re.search(r"SpectraHook took [\d.]+ s, [\d.]+% of the training", outputs["watched"])
+
+
+@pytest.mark.parametrize("setting", ["interval", "max_sites", "images"])
+def test_settings_of_the_hook(setting):
+    pytest.importorskip("mmengine")
+    from condattn.engine.spectra import SpectraHook
+
+    with pytest.raises(ValueError, match=f"SpectraHook: {setting} is 0"):
+        SpectraHook(**{setting: 0})

@@ -1,0 +1,151 @@
+"""Measure the condition numbers of a model's attention, beside its entropy, and how conditioning changes them."""
+
+import copy
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import condattn
+from condattn.checkpoints.convert import load_pretrained
+from condattn.engine.checkpoints import add_checkpoint_arguments
+from condattn.engine.errors import UserError, run_tool
+from condattn.engine.inference import Predictor, find_images
+from condattn.engine.launch import add_config_arguments, choose_device, load_config
+from condattn.spectra import QUANTITIES, Measurement, measure
+from condattn.spectra.advice import find_warnings
+from condattn.spectra.report import PANELS, cell, summary, write_report
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument("checkpoint", nargs="?", help="file or URL of weights (default: as they are initialised)")
+    add_checkpoint_arguments(parser)
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--images", type=Path, help="measure the attention on images from this folder too")
+    images.add_argument("--dataset", choices=["train", "val", "test"], help="or on images of the configuration's data")
+    parser.add_argument("--num", type=int, default=8, help="how many images are used (default: %(default)s)")
+    parser.add_argument("--compare", help="measure the same weights under several conditionings, e.g. none,pc,sc,sc+pc")
+    parser.add_argument("--jacobian", action="store_true", help="also the Jacobians of the heads, which takes long")
+    parser.add_argument("--heads", type=int, default=1, help="Jacobians of so many heads (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables, plots and report.html")
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every variant, print the table, write the report."""
+    args = parse_args()
+    MMLogger.get_current_instance().setLevel("WARNING")
+    for name in ("num", "heads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.jacobian and not (args.images or args.dataset):
+        raise UserError("--jacobian expects images; add --images FOLDER or --dataset val")
+    images = find_images(args.images, args.out) if args.images else []
+    paths = spread([path for path, _ in images], args.num)
+    measurements: dict[str, Measurement] = {}
+    for label in args.compare.split(",") if args.compare else [None]:
+        try:
+            model, run = build(args, label, paths)
+            quantities = [*QUANTITIES, "jacobian"] if args.jacobian else QUANTITIES
+            measurements[label or args.config] = measure(
+                model, run, quantities if run else ["weights"], max_heads=args.heads
+            )
+        except ValueError as error:
+            raise UserError(error) from error
+    print_summary(measurements)
+    for line in find_warnings(measurements):
+        print(f"warning: {line}")
+    title = f"Condition numbers of attention: {args.config}" + (f", {args.checkpoint}" if args.checkpoint else "")
+    for path in write_report(measurements, args.out, title):
+        print(path)
+
+
+def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple[nn.Module, Callable | None]:
+    """The model under a conditioning (None: its own), and what runs it on the images, if there are any."""
+    device = choose_device(args.device)
+    torch.manual_seed(0)  # the same initial weights for every variant
+    if not args.config.endswith((".py", ".json", ".yaml", ".yml")):
+        return build_timm(args, conditioning, paths, device)
+    cfg = load_config(args.config, args.cfg_options)
+    conditioned = list(conditioned_parts(cfg.model))
+    for part in conditioned if conditioning else []:
+        part.conditioning = conditioning
+    other = args.other_conditioning or bool(conditioning)
+    predictor = Predictor(cfg, args.checkpoint, device, other, args.unsafe)
+    if conditioning and not conditioned:
+        condattn.condition(predictor.model, conditioning)
+    if args.dataset:
+        paths = dataset_images(cfg, args.dataset, args.num)
+    return predictor.model, (lambda: [predictor.run([path]) for path in paths]) if paths else None
+
+
+def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], device: torch.device):
+    """As :func:`build`, of a model of timm."""
+    import timm
+    from PIL import Image
+
+    if not timm.is_model(args.config):
+        raise UserError(f"no configuration file and no model of timm: {args.config}")
+    if args.dataset:
+        raise UserError(f"--dataset expects a configuration; give --images FOLDER for {args.config}")
+    model = timm.create_model(args.config)
+    if args.checkpoint:
+        print(load_pretrained(model, args.checkpoint, unsafe=args.unsafe))
+    condattn.condition(model, conditioning or "none")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    model.to(device)
+    inputs = [transform(Image.open(path).convert("RGB"))[None].to(device) for path in paths]
+    return model, (lambda: [model(one) for one in inputs]) if inputs else None
+
+
+def conditioned_parts(node: object) -> Iterator[Config]:
+    """The parts of a model's configuration that have a setting ``conditioning``."""
+    if isinstance(node, dict):
+        if str(node.get("type")).rpartition(".")[2].startswith("Conditioned"):
+            yield node
+        children = node.values()
+    else:
+        children = node if isinstance(node, list | tuple) else ()
+    for child in children:
+        yield from conditioned_parts(child)
+
+
+def dataset_images(cfg: Config, name: str, count: int) -> list[Path]:
+    """Files of images of a data set of the configuration."""
+    dataset = DATASETS.build(copy.deepcopy(cfg[f"{name}_dataloader"].dataset))
+    chosen = spread(range(len(dataset)), count)
+    return [Path(dataset.get_data_info(index)["img_path"]) for index in chosen]
+
+
+def spread(items, count: int) -> list:
+    """So many of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def print_summary(measurements: dict[str, Measurement]) -> None:
+    """One line a model and site."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    table = Table(title="Condition numbers, medians over heads, images and windows", title_justify="left")
+    rows = summary(measurements)
+    for name in rows[0]:
+        table.add_column(PANELS.get(name, name.replace("_", " ")), overflow="fold")
+    for row in rows:
+        table.add_row(*map(cell, row.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run_tool(main)
