@@ -24,6 +24,7 @@ from condattn.engine.sharding import FSDP2Strategy, check_shardable, transformer
 PLAIN = """
 model = dict(decode_head=dict(loss_decode=dict(class_weight=None)))
 randomness = dict(seed=0)
+custom_hooks = []
 train_dataloader = dict(sampler=dict(type='InfiniteSampler'))
 param_scheduler = []
 optim_wrapper = dict(_delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
@@ -220,13 +221,15 @@ def test_corrected_weights_are_sharded_and_loaded(group, tmp_path, settings):
     [
         ("custom_hooks = [dict(type='mmengine.EMAHook')]", SHARDED, "EMAHook"),
         ("custom_hooks = [dict(type='CalibrationHook')]", SHARDED, "calibrate.py"),
+        ("custom_hooks = [dict(type='SpectraHook')]", SHARDED, "tools/analysis/spectra.py"),
         ("find_unused_parameters = True", SHARDED, "find_unused_parameters"),
         ("model = dict(test_cfg=dict(mode='slide', crop_size=(9, 9), stride=(9, 9)))", SHARDED, "slide"),
         ("", SHARDED[1:], "FlexibleRunner"),
     ],
 )
 def test_what_a_sharded_training_cannot_have(refuse, tmp_path, settings, options, part):
-    (tmp_path / "config.py").write_text(f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\n{settings}\n")
+    base = f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\ncustom_hooks = []"
+    (tmp_path / "config.py").write_text(f"{base}\n{settings}\n")
     parts = ("FSDP2Strategy", part)
     refuse("train", "config.py", "--launcher", "pytorch", "--cfg-options", *options, parts=parts)
 
@@ -254,6 +257,26 @@ def test_activations_are_recomputed(plain):
 @pytest.mark.slow
 def test_a_compiled_backbone(plain):
     check_close(plain("compiled", flags=("--compile", "eager")), plain("eager"))
+
+
+@pytest.mark.slow
+def test_the_learning_rate_follows_the_batch_size(plain):
+    """Half of the 8 images that the configuration's rate is for."""
+    half = plain("half", "train_dataloader.batch_size=4", "optim_wrapper.optimizer.lr=0.005")
+    check_close(plain("scaled", "train_dataloader.batch_size=4", flags=("--auto-scale-lr",)), half)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mixed_precision(dtype, call, segmentation_options, monkeypatch):
+    """As the runner is asked for it, of a machine with a GPU."""
+    from condattn.engine import launch
+
+    asked = []
+    monkeypatch.setattr("mmengine.device.get_device", lambda: "cuda")
+    monkeypatch.setattr(launch, "build_runner", lambda cfg, *_: asked.append(cfg.optim_wrapper) or sys.exit(7))
+    command = ["train", DEMO / "upernet_swin_pc.py", "--amp", dtype, "--cfg-options", *segmentation_options]
+    assert call(*command)[0] == 7
+    assert (asked[0].type, asked[0].dtype) == ("AmpOptimWrapper", dtype)
 
 
 def test_a_backend_that_is_not_there(refuse):

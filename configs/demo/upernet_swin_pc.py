@@ -84,4 +84,5 @@ default_hooks = dict(
     logger=dict(interval=100),
     checkpoint=dict(interval=500, max_keep_ckpts=1, save_best="mIoU"),
 )
+custom_hooks = [dict(type="SpectraHook")]  # condition numbers, every 500 iterations
 randomness = dict(seed=0)

@@ -99,4 +99,5 @@ default_hooks = dict(
     visualization=dict(score_thr=0.5),
 )
 visualizer = dict(line_width=1)
+custom_hooks = [dict(type="SpectraHook")]  # condition numbers, every 500 iterations
 randomness = dict(seed=0)

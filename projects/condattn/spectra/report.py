@@ -128,7 +128,7 @@ def plot_heads(measurements: Measurements) -> Figure | None:
     for (label, grid), axis in zip(maps.items(), axes, strict=True):
         image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
         axis.set(title=label, xlabel="attention layer", ylabel="head")
-    figure.colorbar(image, ax=list(axes), label="log10 of the condition number of the head output")
+    figure.colorbar(image, ax=list(axes), label="log10 of the condition number")
     return figure
 
 
@@ -185,7 +185,7 @@ def plot_jacobians(measurements: Measurements) -> Figure | None:
             bound_look = dict(s=60, marker="_", color=look["color"], label=f"{label}, bound")
             axis.scatter(list(heights), list(heights.values()), **bound_look)
         axis.set(title=f"Jacobian by {weight}", yscale="log", xlabel="attention layer", ylabel="condition number")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside center right")
     return figure
 
 
@@ -229,12 +229,12 @@ def _looks(measurements: Measurements) -> Iterator[tuple[str, Measurement, dict[
 
 def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) -> str:
     """One HTML page that needs nothing beside it: warnings, pictures, and the table of all sites."""
-    figures = [
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for name, data in pictures.items()
-        for caption in [str(PLOTS[name].__doc__)]
-    ]
+    figures = []
+    for name, data in pictures.items():
+        caption = html.escape(str(PLOTS[name].__doc__))
+        source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        wide = " class=wide" if name != "entropy_by_depth" else ""
+        figures.append(f'<figure{wide}><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
     warnings = [f"<li>{html.escape(text)}</li>" for text in find_warnings(measurements)]
     left_out = [
         f"<li>{html.escape(f'{label}: {quantity} of {site}: {reason}')}</li>"
