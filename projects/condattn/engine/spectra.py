@@ -89,9 +89,8 @@ class SpectraHook(Hook):
 def scalars(measurement: Measurement) -> dict[str, float]:
     """'SITE/QUANTITY' -> median over heads and samples; what is not finite is left out."""
     found = {}
-    corrected = {(one.site, one.matrix.removesuffix(" + C")) for one in measurement.spectra if "+ C" in one.matrix}
     for one in measurement.spectra:
-        if (one.site, one.matrix) not in corrected:
+        if measurement.is_used(one) or "A(X)" in one.matrix:
             found[f"{one.site}/kappa_{one.matrix.removesuffix(' + C')}"] = one.kappa.nanmedian().item()
     for one in measurement.entropies:
         found[f"{one.site}/entropy"] = one.relative.median().item()

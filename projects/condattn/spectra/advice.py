@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .measure import Measurement
+from .results import Measurement
 
 LOW_ENTROPY = 0.05
 """Share of log(keys) below which attention counts as saturated."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -178,7 +177,7 @@ def jacobian_extremes(
         return pull(direction.reshape(output.shape))[0].flatten()
 
     if min(rows, columns) > whole:
-        return _lanczos(forward, backward, rows, columns, null, weight.dtype)
+        return _lanczos(forward, backward, rows, columns, null, weight)
     product, size = (backward, rows) if rows <= columns else (forward, columns)
     matrix = vmap(product, chunk_size=64)(torch.eye(size, dtype=weight.dtype, device=weight.device))
     if not matrix.isfinite().all():
@@ -189,14 +188,17 @@ def jacobian_extremes(
 
 
 def _lanczos(
-    forward: Callable, backward: Callable, rows: int, columns: int, null: Tensor | None, dtype: torch.dtype
+    forward: Callable, backward: Callable, rows: int, columns: int, null: Tensor | None, like: Tensor
 ) -> Extremes:
     """By products alone, with J J^T or J^T J, whichever is smaller."""
+    from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
+
     first, second = (backward, forward) if rows <= columns else (forward, backward)
     size = min(rows, columns)
 
     def gram(vector: np.ndarray) -> np.ndarray:
-        return second(first(torch.as_tensor(vector, dtype=dtype).flatten())).double().numpy()
+        direction = torch.as_tensor(vector, dtype=like.dtype, device=like.device).flatten()
+        return second(first(direction)).double().cpu().numpy()
 
     generator = np.random.default_rng(0)
     largest, vector = eigsh(
@@ -208,7 +210,7 @@ def _lanczos(
     )
     top = largest[0]
     residual = float(np.linalg.norm(gram(vector[:, 0]) - top * vector[:, 0]) / top)
-    constraints = null.double().numpy().T if null is not None and rows <= columns else None
+    constraints = null.double().cpu().numpy().T if null is not None and rows <= columns else None
     start = generator.standard_normal((size, 4))
     block = LinearOperator(
         (size, size), gram, matmat=lambda many: np.stack([gram(one) for one in many.T], 1), dtype=np.float64

@@ -6,11 +6,10 @@ with the smallest singular value that is not zero, for a matrix that is singular
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,118 +19,12 @@ from ..methods.correction import CorrectedModule
 from ..methods.preconditioner import RowPreconditioner
 from ..sites import AttentionSite, find_sites
 from .capture import Seen, capture, precondition
-from .jacobian import Bound, Jacobian, head_bound, head_jacobians
+from .jacobian import head_bound, head_jacobians
+from .results import Entropy, Measurement
 from .weights import Spectrum, spectrum, weight_spectra
 
 QUANTITIES = ("weights", "map", "outputs", "entropy")
 """What :func:`measure` measures by default; it can also measure the 'jacobian', which takes long."""
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """How far attention is spread at one site.
-
-    Attributes:
-        site: Name of the site.
-        values: Mean over the rows of the map of their entropy, in nats, (samples, heads); log(keys) where uniform.
-        keys: Number of keys M.
-        largest_logit: Largest finite entry of the softmax's input, bias and mask included, (samples, heads).
-    """
-
-    site: str
-    values: Tensor
-    keys: int
-    largest_logit: Tensor
-
-    @property
-    def relative(self) -> Tensor:
-        """The entropy as a share of log(keys), (samples, heads); NaN for one key."""
-        return self.values / math.log(self.keys) if self.keys > 1 else torch.full_like(self.values, torch.nan)
-
-
-@dataclass
-class Measurement:
-    """What :func:`measure` found.
-
-    Attributes:
-        sites: Name of each measured site -> its number among the sites of the model, from 0.
-        preconditioned: Those of them that compute with C A(X).
-        spectra: Singular values.
-        entropies: Spread of attention.
-        jacobians: Jacobians of heads.
-        bounds: (site, head) -> what Thm 3.4 bounds their condition numbers by.
-        left_out: Quantity of a site that could not be measured -> why, as ('backbone.attn', 'map').
-    """
-
-    sites: dict[str, int]
-    preconditioned: set[str] = field(default_factory=set)
-    spectra: list[Spectrum] = field(default_factory=list)
-    entropies: list[Entropy] = field(default_factory=list)
-    jacobians: list[Jacobian] = field(default_factory=list)
-    bounds: dict[tuple[str, int], Bound] = field(default_factory=dict)
-    left_out: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One flat row for each site, head and matrix, and one for each site and head of entropy: medians of samples.
-
-        Columns: site, depth (from 0), head, quantity; sigma_max, sigma_min, kappa, kappa_max (over the samples), rank,
-        singular (the share of singular samples), size; or entropy (nats), relative_entropy, largest_logit; samples. A
-        Jacobian is the quantity 'dA(X)/dW_Q', and has besides residual and the columns of its bound. ``used`` says
-        whether the model computes with it: with W + C, not W, where there is a correction, with C A(X) where there is a
-        preconditioner.
-        """
-        corrected = {(one.site, one.matrix.removesuffix(" + C")) for one in self.spectra if one.matrix.endswith("+ C")}
-
-        rows = []
-        for one in self.spectra:
-            for head in range(one.values.shape[1]):
-                conditioned = one.site in self.preconditioned
-                unused = {"A(X)": conditioned, "C A(X)": not conditioned}
-                part = {name: getattr(one, name)[:, head] for name in ("sigma_max", "sigma_min", "kappa", "rank")}
-                rows.append(
-                    dict(site=one.site, depth=self.sites[one.site], head=head, quantity=one.matrix)
-                    | {name: _median(values) for name, values in part.items()}
-                    | dict(
-                        used=not unused.get(one.matrix, (one.site, one.matrix) in corrected),
-                        kappa_max=part["kappa"].max().item(),
-                        singular=one.singular[:, head].double().mean().item(),
-                        size=f"{one.size[0]} x {one.size[1]}",
-                        samples=len(one.values),
-                    )
-                )
-        for one in self.entropies:
-            for head in range(one.values.shape[1]):
-                rows.append(
-                    dict(
-                        site=one.site,
-                        depth=self.sites[one.site],
-                        head=head,
-                        quantity="entropy",
-                        entropy=_median(one.values[:, head]),
-                        relative_entropy=_median(one.relative[:, head]),
-                        largest_logit=one.largest_logit[:, head].max().item(),
-                        samples=len(one.values),
-                    )
-                )
-        for one in self.jacobians:
-            extremes, bound = one.extremes, self.bounds.get((one.site, one.head))
-            rows.append(
-                dict(
-                    site=one.site,
-                    depth=self.sites[one.site],
-                    head=one.head,
-                    quantity=f"d{one.output}/d{one.weight}",
-                    sigma_max=extremes.sigma_max,
-                    sigma_min=extremes.sigma_min,
-                    kappa=extremes.kappa,
-                    rank=extremes.rank,
-                    size=f"{extremes.size[0]} x {extremes.size[1]}",
-                    residual=extremes.residual,
-                    samples=1,
-                )
-                | (dict(bound=bound.value) | {f"bound_{k}": v for k, v in asdict(bound).items()} if bound else {})
-            )
-        return rows
 
 
 Inputs = Tensor | Callable[[], object] | Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | None
@@ -207,10 +100,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     unsettled = [(m, m.unsettled) for m in model.modules() if isinstance(m, CorrectedModule) and m.unsettled]
     waiting = [getattr(m, f"{name}_correction") for m, names in unsettled for name in names]
     waiting = [(buffer, buffer.clone()) for buffer in waiting]
-    plain = [
-        value for m in model.modules() for name, value in vars(m).items() if name[0] != "_" and type(value) is dict
-    ]
-    caches = [(value, dict(value)) for value in plain]  # of biases, in evaluation mode
+    attributes = [item for module in model.modules() for item in vars(module).items()]
+    # Some modules cache biases in evaluation mode.
+    caches = [(value, dict(value)) for name, value in attributes if name[0] != "_" and type(value) is dict]
     python = random.getstate()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -253,7 +145,7 @@ def _measure_run(
 
     with capture(sites, observe):
         _run(model, inputs)
-    if not parts and not measurement.left_out:
+    if not (parts or measurement.jacobians or measurement.left_out):
         raise ValueError("no input reached an attention site; is the model called at all?")
     for name in measurement.sites:
         for (site, _), values in parts.items():
@@ -346,7 +238,3 @@ def _join(values: list[Spectrum] | list[Entropy]) -> list[Any]:
         fields = ("values",) if isinstance(first, Spectrum) else ("values", "largest_logit")
         joined.append(replace(first, **{name: torch.cat([getattr(one, name) for one in group]) for name in fields}))
     return joined
-
-
-def _median(values: Tensor) -> float:
-    return values.double().median().item()

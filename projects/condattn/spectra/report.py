@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .advice import LOW_ENTROPY, find_warnings
-from .measure import Measurement
+from .results import Measurement
 
 PANELS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "map": "attention map", "A(X)": "head output"}
 STYLES = ("-", "--", "-.", ":")
@@ -46,7 +46,7 @@ def summary(measurements: Measurements) -> list[Row]:
         if row["quantity"] == "entropy":
             for name in ("relative_entropy", "largest_logit"):
                 values.setdefault(name, []).append(row[name])
-        elif row.get("used"):
+        elif row["used"]:
             values.setdefault(_panel(row), []).append(row["kappa"])
     lines = []
     for (model, site), values in found.items():
@@ -95,7 +95,7 @@ def plot_depth(measurements: Measurements) -> Figure | None:
     """Condition numbers by depth: one panel a matrix, one line a model; the band holds all heads."""
     data: dict[str, dict[str, dict[int, list[float]]]] = {}
     for row in flat_rows(measurements):
-        if row.get("used") and math.isfinite(row["kappa"]):
+        if row.get("used") and _panel(row) in PANELS and math.isfinite(row["kappa"]):
             data.setdefault(_panel(row), {}).setdefault(row["model"], {}).setdefault(row["depth"], []).append(
                 row["kappa"]
             )
@@ -142,8 +142,7 @@ def plot_values(measurements: Measurements) -> Figure | None:
     for depth, axis in zip(depths, axes, strict=True):
         for _, measurement, look in _looks(measurements):
             for one in measurement.spectra:
-                wanted = "C A(X)" if one.site in measurement.preconditioned else "A(X)"
-                if one.matrix == wanted and measurement.sites[one.site] == depth:
+                if "A(X)" in one.matrix and measurement.is_used(one) and measurement.sites[one.site] == depth:
                     values = one.values.flatten(0, 1).numpy()
                     values = np.median(values / np.maximum(values[:, :1], 1e-300), 0)
                     axis.plot(np.arange(1, len(values) + 1), np.maximum(values, 1e-16), **look)

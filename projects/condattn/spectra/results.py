@@ -1,0 +1,133 @@
+"""What is measured, with site, head and quantity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .jacobian import Bound, Jacobian
+from .weights import Spectrum
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """How far attention is spread at one site.
+
+    Attributes:
+        site: Name of the site.
+        values: Mean over the rows of the map of their entropy, in nats, (samples, heads); log(keys) where uniform.
+        keys: Number of keys M.
+        largest_logit: Largest finite entry of the softmax's input, bias and mask included, (samples, heads).
+    """
+
+    site: str
+    values: Tensor
+    keys: int
+    largest_logit: Tensor
+
+    @property
+    def relative(self) -> Tensor:
+        """The entropy as a share of log(keys), (samples, heads); NaN for one key."""
+        return self.values / math.log(self.keys) if self.keys > 1 else torch.full_like(self.values, torch.nan)
+
+
+@dataclass
+class Measurement:
+    """What :func:`measure` found.
+
+    Attributes:
+        sites: Name of each measured site -> its number among the sites of the model, from 0.
+        preconditioned: Those of them that compute with C A(X).
+        spectra: Singular values.
+        entropies: Spread of attention.
+        jacobians: Jacobians of heads.
+        bounds: (site, head) -> what Thm 3.4 bounds their condition numbers by.
+        left_out: Quantity of a site that could not be measured -> why, as ('backbone.attn', 'map').
+    """
+
+    sites: dict[str, int]
+    preconditioned: set[str] = field(default_factory=set)
+    spectra: list[Spectrum] = field(default_factory=list)
+    entropies: list[Entropy] = field(default_factory=list)
+    jacobians: list[Jacobian] = field(default_factory=list)
+    bounds: dict[tuple[str, int], Bound] = field(default_factory=dict)
+    left_out: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row for each site, head and matrix, and one for each site and head of entropy: medians of samples.
+
+        Columns: site, depth (from 0), head, quantity; sigma_max, sigma_min, kappa, kappa_max (over the samples), rank,
+        singular (the share of singular samples), size; or entropy (nats), relative_entropy, largest_logit; samples. A
+        Jacobian is the quantity 'dA(X)/dW_Q', and has besides residual and the columns of its bound. ``used`` says
+        whether the model computes with it: with W + C, not W, where there is a correction, with C A(X) where there is a
+        preconditioner.
+        """
+        rows = [*self._spectrum_rows(), *self._entropy_rows(), *self._jacobian_rows()]
+        return [dict(site=site, depth=self.sites[site], head=head, **row) for site, head, row in rows]
+
+    def is_used(self, one: Spectrum) -> bool:
+        """Whether the model computes with the matrix, and not with its conditioned form."""
+        if one.matrix in ("A(X)", "C A(X)"):
+            return (one.matrix == "C A(X)") == (one.site in self.preconditioned)
+        return not any(other.site == one.site and other.matrix == f"{one.matrix} + C" for other in self.spectra)
+
+    def _spectrum_rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        for one in self.spectra:
+            values = {name: getattr(one, name) for name in ("sigma_max", "sigma_min", "kappa", "rank")}
+            for head in range(one.values.shape[1]):
+                yield (
+                    one.site,
+                    head,
+                    dict(quantity=one.matrix, used=self.is_used(one))
+                    | {name: _median(part[:, head]) for name, part in values.items()}
+                    | dict(
+                        kappa_max=values["kappa"][:, head].max().item(),
+                        singular=one.singular[:, head].double().mean().item(),
+                        size=f"{one.size[0]} x {one.size[1]}",
+                        samples=len(one.values),
+                    ),
+                )
+
+    def _entropy_rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        for one in self.entropies:
+            for head in range(one.values.shape[1]):
+                yield (
+                    one.site,
+                    head,
+                    dict(
+                        quantity="entropy",
+                        entropy=_median(one.values[:, head]),
+                        relative_entropy=_median(one.relative[:, head]),
+                        largest_logit=one.largest_logit[:, head].max().item(),
+                        samples=len(one.values),
+                    ),
+                )
+
+    def _jacobian_rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        for one in self.jacobians:
+            extremes, bound = one.extremes, self.bounds.get((one.site, one.head))
+            yield (
+                one.site,
+                one.head,
+                dict(
+                    quantity=f"d{one.output}/d{one.weight}",
+                    used=(one.output == "C A(X)") == (one.site in self.preconditioned),
+                    sigma_max=extremes.sigma_max,
+                    sigma_min=extremes.sigma_min,
+                    kappa=extremes.kappa,
+                    rank=extremes.rank,
+                    size=f"{extremes.size[0]} x {extremes.size[1]}",
+                    residual=extremes.residual,
+                    samples=1,
+                )
+                | (dict(bound=bound.value) | {f"bound_{k}": v for k, v in asdict(bound).items()} if bound else {}),
+            )
+
+
+def _median(values: Tensor) -> float:
+    return values.double().median().item()
