@@ -120,6 +120,7 @@ def test_two_processes_train_as_one_with_both_batches(plain, tmp_path):
 
 
 @forwarded
+@pytest.mark.slow
 def test_two_processes_resume_exactly(plain, tmp_path):
     """Each with random numbers of its own."""
     options = ("model.backbone.drop_path_rate=0.5", OFTEN)

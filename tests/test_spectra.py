@@ -18,7 +18,7 @@ from torch.func import jacrev
 import condattn
 from condattn.spectra import measure
 from condattn.spectra.advice import find_warnings
-from condattn.spectra.jacobian import HeadFunction, jacobian_extremes
+from condattn.spectra.jacobian import HeadFunction, jacobian_extremes, unchanging
 from condattn.spectra.report import write_report
 from condattn.spectra.weights import effective_heads
 
@@ -166,21 +166,22 @@ def test_products_alone_find_the_extremes_too(shape):
     assert found.residual < 1e-4 and found.rank is None
 
 
-def test_directions_that_cannot_change_are_left_out(monkeypatch):
-    """Of C A(X) by products alone, against the whole matrix."""
-    monkeypatch.setattr("condattn.spectra.jacobian.STEPS", 5000)
-    model, x = attention(24, 6), torch.randn(1, 12, 24).double()
+def test_directions_that_cannot_change_are_left_out():
+    """They span the left null space of a preconditioned Jacobian, which products alone would find first."""
+    model, x = attention(8, 2), torch.randn(1, 4, 8).double()
     condattn.condition(model, "pc")
     (site,) = condattn.find_sites(model)
     function = HeadFunction(site, (x, x, x), {}, "v", 1, 0, True)
-    whole = jacobian_extremes(function, function.block)
-    rows = function(function.block)
-    null = torch.zeros(12, 12, 4).double()
-    null[range(12), range(12)] = rows / rows.norm(dim=-1, keepdim=True)
-    some = jacobian_extremes(function, function.block, null.flatten(1), whole=0)
-    assert whole.rank == 36
-    assert some.sigma_max == pytest.approx(whole.sigma_max, rel=1e-5) and some.residual < 1e-2
-    assert some.sigma_min == pytest.approx(whole.sigma_min, rel=1e-3)
+    null = unchanging(function(function.block))
+    jacobian = jacrev(function)(function.block).reshape(16, -1)
+    torch.testing.assert_close(null @ null.T, torch.eye(4).double())
+    torch.testing.assert_close(null @ jacobian, torch.zeros(4, 32).double())
+    assert jacobian_extremes(function, function.block).rank == 12
+
+    u, _ = torch.linalg.qr(torch.randn(40, 40).double())
+    matrix = u[:, :32] @ torch.diag(torch.linspace(3.0, 0.5, 32).double()) @ torch.randn(32, 60).double().svd()[2].T
+    found = jacobian_extremes(lambda w: matrix @ w, torch.zeros(60).double(), u[:, 32:].T, whole=0)
+    assert found.sigma_min == pytest.approx(0.5, rel=1e-3) and found.residual < 0.01
 
 
 MODELS = {"ViT": "test_vit", "XCiT": "xcit_nano_12_p16_224"}
@@ -389,36 +390,23 @@ def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
     )
 
 
-def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation_options, tmp_path):
-    pytest.importorskip("mmseg")
-    base = f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\nrandomness = dict(seed=0)\n"
-    base += "model = dict(backbone=dict(drop_path_rate=0.5))\n"
-    hook = "dict(type='SpectraHook', interval=2, max_sites=2, quantities=('weights', 'map', 'outputs', 'entropy'))"
-    (tmp_path / "plain.py").write_text(base + "custom_hooks = []\n")
-    (tmp_path / "watched.py").write_text(base + f"custom_hooks = [{hook}]\n")
-    outputs = {}
-    for name in ("plain", "watched"):
-        command = [TOOLS / "train.py", f"{name}.py", "--work-dir", name, "--cfg-options", *segmentation_options]
-        outputs[name] = run(*command, "train_cfg.max_iters=2", cwd=tmp_path).stdout
-    plain, watched = (torch.load(tmp_path / name / "iter_2.pth", weights_only=False) for name in outputs)
-    assert all(torch.equal(value, watched["state_dict"][name]) for name, value in plain["state_dict"].items())
-    (file,) = (tmp_path / "watched").glob("*/vis_data/scalars.json")
+def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation, tmp_path):
+    """The demo, which has it, against the demo without."""
+    settings = [*segmentation.options, "custom_hooks=[]"]
+    run(TOOLS / "train.py", segmentation.config, "--work-dir", "plain", "--cfg-options", *settings, cwd=tmp_path)
+    plain, watched = (
+        torch.load(file, weights_only=False)["state_dict"]
+        for file in (tmp_path / "plain/iter_2.pth", segmentation.checkpoint)
+    )
+    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+    (file,) = segmentation.work_dir.glob("*/vis_data/scalars.json")
     logged = [json.loads(line) for line in file.read_text().splitlines()]
-    logged = [line for line in logged if any(name.startswith("spectra/") for name in line)]
-    assert [line["step"] for line in logged] == [1, 2]
-    names = {name.rpartition("/")[2] for line in logged for name in line} - {"step"}
-    wanted = {
-        "kappa_W_Q",
-        "kappa_W_K",
-        "kappa_W_V",
-        "kappa_map",
-        "kappa_A(X)",
-        "kappa_C A(X)",
-        "entropy",
-        "largest_logit",
-    }
-    assert wanted <= names
-    assert re.search(r"SpectraHook took [\d.]+ s, [\d.]+% of the training", outputs["watched"])
+    (logged,) = [line for line in logged if any(name.startswith("spectra/") for name in line)]
+    names = {name.rpartition("/")[2] for name in logged} - {"step"}
+    assert logged["step"] == 1
+    assert {"kappa_W_Q", "kappa_W_K", "kappa_W_V", "kappa_A(X)", "kappa_C A(X)", "entropy", "largest_logit"} == names
+    assert len({name.split("/")[1] for name in logged if "/" in name}) == 6
+    assert re.search(r"SpectraHook took [\d.]+ s, [\d.]+% of the training", segmentation.output)
 
 
 @pytest.mark.parametrize("setting", ["interval", "max_sites", "images"])

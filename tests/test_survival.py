@@ -94,7 +94,7 @@ def check_kills(kind, small, scenes, folder, kills, workers):
     "kind, workers",
     [
         pytest.param("epoch", 2, marks=pytest.mark.slow),
-        ("epoch", 0),
+        pytest.param("epoch", 0, marks=pytest.mark.slow),
         pytest.param("iter", 2, marks=forwarded),
         pytest.param("iter", 0, marks=[forwarded, pytest.mark.slow]),
     ],

@@ -25,6 +25,8 @@ from ..sites import AttentionSite
 
 aten = torch.ops.aten
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
+LARGE = 2**26
+"""A call whose maps have more entries is not computed again in float64."""
 COPIES = {aten._to_copy.default, aten.clone.default}
 PRODUCTS = {aten.bmm.default, aten.mm.default}
 
@@ -180,7 +182,9 @@ class _Operations(TorchDispatchMode):
         return hooks
 
     def _in_double(self, module: nn.Module, call: _Call) -> Seen | None:
-        """The call in float64; None where the module cannot do it, with weights of others or operators of one type."""
+        """The call in float64; None where the maps are large, or the module has weights of others or casts itself."""
+        if sum(logits.numel() for logits, _ in call.maps) > LARGE:
+            return None
         self.again, self.seen = True, None
         depth = len(self.calls)
         try:

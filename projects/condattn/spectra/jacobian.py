@@ -110,7 +110,7 @@ def head_jacobians(site: AttentionSite, seen: Seen, head: int, sample: int = 0) 
     for name in ("q", "k", "v"):
         for precondition_ in conditioned:
             function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, precondition_)
-            null = _unchanging(seen.outputs[sample, head]) if precondition_ else None
+            null = unchanging(seen.outputs[sample, head]) if precondition_ else None
             extremes = jacobian_extremes(function, function.block, null)
             output = "C A(X)" if precondition_ else "A(X)"
             found.append(Jacobian(site.name, head, f"W_{name.upper()}", output, extremes))
@@ -145,8 +145,8 @@ def _kappa(matrices: Tensor, precision: float | None = None) -> float:
     return (top / values.min()).item() if len(values) else math.nan
 
 
-def _unchanging(outputs: Tensor) -> Tensor:
-    """What cannot change in C A(X): the length of each row; orthonormal (N, N d) of outputs (N, d)."""
+def unchanging(outputs: Tensor) -> Tensor:
+    """Directions in which C A(X) cannot change, the lengths of its rows: orthonormal (N, N d), of outputs (N, d)."""
     rows = outputs.double()
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return torch.diag_embed(rows.T).movedim(0, -1).flatten(1)
