@@ -1,6 +1,7 @@
 """How the tests run the command-line tools."""
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -60,6 +61,13 @@ def run(*command, cwd: Path, status: int = 0, **env: str) -> subprocess.Complete
     )
     assert result.returncode == status, result.stdout[-3000:] + result.stderr[-3000:]
     return result
+
+
+def free_port() -> str:
+    """A port for processes of this machine to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def error_lines(text: str) -> list[str]:

@@ -5,14 +5,13 @@ import os
 import pickle
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIGS, DEMO, LOADERS, NOWHERE, TOOLS, Run, error_lines, run
+from runs import CONFIGS, DEMO, LOADERS, NOWHERE, TOOLS, Run, error_lines, free_port, run
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -244,12 +243,6 @@ def test_results_of_an_earlier_prediction_are_no_input(album):
 
 
 # --------------------------------------------------------------------------------- several processes
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPUs")
