@@ -17,7 +17,7 @@ import condattn
 from condattn.checkpoints.convert import load_pretrained
 from condattn.engine.checkpoints import add_checkpoint_arguments
 from condattn.engine.errors import UserError, run_tool
-from condattn.engine.inference import Predictor, find_images
+from condattn.engine.inference import Predictor, find_images, is_readable
 from condattn.engine.launch import add_config_arguments, choose_device, load_config
 from condattn.spectra import QUANTITIES, Measurement, measure
 from condattn.spectra.advice import find_warnings
@@ -51,8 +51,11 @@ def main() -> None:
             raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
     if args.jacobian and not (args.images or args.dataset):
         raise UserError("--jacobian expects images; add --images FOLDER or --dataset val")
-    images = find_images(args.images, args.out) if args.images else []
-    paths = spread([path for path, _ in images], args.num)
+    paths = [path for path, _ in find_images(args.images, args.out)] if args.images else []
+    own = args.out.resolve()
+    paths = spread([path for path in paths if not path.resolve().is_relative_to(own) and is_readable(path)], args.num)
+    if args.images and not paths:
+        raise UserError(f"no image below {args.images} can be read")
     measurements: dict[str, Measurement] = {}
     for label in args.compare.split(",") if args.compare else [None]:
         try:
@@ -63,10 +66,15 @@ def main() -> None:
             )
         except ValueError as error:
             raise UserError(error) from error
+    if not any(measurement.rows() for measurement in measurements.values()):
+        reasons = [f"{name} of {s}: {why}" for m in measurements.values() for (s, name), why in m.left_out.items()]
+        raise UserError(
+            f"nothing of {args.config} could be measured: {'; '.join(reasons[:3]) or 'give --images FOLDER'}"
+        )
     print_summary(measurements)
     for line in find_warnings(measurements):
         print(f"warning: {line}")
-    title = f"Condition numbers of attention: {args.config}" + (f", {args.checkpoint}" if args.checkpoint else "")
+    title = f"Condition numbers of attention: {args.config}, {args.checkpoint or 'initial weights'}"
     for path in write_report(measurements, args.out, title):
         print(path)
 
@@ -97,8 +105,8 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
 
     if not timm.is_model(args.config):
         raise UserError(f"no configuration file and no model of timm: {args.config}")
-    if args.dataset:
-        raise UserError(f"--dataset expects a configuration; give --images FOLDER for {args.config}")
+    if args.dataset or args.cfg_options:
+        raise UserError(f"--dataset and --cfg-options expect a configuration; give --images FOLDER for {args.config}")
     model = timm.create_model(args.config)
     if args.checkpoint:
         print(load_pretrained(model, args.checkpoint, unsafe=args.unsafe))

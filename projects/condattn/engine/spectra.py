@@ -15,14 +15,18 @@ from ..spectra import Measurement, measure
 from ..spectra.advice import find_warnings
 from .checkpoints import unwrapped
 
+PLAIN = str.maketrans("", "", "() ")
+"""Without what some loggers do not take in a name."""
+
 
 @HOOKS.register_module()
 class SpectraHook(Hook):
     """Measure attention every so many iterations, on the first images of the batch, and log it where the run logs.
 
     For each measured site 'spectra/SITE/QUANTITY', with medians over heads, images and windows: kappa_W_Q (of W + C
-    where there is a correction), kappa_map, kappa_A(X), kappa_C A(X), entropy (a share of the largest possible), and
-    the largest logit of all. The training is not changed by a bit. In a distributed run the first process measures.
+    where there is a correction), kappa_map, kappa_AX, kappa_CAX, entropy (a share of the largest possible), and the
+    largest logit of all; of Jacobians those of the first head. The training is not changed by a bit, nor ended by what
+    cannot be measured. In a distributed run the first process measures.
 
     Args:
         interval: Iterations from one measurement to the next; the first is after the first iteration.
@@ -47,7 +51,7 @@ class SpectraHook(Hook):
             if value < 1:
                 raise ValueError(f"SpectraHook: {name} is {value}; expected at least 1")
         self.interval, self.quantities, self.max_sites, self.images = interval, tuple(quantities), max_sites, images
-        self._seconds, self._began = 0.0, 0.0
+        self._seconds, self._began, self._failed = 0.0, 0.0, False
 
     def before_train(self, runner: Runner) -> None:
         """Start the clock."""
@@ -57,9 +61,15 @@ class SpectraHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         """Measure, if it is time to."""
-        if (runner.iter == 0 or self.every_n_train_iters(runner, self.interval)) and is_main_process():
+        due = runner.iter == 0 or self.every_n_train_iters(runner, self.interval)
+        if due and is_main_process() and not self._failed:
             began = time.monotonic()
-            self._measure(runner, data_batch)
+            try:
+                self._measure(runner, data_batch)
+            except Exception as error:  # a run is worth more than what is measured of it
+                self._failed = True
+                reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+                runner.logger.warning(f"SpectraHook measures no more in this run: {reason}")
             self._seconds += time.monotonic() - began
 
     def after_train(self, runner: Runner) -> None:
@@ -79,7 +89,7 @@ class SpectraHook(Hook):
             model(data["inputs"], data["data_samples"], mode="tensor")
 
         chosen = [names[i * len(names) // count] for i in range(count)]
-        measurement = measure(model, run, self.quantities, chosen)
+        measurement = measure(model, run, self.quantities, chosen, max_heads=1)
         values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}
         runner.visualizer.add_scalars(values, step=runner.iter + 1)
         for line in find_warnings({"": measurement}):
@@ -91,10 +101,11 @@ def scalars(measurement: Measurement) -> dict[str, float]:
     found = {}
     for one in measurement.spectra:
         if measurement.is_used(one) or "A(X)" in one.matrix:
-            found[f"{one.site}/kappa_{one.matrix.removesuffix(' + C')}"] = one.kappa.nanmedian().item()
+            name = one.matrix.removesuffix(" + C").translate(PLAIN)
+            found[f"{one.site}/kappa_{name}"] = one.kappa.nanmedian().item()
     for one in measurement.entropies:
         found[f"{one.site}/entropy"] = one.relative.median().item()
         found[f"{one.site}/largest_logit"] = one.largest_logit.max().item()
     for one in measurement.jacobians:
-        found[f"{one.site}/kappa_d{one.output}_d{one.weight}_head_{one.head}"] = one.extremes.kappa
+        found[f"{one.site}/kappa_d{one.output.translate(PLAIN)}_d{one.weight}"] = one.extremes.kappa
     return {name: value for name, value in found.items() if math.isfinite(value)}

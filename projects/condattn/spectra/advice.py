@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from .results import Measurement
@@ -9,7 +10,9 @@ from .results import Measurement
 LOW_ENTROPY = 0.05
 """Share of log(keys) below which attention counts as saturated."""
 SMALL = 1.05
-"""A correction that lowers the condition number of no weight of a site by more than this factor is too small."""
+"""A correction is too small if it changes condition numbers of a site by no more than this factor ..."""
+LOW_KAPPA = 2.0
+"""... and they are above this one."""
 
 
 def find_warnings(measurements: Mapping[str, Measurement]) -> list[str]:
@@ -26,14 +29,17 @@ def find_warnings(measurements: Mapping[str, Measurement]) -> list[str]:
             (_small(measurement), _SMALL),
         ):
             if sites:
-                named = ", ".join(sites[:3]) + (f" and {len(sites) - 3} more" if len(sites) > 3 else "")
+                named = ", ".join(site or "the model itself" for site in sites[:3]) + (
+                    f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+                )
                 lines.append(f"{label}{': ' * bool(label)}{text.format(sites=named, count=len(sites))}")
     return lines
 
 
 _SATURATED = (
-    "attention is saturated (entropy below 5 % of log N) at {sites}: a smaller strength of the spectral correction on "
-    "queries and keys (1.0 behind a LayerNorm), or a lower learning rate, keeps it alive"
+    "attention is saturated (entropy below 5 % of log N, in half of the heads or more) at {sites}: where there is a "
+    "spectral correction, a smaller strength on queries and keys (1.0 behind a LayerNorm) keeps it alive, elsewhere a "
+    "lower learning rate or weight decay on them"
 )
 _RAISING = (
     "the preconditioner raises the condition number of the head output at {sites}: leave these sites out with exclude, "
@@ -46,19 +52,25 @@ _SMALL = (
 
 
 def _saturated(measurement: Measurement) -> list[str]:
-    return [one.site for one in measurement.entropies if one.keys > 1 and one.relative.median() < LOW_ENTROPY]
+    found = []
+    for one in measurement.entropies:
+        heads = one.relative.nanquantile(0.5, dim=0)
+        if (heads < LOW_ENTROPY).double().mean() >= 0.5:
+            found.append(one.site)
+    return list(dict.fromkeys(found))
 
 
 def _raising(measurement: Measurement) -> list[str]:
-    kappa = {(one.site, one.matrix): one.kappa.nanmedian() for one in measurement.spectra}
+    kappa = {(one.site, one.matrix): one.kappa.nanmedian().item() for one in measurement.spectra}
     return [s for s in measurement.preconditioned if kappa.get((s, "C A(X)"), 0) > 1.05 * kappa.get((s, "A(X)"), 1)]
 
 
 def _small(measurement: Measurement) -> list[str]:
-    kappa = {(one.site, one.matrix): one.kappa.nanmedian() for one in measurement.spectra}
-    gains: dict[str, list[float]] = {}
+    kappa = {(one.site, one.matrix): one.kappa.nanmedian().item() for one in measurement.spectra}
+    changed: dict[str, list[bool]] = {}
     for site, matrix in kappa:
         if matrix.endswith(" + C"):
             gain = kappa[site, matrix.removesuffix(" + C")] / kappa[site, matrix]
-            gains.setdefault(site, []).append(float(gain))
-    return [site for site, values in gains.items() if max(values) < SMALL]
+            matters = abs(math.log(gain)) > math.log(SMALL) or kappa[site, matrix] < LOW_KAPPA
+            changed.setdefault(site, []).append(matters)
+    return [site for site, values in changed.items() if not any(values)]

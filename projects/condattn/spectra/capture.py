@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.row_norm import normalize_rows
@@ -25,8 +25,9 @@ from ..sites import AttentionSite
 
 aten = torch.ops.aten
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
-LARGE = 2**26
+LARGE = 2**24
 """A call whose maps have more entries is not computed again in float64."""
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 COPIES = {aten._to_copy.default, aten.clone.default}
 PRODUCTS = {aten.bmm.default, aten.mm.default}
 
@@ -45,6 +46,7 @@ class Seen:
             made of different tokens, and where it could not be seen.
         args: Arguments of the call.
         kwargs: Keyword arguments of the call.
+        precision: Relative precision of what went in, whatever it is computed in.
     """
 
     logits: Tensor | None
@@ -53,6 +55,7 @@ class Seen:
     tokens: Tensor | None
     args: tuple
     kwargs: dict[str, Any]
+    precision: float
 
 
 @contextmanager
@@ -93,6 +96,7 @@ class _Call:
     site: AttentionSite
     args: tuple
     kwargs: dict[str, Any]
+    precision: float
     maps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     products: dict[int, Tensor] = field(default_factory=dict)
     passed: Tensor | None = None
@@ -109,10 +113,16 @@ class _Call:
                 outputs = _by_head(self.products[index].reshape(*self.maps[index][1].shape[:-1], -1), heads)
         if outputs is not None and self.site.cross_covariance:
             outputs = outputs.mT
-        # What is added to the product (CSWin's positions) is part of the outputs; what is cut off from padding is not.
-        if self.passed is not None and (outputs is None or _differ(outputs, self.passed)):
+        if self.passed is not None and not (outputs is not None and self._leads_to_what_passed(outputs)):
             outputs = head_outputs(self.site, self.passed)
-        return Seen(logits, weights, outputs, self._tokens(outputs), self.args, self.kwargs)
+        return Seen(logits, weights, outputs, self._tokens(outputs), self.args, self.kwargs, self.precision)
+
+    def _leads_to_what_passed(self, product: Tensor) -> bool:
+        """Whether a product is what left the heads, but for padding that was cut off; not if something was added."""
+        channels = self.passed.shape[self.site.out.axis]
+        if product.numel() == self.passed.numel():
+            return torch.allclose(product.norm(), self.passed.norm(), rtol=1e-3)
+        return product.shape[-1] * self.site.num_heads == channels
 
     def _tokens(self, outputs: Tensor | None) -> Tensor | None:
         if isinstance(self.site.module, nn.MultiheadAttention):
@@ -137,13 +147,15 @@ class _Operations(TorchDispatchMode):
         self.calls: list[_Call] = []
         self.asleep, self.again = False, False
         self.seen: Seen | None = None
+        self.precision = 0.0
 
     def watch(self, site: AttentionSite, observe: Callable[[AttentionSite, Seen], None]) -> list[RemovableHandle]:
         """Hooks that begin and end the calls of a site."""
 
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if not self.asleep:
-                self.calls.append(_Call(site, args, kwargs))
+                precision = self.precision if self.again else precision_of((args, kwargs))
+                self.calls.append(_Call(site, args, kwargs, precision))
 
         def end(module: nn.Module, args: tuple, output: object) -> None:
             if self.asleep:
@@ -185,10 +197,10 @@ class _Operations(TorchDispatchMode):
         """The call in float64; None where the maps are large, or the module has weights of others or casts itself."""
         if sum(logits.numel() for logits, _ in call.maps) > LARGE:
             return None
-        self.again, self.seen = True, None
+        self.again, self.seen, self.precision = True, None, call.precision
         depth = len(self.calls)
         try:
-            functional_call(module, doubled_state(module), doubled(call.args), doubled(call.kwargs))
+            functional_call(module, doubled_state(module), doubled(call.args), doubled(without_caches(call.kwargs)))
         except RuntimeError:
             del self.calls[depth:]
         finally:
@@ -231,6 +243,17 @@ def doubled(values: Any) -> Any:
     return tree_map(double, values)
 
 
+def precision_of(values: Any) -> float:
+    """The precision of the first tensor of floating-point numbers."""
+    found = [v for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.finfo(found[0].dtype if found else torch.float64).eps
+
+
+def without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of transformers' attention for a call of its own: it appends to a cache of keys each time."""
+    return {name: None if name in CACHES else value for name, value in kwargs.items()}
+
+
 def doubled_state(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a module, in float64."""
     return doubled({**dict(module.named_parameters()), **dict(module.named_buffers())})
@@ -252,11 +275,6 @@ def head_outputs(site: AttentionSite, passed: Tensor) -> Tensor:
     if site.out.num_heads == 1 < site.num_heads:  # the heads have an axis of their own
         return _by_head(passed, site.num_heads)
     return HeadNorm(RowPreconditioner(), site).rows(passed)
-
-
-def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of one size cannot have the same entries."""
-    return one.numel() == other.numel() and not torch.allclose(one.norm(), other.norm(), rtol=1e-3)
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor | None:

@@ -23,11 +23,13 @@ from ..methods.base import become, restore
 from ..methods.multihead import ConditionedMultiheadAttention
 from ..methods.preconditioner import RowPreconditioner
 from ..sites import AttentionSite, as_matrix, indices, is_transposed
-from .capture import Seen, doubled, doubled_state, head_outputs, precondition
+from .capture import Seen, doubled, doubled_state, head_outputs, precondition, without_caches
 from .weights import effective_heads
 
 WHOLE = 2048
 """A Jacobian with no more rows, or no more columns, is computed whole."""
+RELIABLE = 0.1
+"""Up to this residual an extreme singular value counts as found."""
 STEPS = 500
 """Of the method that finds the smallest singular value of others."""
 
@@ -42,7 +44,7 @@ class Extremes:
         rank: How many are not zero, or None where the Jacobian was not computed whole.
         size: Its rows and columns.
         residual: 0 where it was computed whole; else the larger of |G v - sigma^2 v| / sigma^2 of the two, with G the
-            smaller of J J^T and J^T J: some sigma^2 lies so close, relatively. Near or above 1, sigma_min says nothing.
+            smaller of J J^T and J^T J: some sigma^2 lies so close, relatively. Above ``RELIABLE`` it was not found.
     """
 
     sigma_max: float
@@ -53,13 +55,18 @@ class Extremes:
 
     @property
     def kappa(self) -> float:
-        """sigma_max / sigma_min."""
-        return self.sigma_max / self.sigma_min if self.sigma_min else float("nan")
+        """sigma_max / sigma_min; NaN where sigma_min was not found, or is of a matrix of zeros."""
+        found = self.sigma_min and self.residual <= RELIABLE
+        return self.sigma_max / self.sigma_min if found else float("nan")
 
 
 @dataclass(frozen=True)
 class Bound:
     """The bound of the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162, and its factors.
+
+    It bounds where no factor is singular. Here each condition number, as of all singular matrices, is that of the
+    singular values that are not zero, with which products may have larger ones: it is the theorem's expression then,
+    and no guarantee. Biases and what is added to the logits are not in it.
 
     kappa(X)^3 kappa(Lambda) kappa(W_V) (kappa(W_Q) + kappa(W_K)) + kappa(X) kappa(map), where Lambda is the derivative
     of the softmax: Diag(p) - p p^T for each row p of the map. That is always singular; like all others, its condition
@@ -110,8 +117,10 @@ def head_jacobians(site: AttentionSite, seen: Seen, head: int, sample: int = 0) 
     for name in ("q", "k", "v"):
         for precondition_ in conditioned:
             function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, precondition_)
-            null = unchanging(seen.outputs[sample, head]) if precondition_ else None
-            extremes = jacobian_extremes(function, function.block, null)
+            method = RowPreconditioner.applied_to(site)
+            rows = precondition_ and not method.detach and not site.cross_covariance
+            null = unchanging(seen.outputs[sample, head]) if rows else None
+            extremes = jacobian_extremes(function, function.block, null, tolerance=noise(seen))
             output = "C A(X)" if precondition_ else "A(X)"
             found.append(Jacobian(site.name, head, f"W_{name.upper()}", output, extremes))
     return found
@@ -125,23 +134,28 @@ def head_bound(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> B
     """
     if site.cross_covariance or seen.tokens is None or seen.map is None or not (site.q and site.k and site.v):
         raise ValueError(f"{site}: the bound is for self-attention between tokens, whose X, map and weights are known")
-    weights = {name: effective_heads(site, name)[head] for name in ("q", "k", "v")}
+    heads = {name: effective_heads(site, name) for name in ("q", "k", "v")}
+    weights = {name: matrix[head * len(matrix) // site.num_heads] for name, matrix in heads.items()}
     rows = seen.map[sample, head].double()
     derivatives = torch.diag_embed(rows) - rows[:, :, None] * rows[:, None, :]
     return Bound(
-        _kappa(seen.tokens[sample]),
-        _kappa(derivatives, torch.finfo(seen.map.dtype).eps),
+        _kappa(seen.tokens[sample], tolerance=noise(seen)),
+        _kappa(derivatives),
         _kappa(seen.map[sample, head]),
         *(_kappa(weights[name]) for name in ("q", "k", "v")),
     )
 
 
-def _kappa(matrices: Tensor, precision: float | None = None) -> float:
+def noise(seen: Seen) -> float:
+    """What counts as zero, relative to the largest singular value, for the rounding of what went in."""
+    return 8 * seen.precision
+
+
+def _kappa(matrices: Tensor, tolerance: float = 0.0) -> float:
     """Of a matrix, or a block-diagonal matrix of these blocks."""
-    precision = torch.finfo(matrices.dtype).eps if precision is None else precision
     values = torch.linalg.svdvals(matrices.double())
     top = values.max()
-    values = values[values > max(matrices.shape[-2:]) * precision * top]
+    values = values[values > max(tolerance, max(matrices.shape[-2:]) * torch.finfo(torch.float64).eps) * top]
     return (top / values.min()).item() if len(values) else math.nan
 
 
@@ -154,7 +168,11 @@ def unchanging(outputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def jacobian_extremes(
-    function: Callable[[Tensor], Tensor], weight: Tensor, null: Tensor | None = None, whole: int = WHOLE
+    function: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    null: Tensor | None = None,
+    whole: int = WHOLE,
+    tolerance: float = 0.0,
 ) -> Extremes:
     """Extreme singular values of the Jacobian of ``function`` at ``weight``, in the precision of ``weight``.
 
@@ -163,6 +181,7 @@ def jacobian_extremes(
         weight: Where.
         null: Orthonormal directions (n, rows) of the output in which it cannot change, where they are known.
         whole: See ``WHOLE``.
+        tolerance: What counts as zero, relative to the largest singular value, if that is more than rounding.
 
     Raises:
         ValueError: If the Jacobian has values that are not finite.
@@ -183,7 +202,8 @@ def jacobian_extremes(
     if not matrix.isfinite().all():
         raise ValueError("the Jacobian has values that are not finite; is the checkpoint whole?")
     values = torch.linalg.svdvals(matrix.double())
-    rank = int((values > max(rows, columns) * torch.finfo(weight.dtype).eps * values[0]).sum())
+    tolerance = max(tolerance, max(rows, columns) * torch.finfo(weight.dtype).eps)
+    rank = int((values > tolerance * values[0]).sum())
     return Extremes(values[0].item(), values[max(rank - 1, 0)].item(), rank, (rows, columns), 0.0)
 
 
@@ -256,7 +276,7 @@ class HeadFunction:
         if self.parameter is None:
             raise ValueError(f"{site}: its W_{name.upper()} belongs to a module outside it")
         self.site, self.sample, self.conditioned = site, sample, conditioned
-        self.args, self.kwargs = doubled(args), doubled(kwargs)
+        self.args, self.kwargs = doubled(args), doubled(without_caches(kwargs))
         heads = projection.num_heads or site.num_heads
         rows = indices(projection.rows)
         size = len(rows) // heads

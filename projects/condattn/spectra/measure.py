@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ..methods.correction import CorrectedModule
 from ..methods.preconditioner import RowPreconditioner
 from ..sites import AttentionSite, find_sites
 from .capture import Seen, capture, precondition
-from .jacobian import head_bound, head_jacobians
+from .jacobian import RELIABLE, head_bound, head_jacobians
 from .results import Entropy, Measurement
 from .weights import Spectrum, spectrum, weight_spectra
 
@@ -103,7 +104,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     attributes = [item for module in model.modules() for item in vars(module).items()]
     # Some modules cache biases in evaluation mode.
     caches = [(value, dict(value)) for name, value in attributes if name[0] != "_" and type(value) is dict]
-    python = random.getstate()
+    python, numbers = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
@@ -111,6 +112,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             random.setstate(python)
+            np.random.set_state(numbers)
             for module, mode in training:
                 module.training = mode
             for module, names in unsettled:
@@ -160,12 +162,19 @@ def _measure_jacobians(
         tokens = "cannot be seen" if seen.outputs is None else f"have more than {max_tokens} tokens"
         measurement.left_out[site.name, "jacobian"] = f"its head outputs {tokens}"
         return
+    _check_finite(site, "A(X)", seen.outputs)
     for head in range(min(site.num_heads, max_heads or site.num_heads)):
         try:
-            measurement.jacobians += head_jacobians(site, seen, head)
-        except ValueError as error:
-            measurement.left_out[site.name, "jacobian"] = str(error)
+            found = head_jacobians(site, seen, head)
+        except (ValueError, RuntimeError, IndexError) as error:  # hosts that cannot be differentiated in both modes
+            reason = " ".join(str(error).split())[:160]
+            measurement.left_out[site.name, "jacobian"] = f"{type(error).__name__}: {reason}"
             return
+        measurement.jacobians += found
+        for one in found:
+            if one.extremes.residual > RELIABLE:
+                name = f"smallest singular value of d{one.output}/d{one.weight}"
+                measurement.left_out[site.name, name] = f"it did not converge (residual {one.extremes.residual:.1g})"
         try:
             measurement.bounds[site.name, head] = head_bound(site, seen, head)
         except ValueError as error:
@@ -205,15 +214,16 @@ def _look(
                 if max(weights.shape[-2:]) > max_tokens:
                     yield "map", f"it has {max(weights.shape[-2:])} tokens, more than {max_tokens}"
                 else:
-                    yield "map", spectrum(site.name, "map", seen.map[chosen])
+                    yield "map", spectrum(site.name, "map", seen.map[chosen], torch.finfo(seen.map.dtype).eps)
     if "outputs" in quantities:
         if seen.outputs is None:
             yield "outputs", "its head outputs cannot be seen"
         else:
             outputs = seen.outputs[_spread(len(seen.outputs), max_samples)]
             _check_finite(site, "A(X)", outputs)
-            yield "A(X)", spectrum(site.name, "A(X)", outputs)
-            yield "C A(X)", spectrum(site.name, "C A(X)", precondition(site, outputs))
+            precision = torch.finfo(outputs.dtype).eps
+            yield "A(X)", spectrum(site.name, "A(X)", outputs, precision)
+            yield "C A(X)", spectrum(site.name, "C A(X)", precondition(site, outputs), precision)
 
 
 def _check_finite(site: AttentionSite, what: str, values: Tensor) -> None:

@@ -82,7 +82,7 @@ def write_report(measurements: Measurements, folder: Path, title: str) -> list[P
             paths.append(folder / f"{name}.png")
             paths[-1].write_bytes(pictures[name])
     paths.append(folder / "report.html")
-    paths[-1].write_text(page(measurements, pictures, title))
+    paths[-1].write_text(page(measurements, pictures, title), encoding="utf-8")
     return paths
 
 

@@ -86,7 +86,7 @@ class Measurement:
                     dict(quantity=one.matrix, used=self.is_used(one))
                     | {name: _median(part[:, head]) for name, part in values.items()}
                     | dict(
-                        kappa_max=values["kappa"][:, head].max().item(),
+                        kappa_max=values["kappa"][:, head].double().nan_to_num(-math.inf).max().item(),
                         singular=one.singular[:, head].double().mean().item(),
                         size=f"{one.size[0]} x {one.size[1]}",
                         samples=len(one.values),
@@ -130,4 +130,5 @@ class Measurement:
 
 
 def _median(values: Tensor) -> float:
-    return values.double().median().item()
+    """The median of what is a number, of two in the middle their mean."""
+    return values.double().nanquantile(0.5).item()

@@ -21,7 +21,7 @@ class Spectrum:
         values: (samples, heads, k) float64, in descending order. Weights have one sample; of maps and outputs a sample
             is an image, or a window of one.
         size: Rows and columns of the matrix.
-        tolerance: What counts as zero, relative to the largest value: max(size) times the precision of the matrix.
+        tolerance: What counts as zero, relative to the largest value: max(size) times the precision of the numbers.
     """
 
     site: str
@@ -57,9 +57,9 @@ class Spectrum:
         return self.rank < self.values.shape[-1]
 
 
-def spectrum(site: str, matrix: str, values: Tensor) -> Spectrum:
-    """The spectrum of matrices (samples, heads, rows, columns)."""
-    tolerance = max(values.shape[-2:]) * torch.finfo(values.dtype).eps
+def spectrum(site: str, matrix: str, values: Tensor, precision: float) -> Spectrum:
+    """The spectrum of matrices (samples, heads, rows, columns), whose entries have this relative precision."""
+    tolerance = max(values.shape[-2:]) * precision
     singular = torch.linalg.svdvals(values.double())
     return Spectrum(site, matrix, singular.cpu(), tuple(values.shape[-2:]), tolerance)
 
@@ -82,7 +82,8 @@ def weight_spectra(site: AttentionSite) -> list[Spectrum]:
         for matrix, heads in weights.items():
             if not heads.isfinite().all():
                 raise ValueError(f"{site}: {matrix} has values that are not finite; is the checkpoint whole?")
-            spectra.append(spectrum(site.name, matrix, heads.mT[None]))
+            # Their entries are exact, whatever they are stored in.
+            spectra.append(spectrum(site.name, matrix, heads.mT[None], torch.finfo(torch.float64).eps))
     return spectra
 
 
