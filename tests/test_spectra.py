@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -469,3 +470,17 @@ def test_settings_of_the_hook(setting):
 
     with pytest.raises(ValueError, match=f"SpectraHook: {setting} is 0"):
         SpectraHook(**{setting: 0})
+
+
+def test_what_cannot_be_measured_does_not_end_a_training():
+    pytest.importorskip("mmengine")
+    from condattn.engine.spectra import SpectraHook
+
+    warnings = []
+    logger = SimpleNamespace(warning=warnings.append)
+    runner = SimpleNamespace(iter=0, model=attention(), logger=logger)
+    hook = SpectraHook()
+    for _ in range(2):
+        hook.after_train_iter(runner, 0, {"inputs": {"labelled": 1}})
+    (line,) = warnings
+    assert line.startswith("SpectraHook measures no more in this run: ")

@@ -253,6 +253,8 @@ def test_two_processes_train_together(segmentation_options, tmp_path):
     assert "GPU number: 2" in output
     assert output.count("Iter(train) [1/1]") == 1
     assert (tmp_path / "run" / "iter_1.pth").is_file()
+    (scalars,) = (tmp_path / "run").glob("*/vis_data/scalars.json")
+    assert scalars.read_text().count('"spectra/') == 6 * 7  # of the first process, once
     dumped = (tmp_path / "run" / "upernet_swin_pc.py").read_text()
     assert "gloo" not in dumped and "MMDistributedDataParallel" not in dumped
 

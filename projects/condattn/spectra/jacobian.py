@@ -117,6 +117,8 @@ def head_jacobians(site: AttentionSite, seen: Seen, head: int, sample: int = 0) 
     for name in ("q", "k", "v"):
         for precondition_ in conditioned:
             function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, precondition_)
+            if not precondition_:
+                _check_head(site, function, seen.outputs[sample, head])
             method = RowPreconditioner.applied_to(site)
             rows = precondition_ and not method.detach and not site.cross_covariance
             null = unchanging(seen.outputs[sample, head]) if rows else None
@@ -126,21 +128,35 @@ def head_jacobians(site: AttentionSite, seen: Seen, head: int, sample: int = 0) 
     return found
 
 
+def _check_head(site: AttentionSite, function: HeadFunction, outputs: Tensor) -> None:
+    """Raise unless the function is the head that was seen; some hosts make windows, or join heads, on the way."""
+    value = function(function.block)
+    if value.shape != outputs.shape or not torch.allclose(value.double(), outputs.double(), rtol=1e-3, atol=1e-5):
+        raise ValueError(f"{site}: the output of one head and window is not one part of what it returns")
+
+
 def head_bound(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> Bound:
     """The bound of Thm 3.4 for one head and image or window.
 
     Raises:
         ValueError: If the site is no self-attention between tokens whose tokens, map and weights are known.
     """
+    refusal = ValueError(
+        f"{site}: Thm 3.4 is of heads that are softmax(X W_Q W_K^T X^T) X W_V, of tokens X that are seen"
+    )
     if site.cross_covariance or seen.tokens is None or seen.map is None or not (site.q and site.k and site.v):
-        raise ValueError(f"{site}: the bound is for self-attention between tokens, whose X, map and weights are known")
+        raise refusal
     heads = {name: effective_heads(site, name) for name in ("q", "k", "v")}
     weights = {name: matrix[head * len(matrix) // site.num_heads] for name, matrix in heads.items()}
+    values = seen.tokens[sample] @ weights["v"].to(seen.tokens.dtype).T
+    offset = seen.outputs[sample, head] - seen.map[sample, head] @ values  # of rows that sum to one: the bias
+    if not torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-3 * seen.outputs[sample, head].abs().max()):
+        raise refusal
     rows = seen.map[sample, head].double()
-    derivatives = torch.diag_embed(rows) - rows[:, :, None] * rows[:, None, :]
+    derivatives = [torch.diag_embed(part) - part[:, :, None] * part[:, None, :] for part in rows.split(32)]
     return Bound(
         _kappa(seen.tokens[sample], tolerance=noise(seen)),
-        _kappa(derivatives),
+        _kappa(*derivatives),
         _kappa(seen.map[sample, head]),
         *(_kappa(weights[name]) for name in ("q", "k", "v")),
     )
@@ -151,11 +167,11 @@ def noise(seen: Seen) -> float:
     return 8 * seen.precision
 
 
-def _kappa(matrices: Tensor, tolerance: float = 0.0) -> float:
+def _kappa(*matrices: Tensor, tolerance: float = 0.0) -> float:
     """Of a matrix, or a block-diagonal matrix of these blocks."""
-    values = torch.linalg.svdvals(matrices.double())
+    values = torch.cat([torch.linalg.svdvals(part.double()).flatten() for part in matrices])
     top = values.max()
-    values = values[values > max(tolerance, max(matrices.shape[-2:]) * torch.finfo(torch.float64).eps) * top]
+    values = values[values > max(tolerance, max(matrices[0].shape[-2:]) * torch.finfo(torch.float64).eps) * top]
     return (top / values.min()).item() if len(values) else math.nan
 
 

@@ -180,9 +180,9 @@ def plot_jacobians(measurements: Measurements) -> Figure | None:
             used = [one for one in m.jacobians if one.weight == weight and one.output == output[one.site]]
             depths = [m.sites[one.site] for one in used]
             axis.scatter(depths, [one.extremes.kappa for one in used], s=14, color=look["color"], label=label)
-            heights = {m.sites[site]: bound.value for (site, _), bound in m.bounds.items()}
+            heights = [(m.sites[site], bound.value) for (site, _), bound in m.bounds.items()]
             bound_look = dict(s=60, marker="_", color=look["color"], label=f"{label}, bound")
-            axis.scatter(list(heights), list(heights.values()), **bound_look)
+            axis.scatter([depth for depth, _ in heights], [height for _, height in heights], **bound_look)
         axis.set(title=f"Jacobian by {weight}", yscale="log", xlabel="attention layer", ylabel="condition number")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside center right")
     return figure
