@@ -204,15 +204,16 @@ def _look(
                 yield name, "it computes no softmax over its keys"
         else:
             chosen = _spread(len(seen.map), max_samples)
-            weights, logits = seen.map[chosen].double(), seen.logits[chosen].double()
-            _check_finite(site, "the attention map", weights)
-            if "entropy" in quantities:
-                entropy = torch.special.entr(weights).sum(-1).mean(-1)
-                largest = logits.masked_fill(~logits.isfinite(), -torch.inf).amax((-2, -1))
-                yield "entropy", Entropy(site.name, entropy.cpu(), weights.shape[-1], largest.cpu())
+            _check_finite(site, "the attention map", seen.map[chosen])
+            tokens = max(seen.map.shape[-2:])
+            if "entropy" in quantities:  # one sample at a time, to save memory
+                entropy = torch.stack([torch.special.entr(seen.map[i].double()).sum(-1).mean(-1) for i in chosen])
+                logits = (seen.logits[i] for i in chosen)
+                largest = torch.stack([one.masked_fill(~one.isfinite(), -torch.inf).amax((-2, -1)) for one in logits])
+                yield "entropy", Entropy(site.name, entropy.cpu(), seen.map.shape[-1], largest.double().cpu())
             if "map" in quantities:
-                if max(weights.shape[-2:]) > max_tokens:
-                    yield "map", f"it has {max(weights.shape[-2:])} tokens, more than {max_tokens}"
+                if tokens > max_tokens:
+                    yield "map", f"it has {tokens} tokens, more than {max_tokens}"
                 else:
                     yield "map", spectrum(site.name, "map", seen.map[chosen], torch.finfo(seen.map.dtype).eps)
     if "outputs" in quantities:
