@@ -21,6 +21,7 @@ from condattn.engine.inference import Predictor, find_images, is_readable
 from condattn.engine.launch import add_config_arguments, choose_device, load_config
 from condattn.spectra import QUANTITIES, Measurement, measure
 from condattn.spectra.advice import find_warnings
+from condattn.spectra.measure import spread
 from condattn.spectra.report import PANELS, cell, summary, write_report
 
 
@@ -134,12 +135,6 @@ def dataset_images(cfg: Config, name: str, count: int) -> list[Path]:
     dataset = DATASETS.build(copy.deepcopy(cfg[f"{name}_dataloader"].dataset))
     chosen = spread(range(len(dataset)), count)
     return [Path(dataset.get_data_info(index)["img_path"]) for index in chosen]
-
-
-def spread(items, count: int) -> list:
-    """So many of the items, evenly spread."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def print_summary(measurements: dict[str, Measurement]) -> None:

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from ..sites import find_sites
 from ..spectra import Measurement, measure
 from ..spectra.advice import find_warnings
+from ..spectra.measure import spread
 from .checkpoints import unwrapped
 
 PLAIN = str.maketrans("", "", "() ")
@@ -81,15 +82,13 @@ class SpectraHook(Hook):
     def _measure(self, runner: Runner, batch: dict) -> None:
         model = unwrapped(runner.model)
         names = [site.name for site in find_sites(model)]
-        count = min(self.max_sites, len(names))
         first = {name: copy.deepcopy(values[: self.images]) for name, values in batch.items()}
 
         def run() -> None:
             data = model.data_preprocessor(first, training=False)
             model(data["inputs"], data["data_samples"], mode="tensor")
 
-        chosen = [names[i * len(names) // count] for i in range(count)]
-        measurement = measure(model, run, self.quantities, chosen, max_heads=1)
+        measurement = measure(model, run, self.quantities, spread(names, self.max_sites), max_heads=1)
         values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}
         runner.visualizer.add_scalars(values, step=runner.iter + 1)
         for line in find_warnings({"": measurement}):

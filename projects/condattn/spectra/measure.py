@@ -203,7 +203,7 @@ def _look(
             for name in {"map", "entropy"} & set(quantities):
                 yield name, "it computes no softmax over its keys"
         else:
-            chosen = _spread(len(seen.map), max_samples)
+            chosen = spread(range(len(seen.map)), max_samples)
             _check_finite(site, "the attention map", seen.map[chosen])
             tokens = max(seen.map.shape[-2:])
             if "entropy" in quantities:  # one sample at a time, to save memory
@@ -220,7 +220,7 @@ def _look(
         if seen.outputs is None:
             yield "outputs", "its head outputs cannot be seen"
         else:
-            outputs = seen.outputs[_spread(len(seen.outputs), max_samples)]
+            outputs = seen.outputs[spread(range(len(seen.outputs)), max_samples)]
             _check_finite(site, "A(X)", outputs)
             precision = torch.finfo(outputs.dtype).eps
             yield "A(X)", spectrum(site.name, "A(X)", outputs, precision)
@@ -232,10 +232,10 @@ def _check_finite(site: AttentionSite, what: str, values: Tensor) -> None:
         raise ValueError(f"{site}: {what} has values that are not finite; is the checkpoint whole?")
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """At most so many of the first ``count`` numbers, evenly spread."""
-    most = min(count, most)
-    return [i * count // most for i in range(most)]
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spread."""
+    most = min(len(items), most)
+    return [items[i * len(items) // most] for i in range(most)]
 
 
 def _join(values: list[Spectrum] | list[Entropy]) -> list[Any]:

@@ -1,0 +1,136 @@
+"""What was measured of attention, as a report, through the tool, and logged while a model trains."""
+
+import csv
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import DEMO, TOOLS, run
+from torch import nn
+
+import condattn
+from condattn.spectra import measure
+from condattn.spectra.report import write_report
+
+
+def test_the_report(tmp_path):
+    timm = pytest.importorskip("timm")
+    measurements = {}
+    for label in ("none", "pc", "sc+pc"):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", img_size=64)
+        condattn.condition(model, label)
+        measurements[label] = measure(model, torch.randn(1, 3, 64, 64))
+    paths = write_report(measurements, tmp_path / "out", "A <title>")
+    assert {path.name for path in paths} == {
+        *("spectra.csv", "spectra.json", "report.html"),
+        *("kappa_by_depth.png", "heads.png", "singular_values.png", "entropy_by_depth.png"),
+    }
+    rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
+    with (tmp_path / "out" / "spectra.csv").open() as file:
+        assert [row["kappa"] for row in csv.DictReader(file)] == [
+            str(row["kappa"]) if "kappa" in row else "" for row in rows
+        ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page and "A &lt;title&gt;" in page
+    assert "attention is saturated" in page and page.count("blocks.5.attn") >= 3
+
+
+def spectra_tool(call, *arguments):
+    pytest.importorskip("mmdet")
+    return call("analysis/spectra", *arguments)
+
+
+def test_the_tool_compares_conditionings(call, detection, scenes, tmp_path):
+    images = scenes / "images" / "validation"
+    command = [detection.config, detection.checkpoint, "--images", images, "--num", 1, "--compare", "none,sc+pc"]
+    status, output, _ = spectra_tool(call, *command, "--out", "out")
+    assert status is None and "saturated" in output and "report.html" in output
+    rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
+    assert {row["model"] for row in rows} == {"none", "sc+pc"}
+    by_model = {
+        m: [r["sigma_max"] for r in rows if r["model"] == m and r["quantity"] == "W_Q"] for m in ("none", "sc+pc")
+    }
+    assert by_model["none"] == by_model["sc+pc"]  # the same weights
+
+
+def test_the_tool_measures_weights_alone_and_data_of_a_configuration(call, segmentation_options, tmp_path):
+    config = DEMO / "upernet_swin_pc.py"
+    status, output, _ = spectra_tool(call, config, "--out", "weights")
+    assert status is None and "kappa_by_depth.png" in output and "entropy" not in "".join(output.split()[-6:])
+    options = ["--cfg-options", *segmentation_options]
+    status, output, _ = spectra_tool(call, config, "--dataset", "val", "--num", 1, "--out", "data", *options)
+    assert status is None and (tmp_path / "data" / "entropy_by_depth.png").exists()
+
+
+def test_the_tool_takes_models_of_timm(call, scenes):
+    pytest.importorskip("timm")
+    images = scenes / "images" / "validation"
+    status, output, _ = spectra_tool(call, "test_vit", "--images", images, "--num", 1, "--out", "out")
+    assert status is None and "blocks.5.attn" in output
+
+
+def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
+    images = scenes / "images" / "validation"
+    (tmp_path / "empty").mkdir()
+    tool = "analysis/spectra"
+    refuse(tool, "no_model", "--out", "out", parts=("no_model", "timm"))
+    refuse(tool, detection.config, "--out", "out", "--images", "empty", parts=("no image below empty",))
+    refuse(tool, detection.config, "--out", "out", "--jacobian", parts=("--jacobian expects images",))
+    refuse(tool, detection.config, "--out", "out", "--num", "0", parts=("--num", "at least 1"))
+    torch.save({"state_dict": {"a.weight": torch.ones(2)}}, "other.pth")
+    refuse(tool, detection.config, "other.pth", "--out", "out", parts=("no weight of the checkpoint other.pth fits",))
+    checkpoint = torch.load(detection.checkpoint, weights_only=False)
+    name = next(name for name in checkpoint["state_dict"] if name.endswith("qkv.weight"))
+    checkpoint["state_dict"][name][0, 0] = torch.nan
+    torch.save(checkpoint, "nan.pth")
+    refuse(tool, detection.config, "nan.pth", "--out", "out", parts=("W_Q has values that are not finite",))
+    refuse(
+        *(tool, detection.config, detection.checkpoint, "--images", images, "--out", "out"),
+        *("--compare", "none,colour", "--num", "1"),
+        parts=("unknown conditioning 'colour'",),
+    )
+
+
+def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation, tmp_path):
+    """The demo, which has it, against the demo without."""
+    settings = [*segmentation.options, "custom_hooks=[]"]
+    run(TOOLS / "train.py", segmentation.config, "--work-dir", "plain", "--cfg-options", *settings, cwd=tmp_path)
+    plain, watched = (
+        torch.load(file, weights_only=False)["state_dict"]
+        for file in (tmp_path / "plain/iter_2.pth", segmentation.checkpoint)
+    )
+    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+    (file,) = segmentation.work_dir.glob("*/vis_data/scalars.json")
+    logged = [json.loads(line) for line in file.read_text().splitlines()]
+    (logged,) = [line for line in logged if any(name.startswith("spectra/") for name in line)]
+    names = {name.rpartition("/")[2] for name in logged} - {"step"}
+    assert logged["step"] == 1
+    assert {"kappa_W_Q", "kappa_W_K", "kappa_W_V", "kappa_AX", "kappa_CAX", "entropy", "largest_logit"} == names
+    assert len({name.split("/")[1] for name in logged if "/" in name}) == 6
+    assert re.search(r"SpectraHook took [\d.]+ s, [\d.]+% of the training", segmentation.output)
+
+
+@pytest.mark.parametrize("setting", ["interval", "max_sites", "images"])
+def test_settings_of_the_hook(setting):
+    pytest.importorskip("mmengine")
+    from condattn.engine.spectra import SpectraHook
+
+    with pytest.raises(ValueError, match=f"SpectraHook: {setting} is 0"):
+        SpectraHook(**{setting: 0})
+
+
+def test_what_cannot_be_measured_does_not_end_a_training():
+    pytest.importorskip("mmengine")
+    from condattn.engine.spectra import SpectraHook
+
+    warnings = []
+    logger = SimpleNamespace(warning=warnings.append)
+    runner = SimpleNamespace(iter=0, model=nn.MultiheadAttention(12, 3), logger=logger)
+    hook = SpectraHook()
+    for _ in range(2):
+        hook.after_train_iter(runner, 0, {"inputs": {"labelled": 1}})
+    (line,) = warnings
+    assert line.startswith("SpectraHook measures no more in this run: ")
