@@ -8,6 +8,7 @@ from mmengine.config import Config
 from torch import nn
 
 from ..checkpoints.files import write_whole
+from ..spectra.measure import spread
 from .checkpoints import add_unsafe_argument, read_checkpoint
 from .errors import UserError
 from .guard import ENTRY, record_of
@@ -37,9 +38,7 @@ def load_inputs(args: Namespace) -> tuple[Config, dict, list[Path]]:
     refuse_existing(args.out)
     cfg = load_config(args.config, args.cfg_options)
     images = [path for path, _ in find_images(args.images, args.out.parent)]
-    count = min(args.num, len(images))
-    chosen = [images[i * len(images) // count] for i in range(count)]
-    return cfg, read_checkpoint(args.checkpoint, args.unsafe), chosen
+    return cfg, read_checkpoint(args.checkpoint, args.unsafe), spread(images, args.num)
 
 
 def refuse_existing(path: Path) -> None:
