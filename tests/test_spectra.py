@@ -14,8 +14,11 @@ from torch.func import jacrev
 import condattn
 from condattn.spectra import measure
 from condattn.spectra.advice import find_warnings
+from condattn.spectra.bound import head_bound
 from condattn.spectra.capture import capture
-from condattn.spectra.jacobian import HeadFunction, head_bound, jacobian_extremes, unchanging
+from condattn.spectra.extremes import jacobian_extremes, kronecker_extremes
+from condattn.spectra.jacobian import HeadFunction, unchanging
+from condattn.spectra.kronecker import RowKronecker
 from condattn.spectra.weights import effective_heads
 
 EVERYTHING = ("weights", "map", "outputs", "entropy", "jacobian")
@@ -24,7 +27,7 @@ SVD = dict(type="SpectralCorrection", form="svd")
 
 def attention(dim=12, heads=3, **settings):
     torch.manual_seed(0)
-    return nn.MultiheadAttention(dim, heads, batch_first=True, **settings).double().eval()
+    return nn.MultiheadAttention(dim, heads, **dict(batch_first=True) | settings).double().eval()
 
 
 def by_hand(model, queries, keys, bias=None):
@@ -161,6 +164,86 @@ def test_jacobians_against_the_explicit_matrix(conditioning):
     assert bound.value == pytest.approx(wanted[0] ** 3 * wanted[2] * v * (q + k) + wanted[0] * wanted[1])
 
 
+def host(name):
+    """A model of plain softmax attention, and its input."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    if name == "ViT":
+        return timm.create_model("test_vit", img_size=64), torch.randn(1, 3, 64, 64)
+    if name == "Swin":
+        sizes = dict(embed_dim=8, depths=(2,), num_heads=(2,), window_size=4, img_size=32)
+        return timm.create_model("swin_tiny_patch4_window7_224", **sizes), torch.randn(1, 3, 32, 32)
+    model = nn.Sequential(attention(batch_first=name != "sequence first"))
+    if name == "keys with positions, other tokens":
+        model.forward = lambda x: model[0](x[:, :4], x[:, 4:] + 1, x[:, 4:])
+    else:
+        model.forward = lambda x: model[0](x, x, x)
+    return model, torch.randn(2, 9, 12).double()
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize(
+    "name", ["self-attention", "sequence first", "keys with positions, other tokens", "ViT", "Swin"]
+)
+def test_the_structure_gives_what_derivatives_give(name, detach, monkeypatch):
+    """Row by row a Kronecker product: whole, by factors of its Gram matrix, and by products with it."""
+    model, x = host(name)
+    weights = dict(type="SpectralCorrection", strength=0.3)
+    condattn.condition(model, [weights, dict(type="RowPreconditioner", detach=detach)])
+    sites = [site.name for site in condattn.find_sites(model)][-1:]
+    made = []
+
+    def note(*arguments):
+        made.append(arguments)
+        return kronecker_extremes(*arguments)
+
+    monkeypatch.setattr("condattn.spectra.jacobian.kronecker_extremes", note)
+    structured = measure(model, x, ["jacobian"], sites, max_heads=1).jacobians
+    monkeypatch.setattr("condattn.spectra.jacobian.row_kronecker", lambda *_: None)
+    derived = measure(model, x, ["jacobian"], sites, max_heads=1).jacobians
+    assert len(structured) == len(derived) == len(made) == 6
+    for one, other, arguments in zip(structured, derived, made, strict=True):
+        got, wanted = one.extremes, other.extremes
+        assert (got.size, got.rank) == (wanted.size, wanted.rank)
+        assert got.sigma_max == pytest.approx(wanted.sigma_max, rel=1e-5)
+        assert got.sigma_min == pytest.approx(wanted.sigma_min, rel=1e-3 if x.dtype == torch.float32 else 1e-5)
+        by_factors = kronecker_extremes(*arguments, whole=0)
+        assert by_factors.sigma_max == pytest.approx(got.sigma_max, rel=1e-5)
+        assert by_factors.sigma_min == pytest.approx(got.sigma_min, rel=1e-3)
+        assert by_factors.residual < 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(9, 4, 4, 12), (40, 4, 4, 6)])
+def test_row_by_row_kronecker_products(sizes):
+    """Wide and tall; all ways to find the extremes, against the matrix."""
+    torch.manual_seed(0)
+    n, d, a, b = sizes
+    left, right = torch.eye(d, a) + 0.2 * torch.randn(n, d, a), torch.linalg.qr(torch.randn(b, b))[0].repeat(9, 1)[:n]
+    jacobian = RowKronecker(left.double(), right.double() + 0.1 * torch.randn(n, b))
+    matrix = jacrev(jacobian)(torch.zeros(a, b).double()).reshape(n * d, a * b)
+    wanted = torch.linalg.svdvals(matrix)
+    for how in ({}, dict(whole=0), dict(whole=0, dense=0)):
+        found = kronecker_extremes(jacobian, **how)
+        assert found.size == matrix.shape and found.residual < 1e-2
+        assert found.sigma_max == pytest.approx(wanted[0].item(), rel=1e-5)
+        assert found.sigma_min == pytest.approx(wanted[-1].item(), rel=1e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.floats(-1, 1), st.integers(2, 5))
+def test_the_bound_is_above_the_truth(seed, scale, size):
+    """Thm 3.4, where X and the weights are square."""
+    torch.manual_seed(seed)
+    model = nn.MultiheadAttention(size, 1, batch_first=True, bias=False).double()
+    with torch.no_grad():
+        model.in_proj_weight.mul_(10**scale)
+    x = torch.randn(1, size, size).double()
+    measurement = measure(model, lambda: model(x, x, x), ["jacobian"])
+    (bound,) = measurement.bounds.values()
+    for one in measurement.jacobians:
+        assert one.extremes.kappa <= bound.value * (1 + 1e-6)
+
+
 def test_grouped_queries_and_calls_with_a_cache():
     """Keys and values of each group; and the map of the tokens that are there, however often the call is repeated."""
     transformers = pytest.importorskip("transformers")
@@ -198,7 +281,7 @@ def test_weights_in_half_precision(dtype):
 
 
 def test_a_smallest_value_that_is_not_found_is_none(monkeypatch):
-    monkeypatch.setattr("condattn.spectra.jacobian.STEPS", 3)
+    monkeypatch.setattr("condattn.spectra.extremes.STEPS", 3)
     matrix = torch.diag(torch.logspace(0, -6, 60).double())
     found = jacobian_extremes(lambda w: matrix @ w, torch.zeros(60).double(), whole=0)
     assert found.sigma_max == pytest.approx(1.0) and found.residual > 0.1 and math.isnan(found.kappa)

@@ -1,6 +1,7 @@
 """Condition numbers of attention, measured."""
 
-from .jacobian import Bound, Jacobian
+from .bound import Bound
+from .jacobian import Jacobian
 from .measure import QUANTITIES, measure
 from .results import Entropy, Measurement
 from .weights import Spectrum

@@ -37,13 +37,12 @@ class Seen:
     """What one call of an attention site showed, computed in float64 from what went in where its module can do that.
 
     Attributes:
-        logits: Input of the softmax, bias and mask included, (samples, heads, N, M); None where there was no softmax.
-            A sample is an image, or a window of one.
+        logits: Input of the softmax, bias and mask included, (samples, heads, N, M); None where no softmax was seen
+            whose result is multiplied with something. A sample is an image, or a window of one.
         map: Its output, the attention map, of the same shape.
         outputs: A(X), the outputs of the heads, (samples, heads, N, d), also of attention between channels, whose map
             is d x d; None where they could not be seen.
-        tokens: X, the input of the projections, (samples, N, D); None in cross attention, where queries and keys are
-            made of different tokens, and where it could not be seen.
+        sources: 'q', 'k', 'v' -> the tokens that the projection gets, (samples, N or M, D), where they could be seen.
         args: Arguments of the call.
         kwargs: Keyword arguments of the call.
         precision: Relative precision of what went in, whatever it is computed in.
@@ -52,10 +51,16 @@ class Seen:
     logits: Tensor | None
     map: Tensor | None
     outputs: Tensor | None
-    tokens: Tensor | None
+    sources: dict[str, Tensor]
     args: tuple
     kwargs: dict[str, Any]
     precision: float
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """X, (samples, N, D), of self-attention; None where queries and keys are made of different tokens."""
+        queries = self.sources.get("q")
+        return queries if queries is not None and queries is self.sources.get("k") else None
 
 
 @contextmanager
@@ -103,19 +108,19 @@ class _Call:
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def seen(self) -> Seen:
-        """What it showed: the last softmax whose result was multiplied, or else the last."""
+        """What it showed: the last softmax whose result was multiplied, or those of the heads, one after the other."""
         heads = self.site.num_heads
-        index = max(self.products, default=len(self.maps) - 1)
+        parts = [(*self.maps[i], self.products[i].reshape(*self.maps[i][1].shape[:-1], -1)) for i in self.products]
         logits, weights, outputs = None, None, None
-        if self.maps:
-            logits, weights = (_by_head(tensor, heads) for tensor in self.maps[index])
-            if index in self.products and weights is not None:
-                outputs = _by_head(self.products[index].reshape(*self.maps[index][1].shape[:-1], -1), heads)
+        if len(parts) == heads > 1 and len({tensor.shape for part in parts for tensor in part[:2]}) == 1:
+            logits, weights, outputs = (torch.stack(tensors, -3).flatten(0, -4) for tensors in zip(*parts, strict=True))
+        elif parts:
+            logits, weights, outputs = (_by_head(tensor, heads) for tensor in parts[-1])
         if outputs is not None and self.site.cross_covariance:
             outputs = outputs.mT
         if self.passed is not None and not (outputs is not None and self._leads_to_what_passed(outputs)):
             outputs = head_outputs(self.site, self.passed)
-        return Seen(logits, weights, outputs, self._tokens(outputs), self.args, self.kwargs, self.precision)
+        return Seen(logits, weights, outputs, self._sources(weights, outputs), self.args, self.kwargs, self.precision)
 
     def _leads_to_what_passed(self, product: Tensor) -> bool:
         """Whether a product is what left the heads, but for padding that was cut off; not if something was added."""
@@ -124,19 +129,27 @@ class _Call:
             return torch.allclose(product.norm(), self.passed.norm(), rtol=1e-3)
         return product.shape[-1] * self.site.num_heads == channels
 
-    def _tokens(self, outputs: Tensor | None) -> Tensor | None:
+    def _sources(self, weights: Tensor | None, outputs: Tensor | None) -> dict[str, Tensor]:
+        if outputs is None:
+            return {}
+        inputs = self.inputs
         if isinstance(self.site.module, nn.MultiheadAttention):
-            query = self.args[0] if self.args else self.kwargs["query"]
-            key = self.args[1] if len(self.args) > 1 else self.kwargs["key"]
-            x = query if key is query else None
-            x = x if x is None or x.dim() < 3 or self.site.module.batch_first else x.transpose(0, 1)
-        else:
-            x = self.inputs.get("q")
-            x = x if x is self.inputs.get("k") else None
-            x = x.flatten(2).mT if x is not None and isinstance(self.site.q.owner, nn.Conv2d) else x
-        if x is None or outputs is None or x.numel() != len(outputs) * outputs.shape[2] * x.shape[-1]:
-            return None
-        return x.reshape(len(outputs), outputs.shape[2], -1)
+            given = dict(zip(("query", "key", "value"), self.args, strict=False)) | self.kwargs
+            inputs = {name[0]: given[name] for name in ("query", "key", "value")}
+        arranged: dict[int, Tensor | None] = {}  # what was one tensor stays one
+        for name, x in inputs.items():
+            count = outputs.shape[2] if name == "q" or weights is None else weights.shape[-1]
+            if id(x) not in arranged:
+                arranged[id(x)] = self._arrange(name, x, len(outputs), count)
+        return {name: arranged[id(x)] for name, x in inputs.items() if arranged[id(x)] is not None}
+
+    def _arrange(self, name: str, x: Tensor, samples: int, count: int) -> Tensor | None:
+        """The input of a projection as (samples, tokens, channels); None if it has other tokens than these."""
+        if isinstance(self.site.module, nn.MultiheadAttention):
+            x = x.transpose(0, 1) if x.dim() == 3 and not self.site.module.batch_first else x
+        elif isinstance(getattr(self.site, name).owner, nn.Conv2d):
+            x = x.flatten(2).mT
+        return x.reshape(samples, count, -1) if x.numel() == samples * count * x.shape[-1] else None
 
 
 class _Operations(TorchDispatchMode):
@@ -182,7 +195,7 @@ class _Operations(TorchDispatchMode):
         ]
         if site.out is not None and not isinstance(site.out.owner, nn.MultiheadAttention):
             hooks.append(site.out.owner.register_forward_pre_hook(leave, prepend=True))
-        for name in ("q", "k"):
+        for name in ("q", "k", "v"):
             projection = getattr(site, name)
             if projection is not None and projection.owner is not site.module:
 
@@ -221,13 +234,13 @@ class _Operations(TorchDispatchMode):
             call.maps.append((args[0], result))
         elif function in COPIES:
             for index, (logits, weights) in enumerate(call.maps):
-                if _shares(args[0], weights) and args[0].shape == weights.shape:
+                if _has_rows_of(args[0], weights) and args[0].shape == weights.shape:
                     call.maps[index] = (logits, result)
         elif function in PRODUCTS:
             for index, (_, weights) in enumerate(call.maps):
-                if _shares(args[0], weights):
+                if _has_rows_of(args[0], weights):
                     call.products[index] = result
-                elif _shares(args[1], weights) and args[1].stride()[-2:] != weights.stride()[-2:]:
+                elif _has_rows_of(args[1].mT, weights):
                     call.products[index] = result.mT
 
 
@@ -266,6 +279,16 @@ def precondition(site: AttentionSite, outputs: Tensor) -> Tensor:
     return normalize_rows(outputs, method.eps, method.detach, dim=-2 if over_tokens else -1)
 
 
+def noise(seen: Seen) -> float:
+    """What counts as zero, relative to the largest singular value, for the rounding of what went in."""
+    return 8 * seen.precision
+
+
+def _has_rows_of(one: Tensor, other: Tensor) -> bool:
+    """Whether the rows of a matrix are those of another in memory."""
+    return _shares(one, other) and one.shape[-1] == other.shape[-1] and one.stride(-1) == other.stride(-1)
+
+
 def _shares(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
@@ -278,14 +301,16 @@ def head_outputs(site: AttentionSite, passed: Tensor) -> Tensor:
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor | None:
-    """A tensor (..., rows, columns) as (samples, heads, rows, columns), or None where there is no axis of heads."""
+    """A tensor (..., rows, columns) as (samples, heads, rows, columns), or None where no axis is that of the heads."""
     if tensor.dim() == 3 and tensor.shape[0] % heads == 0:
         return tensor.unflatten(0, (-1, heads))
     if tensor.dim() < 4:
         return None
-    for axis in (1, -3):
-        if tensor.shape[axis] == heads:
-            return tensor.movedim(axis, -3).flatten(0, -4)
+    axes = [axis for axis in dict.fromkeys((1, tensor.dim() - 3)) if tensor.shape[axis] == heads]
+    if len(axes) == 2 and heads > 1:  # as many heads as windows
+        return None
+    if axes:
+        return tensor.movedim(axes[0], -3).flatten(0, -4)
     if tensor.shape[1] % heads == 0:  # several maps a head
         return tensor.movedim(1, -3).flatten(0, -4)
     if tensor.shape[0] % heads == 0:

@@ -1,90 +1,28 @@
-"""The Jacobian of a head's output with respect to its W_Q, W_K or W_V, and the bound of its condition number.
+"""The Jacobian of a head's output with respect to its W_Q, W_K or W_V.
 
-The Jacobian of an N x d output with respect to a D x d weight is (N d) x (D d). Where it is small it is computed whole,
-and its singular values are exact. Elsewhere it is never built: products with it and with its transpose are forward-
-and reverse-mode derivatives of the host's own forward, and a Lanczos method finds its extreme singular values.
+The Jacobian of an N x d output with respect to a D x d weight is (N d) x (D d). Of plain softmax attention its rows are
+Kronecker products (kronecker.py), whatever makes the logits' bias and mask; one forward-mode derivative of the host's
+own forward tells whether a head is that. Else it is taken from such derivatives, and reverse-mode ones, alone.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..methods.base import become, restore
 from ..methods.multihead import ConditionedMultiheadAttention
 from ..methods.preconditioner import RowPreconditioner
 from ..sites import AttentionSite, as_matrix, indices, is_transposed
-from .capture import Seen, doubled, doubled_state, head_outputs, precondition, without_caches
-from .weights import effective_heads
-
-WHOLE = 2048
-"""A Jacobian with no more rows, or no more columns, is computed whole."""
-RELIABLE = 0.1
-"""Up to this residual an extreme singular value counts as found."""
-STEPS = 500
-"""Of the method that finds the smallest singular value of others."""
-
-
-@dataclass(frozen=True)
-class Extremes:
-    """The extreme singular values of a Jacobian.
-
-    Attributes:
-        sigma_max: The largest.
-        sigma_min: The smallest that is not zero.
-        rank: How many are not zero, or None where the Jacobian was not computed whole.
-        size: Its rows and columns.
-        residual: 0 where it was computed whole; else the larger of |G v - sigma^2 v| / sigma^2 of the two, with G the
-            smaller of J J^T and J^T J: some sigma^2 lies so close, relatively. Above ``RELIABLE`` it was not found.
-    """
-
-    sigma_max: float
-    sigma_min: float
-    rank: int | None
-    size: tuple[int, int]
-    residual: float
-
-    @property
-    def kappa(self) -> float:
-        """sigma_max / sigma_min; NaN where sigma_min was not found, or is of a matrix of zeros."""
-        found = self.sigma_min and self.residual <= RELIABLE
-        return self.sigma_max / self.sigma_min if found else float("nan")
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The bound of the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162, and its factors.
-
-    It bounds where no factor is singular. Here each condition number, as of all singular matrices, is that of the
-    singular values that are not zero, with which products may have larger ones: it is the theorem's expression then,
-    and no guarantee. Biases and what is added to the logits are not in it.
-
-    kappa(X)^3 kappa(Lambda) kappa(W_V) (kappa(W_Q) + kappa(W_K)) + kappa(X) kappa(map), where Lambda is the derivative
-    of the softmax: Diag(p) - p p^T for each row p of the map. That is always singular; like all others, its condition
-    number is that of its singular values that are not zero.
-    """
-
-    tokens: float
-    softmax_derivative: float
-    map: float
-    w_q: float
-    w_k: float
-    w_v: float
-
-    @property
-    def value(self) -> float:
-        """The bound."""
-        weights = self.w_v * (self.w_q + self.w_k)
-        return self.tokens**3 * self.softmax_derivative * weights + self.tokens * self.map
+from .capture import Seen, doubled, doubled_state, head_outputs, noise, precondition, without_caches
+from .extremes import Extremes, jacobian_extremes, kronecker_extremes
+from .kronecker import RowKronecker, row_kronecker
 
 
 @dataclass(frozen=True)
@@ -112,67 +50,44 @@ def head_jacobians(site: AttentionSite, seen: Seen, head: int, sample: int = 0) 
     Raises:
         ValueError: If a weight or the outputs of the site cannot be reached.
     """
+    method = RowPreconditioner.applied_to(site)
     found = []
-    conditioned = [False, True] if RowPreconditioner.applied_to(site) else [False]
     for name in ("q", "k", "v"):
-        for precondition_ in conditioned:
-            function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, precondition_)
-            if not precondition_:
-                _check_head(site, function, seen.outputs[sample, head])
-            method = RowPreconditioner.applied_to(site)
-            rows = precondition_ and not method.detach and not site.cross_covariance
-            null = unchanging(seen.outputs[sample, head]) if rows else None
-            extremes = jacobian_extremes(function, function.block, null, tolerance=noise(seen))
-            output = "C A(X)" if precondition_ else "A(X)"
+        for conditioned in (False, True) if method else (False,):
+            function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, conditioned)
+            outputs = seen.outputs[sample, head]
+            outputs = precondition(site, outputs[None, None])[0, 0] if conditioned else outputs
+            structured = _structured(site, seen, function, outputs)
+            if structured:
+                extremes = kronecker_extremes(structured, noise(seen))
+            else:
+                rows = conditioned and not method.detach and not site.cross_covariance
+                null = unchanging(seen.outputs[sample, head]) if rows else None
+                extremes = jacobian_extremes(function, function.block, null, tolerance=noise(seen))
+            output = "C A(X)" if conditioned else "A(X)"
             found.append(Jacobian(site.name, head, f"W_{name.upper()}", output, extremes))
     return found
 
 
-def _check_head(site: AttentionSite, function: HeadFunction, outputs: Tensor) -> None:
-    """Raise unless the function is the head that was seen; some hosts make windows, or join heads, on the way."""
-    value = function(function.block)
-    if value.shape != outputs.shape or not torch.allclose(value.double(), outputs.double(), rtol=1e-3, atol=1e-5):
-        raise ValueError(f"{site}: the output of one head and window is not one part of what it returns")
-
-
-def head_bound(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> Bound:
-    """The bound of Thm 3.4 for one head and image or window.
+@torch.no_grad()
+def _structured(site: AttentionSite, seen: Seen, function: HeadFunction, outputs: Tensor) -> RowKronecker | None:
+    """The Jacobian by its structure, if a derivative of the host in a random direction is the same; else None.
 
     Raises:
-        ValueError: If the site is no self-attention between tokens whose tokens, map and weights are known.
+        ValueError: If the function is not the head that was seen; some hosts make windows, or join heads, on the way.
     """
-    refusal = ValueError(
-        f"{site}: Thm 3.4 is of heads that are softmax(X W_Q W_K^T X^T) X W_V, of tokens X that are seen"
-    )
-    if site.cross_covariance or seen.tokens is None or seen.map is None or not (site.q and site.k and site.v):
-        raise refusal
-    heads = {name: effective_heads(site, name) for name in ("q", "k", "v")}
-    weights = {name: matrix[head * len(matrix) // site.num_heads] for name, matrix in heads.items()}
-    values = seen.tokens[sample] @ weights["v"].to(seen.tokens.dtype).T
-    offset = seen.outputs[sample, head] - seen.map[sample, head] @ values  # of rows that sum to one: the bias
-    if not torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-3 * seen.outputs[sample, head].abs().max()):
-        raise refusal
-    rows = seen.map[sample, head].double()
-    derivatives = [torch.diag_embed(part) - part[:, :, None] * part[:, None, :] for part in rows.split(32)]
-    return Bound(
-        _kappa(seen.tokens[sample], tolerance=noise(seen)),
-        _kappa(*derivatives),
-        _kappa(seen.map[sample, head]),
-        *(_kappa(weights[name]) for name in ("q", "k", "v")),
-    )
-
-
-def noise(seen: Seen) -> float:
-    """What counts as zero, relative to the largest singular value, for the rounding of what went in."""
-    return 8 * seen.precision
-
-
-def _kappa(*matrices: Tensor, tolerance: float = 0.0) -> float:
-    """Of a matrix, or a block-diagonal matrix of these blocks."""
-    values = torch.cat([torch.linalg.svdvals(part.double()).flatten() for part in matrices])
-    top = values.max()
-    values = values[values > max(tolerance, max(matrices[0].shape[-2:]) * torch.finfo(torch.float64).eps) * top]
-    return (top / values.min()).item() if len(values) else math.nan
+    direction = torch.randn(function.block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value, wanted = jvp(function, (function.block,), (direction.to(function.block),))
+    same = value.shape == outputs.shape and torch.allclose(value.double(), outputs.double(), rtol=1e-3, atol=1e-5)
+    if not same:
+        raise ValueError(f"{site}: the output of one head and window is not one part of what it returns")
+    jacobian = row_kronecker(site, seen, function.name, function.head, function.sample, function.conditioned)
+    if jacobian is None:
+        return None
+    found = jacobian(direction.to(wanted))
+    scaling = (found * wanted).sum() / found.square().sum()
+    same = (scaling * found - wanted).norm() <= max(1e-6, 10 * noise(seen)) * wanted.norm()
+    return jacobian.scaled(scaling) if same else None
 
 
 def unchanging(outputs: Tensor) -> Tensor:
@@ -180,87 +95,6 @@ def unchanging(outputs: Tensor) -> Tensor:
     rows = outputs.double()
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return torch.diag_embed(rows.T).movedim(0, -1).flatten(1)
-
-
-@torch.no_grad()
-def jacobian_extremes(
-    function: Callable[[Tensor], Tensor],
-    weight: Tensor,
-    null: Tensor | None = None,
-    whole: int = WHOLE,
-    tolerance: float = 0.0,
-) -> Extremes:
-    """Extreme singular values of the Jacobian of ``function`` at ``weight``, in the precision of ``weight``.
-
-    Args:
-        function: Differentiable in both modes; any shape to any shape.
-        weight: Where.
-        null: Orthonormal directions (n, rows) of the output in which it cannot change, where they are known.
-        whole: See ``WHOLE``.
-        tolerance: What counts as zero, relative to the largest singular value, if that is more than rounding.
-
-    Raises:
-        ValueError: If the Jacobian has values that are not finite.
-    """
-    output, pull = vjp(function, weight)
-    rows, columns = output.numel(), weight.numel()
-
-    def forward(direction: Tensor) -> Tensor:
-        return jvp(function, (weight,), (direction.reshape(weight.shape),))[1].flatten()
-
-    def backward(direction: Tensor) -> Tensor:
-        return pull(direction.reshape(output.shape))[0].flatten()
-
-    if min(rows, columns) > whole:
-        return _lanczos(forward, backward, rows, columns, null, weight)
-    product, size = (backward, rows) if rows <= columns else (forward, columns)
-    matrix = vmap(product, chunk_size=64)(torch.eye(size, dtype=weight.dtype, device=weight.device))
-    if not matrix.isfinite().all():
-        raise ValueError("the Jacobian has values that are not finite; is the checkpoint whole?")
-    values = torch.linalg.svdvals(matrix.double())
-    tolerance = max(tolerance, max(rows, columns) * torch.finfo(weight.dtype).eps)
-    rank = int((values > tolerance * values[0]).sum())
-    return Extremes(values[0].item(), values[max(rank - 1, 0)].item(), rank, (rows, columns), 0.0)
-
-
-def _lanczos(
-    forward: Callable, backward: Callable, rows: int, columns: int, null: Tensor | None, like: Tensor
-) -> Extremes:
-    """By products alone, with J J^T or J^T J, whichever is smaller."""
-    from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
-
-    first, second = (backward, forward) if rows <= columns else (forward, backward)
-    size = min(rows, columns)
-
-    def gram(vector: np.ndarray) -> np.ndarray:
-        direction = torch.as_tensor(vector, dtype=like.dtype, device=like.device).flatten()
-        return second(first(direction)).double().cpu().numpy()
-
-    generator = np.random.default_rng(0)
-    largest, vector = eigsh(
-        LinearOperator((size, size), gram, dtype=np.float64),
-        1,
-        which="LA",
-        tol=1e-6,
-        v0=generator.standard_normal(size),
-    )
-    top = largest[0]
-    residual = float(np.linalg.norm(gram(vector[:, 0]) - top * vector[:, 0]) / top)
-    constraints = null.double().cpu().numpy().T if null is not None and rows <= columns else None
-    start = generator.standard_normal((size, 4))
-    block = LinearOperator(
-        (size, size), gram, matmat=lambda many: np.stack([gram(one) for one in many.T], 1), dtype=np.float64
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it has not converged: the residual says how far
-        values, vectors = lobpcg(block, start, Y=constraints, largest=False, tol=1e-8 * top, maxiter=STEPS)
-    zero = max(rows, columns) * np.finfo(np.float64).eps * top
-    index = next((i for i in np.argsort(values) if values[i] > zero), None)
-    if index is None:
-        return Extremes(math.sqrt(top), math.nan, None, (rows, columns), residual)
-    low = vectors[:, index]
-    residual = max(residual, float(np.linalg.norm(gram(low) - values[index] * low) / values[index]))
-    return Extremes(math.sqrt(top), math.sqrt(values[index]), None, (rows, columns), residual)
 
 
 class HeadFunction:
@@ -291,7 +125,7 @@ class HeadFunction:
         self.parameter = names.get(id(getattr(projection.owner, projection.parameter)))
         if self.parameter is None:
             raise ValueError(f"{site}: its W_{name.upper()} belongs to a module outside it")
-        self.site, self.sample, self.conditioned = site, sample, conditioned
+        self.site, self.name, self.sample, self.conditioned = site, name, sample, conditioned
         self.args, self.kwargs = doubled(args), doubled(without_caches(kwargs))
         heads = projection.num_heads or site.num_heads
         rows = indices(projection.rows)

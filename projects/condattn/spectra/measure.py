@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from ..methods.correction import CorrectedModule
 from ..methods.preconditioner import RowPreconditioner
 from ..sites import AttentionSite, find_sites
+from .bound import head_bound
 from .capture import Seen, capture, precondition
-from .jacobian import RELIABLE, head_bound, head_jacobians
+from .extremes import RELIABLE
+from .jacobian import head_jacobians
 from .results import Entropy, Measurement
 from .weights import Spectrum, spectrum, weight_spectra
 
@@ -201,7 +203,7 @@ def _look(
     if {"map", "entropy"} & set(quantities):
         if seen.map is None:
             for name in {"map", "entropy"} & set(quantities):
-                yield name, "it computes no softmax over its keys"
+                yield name, "no softmax over its keys is seen whose result is what is multiplied, head by head"
         else:
             chosen = spread(range(len(seen.map)), max_samples)
             _check_finite(site, "the attention map", seen.map[chosen])

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .jacobian import Bound, Jacobian
+from .bound import Bound
+from .jacobian import Jacobian
 from .weights import Spectrum
 
 

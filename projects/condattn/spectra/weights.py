@@ -101,3 +101,19 @@ def effective_heads(site: AttentionSite, name: str) -> Tensor:
         weight = owner.effective_weight(projection.parameter)
     matrix = as_matrix(owner, weight)[indices(projection.rows)]
     return matrix.unflatten(0, (projection.num_heads or site.num_heads, -1))
+
+
+def head_weight(site: AttentionSite, name: str, head: int) -> Tensor:
+    """W, (d, D), that one head computes with; that of its group where keys and values are shared."""
+    heads = effective_heads(site, name)
+    return heads[head * len(heads) // site.num_heads]
+
+
+def head_bias(site: AttentionSite, name: str, head: int) -> Tensor | float:
+    """The bias, (d,), beside :func:`head_weight`; 0 where there is none beside it."""
+    projection = getattr(site, name)
+    bias = getattr(projection.owner, "bias" if projection.parameter == "weight" else "in_proj_bias", None)
+    if bias is None:
+        return 0.0
+    heads = bias[indices(projection.rows)].unflatten(0, (projection.num_heads or site.num_heads, -1))
+    return heads[head * len(heads) // site.num_heads]

@@ -1,0 +1,74 @@
+"""The bound of the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..sites import AttentionSite
+from .capture import Seen, noise
+from .weights import head_weight
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound of the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162, and its factors.
+
+    It is a bound where X and the weights are square and none of them, nor the map, is singular. Of other factors each
+    condition number is that of the singular values that are not zero, with which products may have larger ones: there
+    it is the theorem's expression, and no guarantee. Biases and what is added to the logits are not in it.
+
+    kappa(X)^3 kappa(Lambda) kappa(W_V) (kappa(W_Q) + kappa(W_K)) + kappa(X) kappa(map), where Lambda is the derivative
+    of the softmax: Diag(p) - p p^T for each row p of the map. That is always singular; like all others, its condition
+    number is that of its singular values that are not zero.
+    """
+
+    tokens: float
+    softmax_derivative: float
+    map: float
+    w_q: float
+    w_k: float
+    w_v: float
+
+    @property
+    def value(self) -> float:
+        """The bound."""
+        weights = self.w_v * (self.w_q + self.w_k)
+        return self.tokens**3 * self.softmax_derivative * weights + self.tokens * self.map
+
+
+def head_bound(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> Bound:
+    """The bound of Thm 3.4 for one head and image or window.
+
+    Raises:
+        ValueError: If the site is no self-attention between tokens whose tokens, map and weights are known.
+    """
+    refusal = ValueError(
+        f"{site}: Thm 3.4 is of heads that are softmax(X W_Q W_K^T X^T) X W_V, of tokens X that are seen"
+    )
+    if site.cross_covariance or seen.tokens is None or seen.map is None or not (site.q and site.k and site.v):
+        raise refusal
+    weights = {name: head_weight(site, name, head) for name in ("q", "k", "v")}
+    values = seen.tokens[sample] @ weights["v"].to(seen.tokens.dtype).T
+    offset = seen.outputs[sample, head] - seen.map[sample, head] @ values  # of rows that sum to one: the bias
+    if not torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-3 * seen.outputs[sample, head].abs().max()):
+        raise refusal
+    rows = seen.map[sample, head].double()
+    derivatives = [torch.diag_embed(part) - part[:, :, None] * part[:, None, :] for part in rows.split(32)]
+    return Bound(
+        _kappa(seen.tokens[sample], tolerance=noise(seen)),
+        _kappa(*derivatives),
+        _kappa(seen.map[sample, head]),
+        *(_kappa(weights[name]) for name in ("q", "k", "v")),
+    )
+
+
+def _kappa(*matrices: Tensor, tolerance: float = 0.0) -> float:
+    """Of a matrix, or a block-diagonal matrix of these blocks."""
+    values = torch.cat([torch.linalg.svdvals(part.double()).flatten() for part in matrices])
+    top = values.max()
+    values = values[values > max(tolerance, max(matrices[0].shape[-2:]) * torch.finfo(torch.float64).eps) * top]
+    return (top / values.min()).item() if len(values) else math.nan
