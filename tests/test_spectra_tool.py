@@ -68,8 +68,22 @@ def test_the_tool_measures_weights_alone_and_data_of_a_configuration(call, segme
 def test_the_tool_takes_models_of_timm(call, scenes):
     pytest.importorskip("timm")
     images = scenes / "images" / "validation"
-    status, output, _ = spectra_tool(call, "test_vit", "--images", images, "--num", 1, "--out", "out")
+    status, output, _ = spectra_tool(call, "test_vit", "--images", images, "--num", 1, "--jacobian", "--out", "out")
     assert status is None and "blocks.5.attn" in output
+    assert "Jacobian" in output and "bound" in output and "jacobians.png" in output
+
+
+def test_the_tool_takes_weights_of_timm(call, monkeypatch, tmp_path):
+    timm = pytest.importorskip("timm")
+    weights = timm.create_model("test_vit").state_dict()
+    monkeypatch.setattr("condattn.models.timm.pretrained_weights", lambda name: weights)
+    status, output, _ = spectra_tool(call, "test_vit", "--pretrained", "--out", "out")
+    assert status is None and "timm's test_vit" in output
+    rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
+    heads = weights["blocks.0.attn.qkv.weight"][:64].unflatten(0, (2, -1))
+    wanted = torch.linalg.svdvals(heads)[:, 0].tolist()
+    found = [row["sigma_max"] for row in rows if (row["site"], row["quantity"]) == ("blocks.0.attn", "W_Q")]
+    assert found == pytest.approx(wanted)
 
 
 def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
@@ -79,6 +93,7 @@ def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
     refuse(tool, "no_model", "--out", "out", parts=("no_model", "timm"))
     refuse(tool, detection.config, "--out", "out", "--images", "empty", parts=("no image below empty",))
     refuse(tool, detection.config, "--out", "out", "--jacobian", parts=("--jacobian expects images",))
+    refuse(tool, detection.config, "--out", "out", "--pretrained", parts=("--pretrained is for",))
     refuse(tool, detection.config, "--out", "out", "--num", "0", parts=("--num", "at least 1"))
     torch.save({"state_dict": {"a.weight": torch.ones(2)}}, "other.pth")
     refuse(tool, detection.config, "other.pth", "--out", "out", parts=("no weight of the checkpoint other.pth fits",))

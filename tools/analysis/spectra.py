@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import condattn
-from condattn.checkpoints.convert import load_pretrained
+from condattn.checkpoints.convert import load_pretrained, load_weights
 from condattn.engine.checkpoints import add_checkpoint_arguments
 from condattn.engine.errors import UserError, run_tool
 from condattn.engine.inference import Predictor, find_images, is_readable
@@ -22,7 +22,7 @@ from condattn.engine.launch import add_config_arguments, choose_device, load_con
 from condattn.spectra import QUANTITIES, Measurement, measure
 from condattn.spectra.advice import find_warnings
 from condattn.spectra.measure import spread
-from condattn.spectra.report import PANELS, cell, summary, write_report
+from condattn.spectra.report import cell, summary, title_of, write_report
 
 
 def parse_args() -> Namespace:
@@ -30,6 +30,7 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument("checkpoint", nargs="?", help="file or URL of weights (default: as they are initialised)")
+    parser.add_argument("--pretrained", action="store_true", help="weights that timm has for its model")
     add_checkpoint_arguments(parser)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--images", type=Path, help="measure the attention on images from this folder too")
@@ -38,6 +39,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--compare", help="measure the same weights under several conditionings, e.g. none,pc,sc,sc+pc")
     parser.add_argument("--jacobian", action="store_true", help="also the Jacobians of the heads, which takes long")
     parser.add_argument("--heads", type=int, default=1, help="Jacobians of so many heads (default: %(default)s)")
+    parser.add_argument("--sites", type=int, help="measure so many attention sites, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, plots and report.html")
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
     return parser.parse_args()
@@ -47,9 +49,11 @@ def main() -> None:
     """Measure every variant, print the table, write the report."""
     args = parse_args()
     MMLogger.get_current_instance().setLevel("WARNING")
-    for name in ("num", "heads"):
-        if getattr(args, name) < 1:
+    for name in ("num", "heads", "sites"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.pretrained and (args.checkpoint or is_configuration(args.config)):
+        raise UserError("--pretrained is for the name of a model of timm, without a checkpoint")
     if args.jacobian and not (args.images or args.dataset):
         raise UserError("--jacobian expects images; add --images FOLDER or --dataset val")
     paths = [path for path, _ in find_images(args.images, args.out)] if args.images else []
@@ -62,8 +66,10 @@ def main() -> None:
         try:
             model, run = build(args, label, paths)
             quantities = [*QUANTITIES, "jacobian"] if args.jacobian else QUANTITIES
+            names = [site.name for site in condattn.find_sites(model)]
+            chosen = spread(names, args.sites) if args.sites else None
             measurements[label or args.config] = measure(
-                model, run, quantities if run else ["weights"], max_heads=args.heads
+                model, run, quantities if run else ["weights"], chosen, max_heads=args.heads
             )
         except ValueError as error:
             raise UserError(error) from error
@@ -84,7 +90,7 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     """The model under a conditioning (None: its own), and what runs it on the images, if there are any."""
     device = choose_device(args.device)
     torch.manual_seed(0)  # the same initial weights for every variant
-    if not args.config.endswith((".py", ".json", ".yaml", ".yml")):
+    if not is_configuration(args.config):
         return build_timm(args, conditioning, paths, device)
     cfg = load_config(args.config, args.cfg_options)
     conditioned = list(conditioned_parts(cfg.model))
@@ -99,16 +105,25 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     return predictor.model, (lambda: [predictor.run([path]) for path in paths]) if paths else None
 
 
+def is_configuration(name: str) -> bool:
+    """Whether a name is that of a configuration file, and not of a model."""
+    return name.endswith((".py", ".json", ".yaml", ".yml"))
+
+
 def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], device: torch.device):
     """As :func:`build`, of a model of timm."""
     import timm
     from PIL import Image
+
+    from condattn.models.timm import pretrained_weights
 
     if not timm.is_model(args.config):
         raise UserError(f"no configuration file and no model of timm: {args.config}")
     if args.dataset or args.cfg_options:
         raise UserError(f"--dataset and --cfg-options expect a configuration; give --images FOLDER for {args.config}")
     model = timm.create_model(args.config)
+    if args.pretrained:
+        print(load_weights(model, pretrained_weights(args.config), f"timm's {args.config}"))
     if args.checkpoint:
         print(load_pretrained(model, args.checkpoint, unsafe=args.unsafe))
     condattn.condition(model, conditioning or "none")
@@ -140,11 +155,11 @@ def dataset_images(cfg: Config, name: str, count: int) -> list[Path]:
 def print_summary(measurements: dict[str, Measurement]) -> None:
     """One line a model and site."""
     console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = console if console.is_terminal else Console(width=180)
     table = Table(title="Condition numbers, medians over heads, images and windows", title_justify="left")
     rows = summary(measurements)
     for name in rows[0]:
-        table.add_column(PANELS.get(name, name.replace("_", " ")), overflow="fold")
+        table.add_column(title_of(name), overflow="fold", no_wrap=name == "site")
     for row in rows:
         table.add_row(*map(cell, row.values()))
     console.print(table)

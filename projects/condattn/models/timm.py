@@ -137,11 +137,7 @@ class ConditionedTimmBackbone(BaseModule):
             raise ValueError(
                 f"init_cfg has {', '.join(other)}; with weights of timm its settings are checkpoint and load"
             )
-        try:
-            weights = _create(model_name, {**self._settings, "pretrained": True}).state_dict()
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise ValueError(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
+        weights = pretrained_weights(model_name, **self._settings)
         report = load_weights(self.model, weights, f"timm's {model_name}", load, self._names)
         print_log(f"pretrained weights {report}", logger="current")
 
@@ -176,6 +172,19 @@ def _freeze(model: torch.nn.Module, stages: int) -> list[torch.nn.Module]:
         for module in model.modules()
         if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own)
     ]
+
+
+def pretrained_weights(model_name: str, **settings: Any) -> dict[str, Tensor]:
+    """The weights that timm has for a model built with these settings.
+
+    Raises:
+        ValueError: If there are none, or they cannot be downloaded.
+    """
+    try:
+        return _create(model_name, {**settings, "pretrained": True}).state_dict()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
 
 
 def _create(model_name: str, settings: dict[str, Any]) -> torch.nn.Module:

@@ -46,7 +46,10 @@ class Extremes:
 
     @property
     def kappa(self) -> float:
-        """sigma_max / sigma_min; NaN where sigma_min was not found, or is of a matrix of zeros."""
+        """sigma_max / sigma_min; NaN where sigma_min was not found, or is of a matrix of zeros.
+
+        What is smaller than the rounding of a model's own numbers counts as zero: in float32 it is 10^6 at most.
+        """
         found = self.sigma_min and self.residual <= RELIABLE
         return self.sigma_max / self.sigma_min if found else float("nan")
 
@@ -177,7 +180,8 @@ def kronecker_extremes(
     tolerance = max(tolerance, max(size) * torch.finfo(jacobian.left.dtype).eps)
     if (values := jacobian.values()) is not None:
         return _of_values(values, tolerance, size)
-    left, right = jacobian.reduced(tolerance)
+    compact = jacobian.compact(tolerance)
+    left, right = compact.rows(tolerance)
     rows, (a, b) = len(left), (left.shape[1], right.shape[1])
     if min(rows, a * b) <= whole:
         return _of_values(_singular_values((left[:, :, None] * right[:, None, :]).flatten(1)), tolerance, size)
@@ -190,22 +194,11 @@ def kronecker_extremes(
     )
     top, residual = products.largest()
     if min(rows, a * b) <= dense:
-        low, other = products.smallest_by_factors(_gram(left, right), max(tolerance, 1e-7) ** 2 * top)
+        gram = (left @ left.T).mul_(right @ right.T) if rows <= a * b else compact.gram()
+        low, other = products.smallest_by_factors(gram, max(tolerance, 1e-7) ** 2 * top)
     else:
         low, other = products.smallest(top, None)
     return Extremes(math.sqrt(top), math.sqrt(low), None, size, max(residual, other))
-
-
-def _gram(left: Tensor, right: Tensor) -> Tensor:
-    """The smaller of J J^T and J^T J, of rows that are the products of these rows."""
-    a, b = left.shape[1], right.shape[1]
-    if len(left) <= a * b:
-        return (left @ left.T).mul_(right @ right.T)
-    gram = left.new_zeros(a * b, a * b)
-    for part in torch.arange(len(left), device=left.device).split(WHOLE):
-        rows = (left[part][:, :, None] * right[part][:, None, :]).flatten(1)
-        gram.addmm_(rows.T, rows)
-    return gram
 
 
 def _singular_values(matrix: Tensor) -> Tensor:

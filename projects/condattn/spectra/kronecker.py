@@ -50,20 +50,35 @@ class RowKronecker:
         parts = torch.linalg.svdvals(self.right), torch.linalg.svdvals(self.left[0])
         return torch.outer(*parts).flatten().sort(descending=True).values
 
-    def reduced(self, tolerance: float) -> tuple[Tensor, Tensor]:
-        """As rows (n, a) and (n, b) whose products, row by row, have the same singular values but for zeros.
-
-        Directions in which no output changes, or no weight matters, are gone.
+    def compact(self, tolerance: float) -> RowKronecker:
+        """The same singular values but for zeros, without the changes of the weight that change no output.
 
         Args:
             tolerance: What counts as zero, relative to the largest.
         """
-        right = _within_span(self.right, tolerance)
         left = _within_span(self.left.flatten(0, 1), tolerance).unflatten(0, self.left.shape[:2])
-        _, lengths, vh = torch.linalg.svd(left, full_matrices=False)
-        sizes = lengths * right.norm(dim=1)[:, None]
+        return RowKronecker(left, _within_span(self.right, tolerance))
+
+    def rows(self, tolerance: float) -> tuple[Tensor, Tensor]:
+        """Rows (n, a) and (n, b) whose products, row by row, have the same singular values but for zeros.
+
+        Args:
+            tolerance: As of :meth:`compact`; directions in which no output changes are left out.
+        """
+        _, lengths, vh = torch.linalg.svd(self.left, full_matrices=False)
+        sizes = lengths * self.right.norm(dim=1)[:, None]
         token, direction = (sizes > tolerance * sizes.max()).nonzero(as_tuple=True)
-        return lengths[token, direction, None] * vh[token, direction], right[token]
+        return lengths[token, direction, None] * vh[token, direction], self.right[token]
+
+    def gram(self) -> Tensor:
+        """J^T J, (a b, a b)."""
+        a, b = self.left.shape[-1], self.right.shape[-1]
+        lefts = self.left.mT @ self.left
+        rights = (self.right[:, :, None] * self.right[:, None, :]).flatten(1)
+        gram = rights.new_empty(a * b, a * b)
+        for i in range(a):
+            gram[i * b : (i + 1) * b] = (lefts[:, i].T @ rights).view(a, b, b).transpose(0, 1).reshape(b, a * b)
+        return gram
 
 
 def _within_span(rows: Tensor, tolerance: float) -> Tensor:

@@ -21,6 +21,7 @@ from .advice import LOW_ENTROPY, find_warnings
 from .results import Measurement
 
 PANELS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "map": "attention map", "A(X)": "head output"}
+JACOBIANS = {f"dA(X)/dW_{name}": f"Jacobian by W_{name}" for name in "QKV"}
 STYLES = ("-", "--", "-.", ":")
 COLORS = ("#3b6fb6", "#d1702b", "#3d8f5f", "#a3479c", "#7a7a7a", "#b5a02a")
 
@@ -38,7 +39,7 @@ def summary(measurements: Measurements) -> list[Row]:
     """One row for each model and site: medians over the heads of what it computes with.
 
     Columns: model, site, kappa of each of ``PANELS``, relative_entropy, largest_logit (of all heads); None where it was
-    not measured.
+    not measured. Where Jacobians were, kappa of each of ``JACOBIANS`` and the bound of Thm 3.4 as well.
     """
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in flat_rows(measurements):
@@ -48,17 +49,25 @@ def summary(measurements: Measurements) -> list[Row]:
                 values.setdefault(name, []).append(row[name])
         elif row["used"]:
             values.setdefault(_panel(row), []).append(row["kappa"])
+            if "bound" in row:
+                values.setdefault("bound", []).append(row["bound"])
+    jacobians = [*JACOBIANS, "bound"] if any(JACOBIANS.keys() & values.keys() for values in found.values()) else []
+    middles = [*PANELS, *jacobians, "relative_entropy"]
     lines = []
     for (model, site), values in found.items():
-        middle = {name: float(np.nanmedian(values[name])) if name in values else None for name in PANELS}
-        spread = float(np.nanmedian(values["relative_entropy"])) if "relative_entropy" in values else None
+        middle = {name: float(np.nanmedian(values[name])) if name in values else None for name in middles}
         largest = max(values["largest_logit"]) if "largest_logit" in values else None
-        lines.append(dict(model=model, site=site) | middle | dict(relative_entropy=spread, largest_logit=largest))
+        lines.append(dict(model=model, site=site) | middle | dict(largest_logit=largest))
     return lines
 
 
+def title_of(column: str) -> str:
+    """The heading of a column of :func:`summary`."""
+    return (PANELS | JACOBIANS).get(column, column.replace("_", " "))
+
+
 def _panel(row: Row) -> str:
-    return "A(X)" if row["quantity"] == "C A(X)" else row["quantity"].removesuffix(" + C")
+    return row["quantity"].replace("C A(X)", "A(X)").removesuffix(" + C")
 
 
 def write_report(measurements: Measurements, folder: Path, title: str) -> list[Path]:
@@ -241,7 +250,7 @@ def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) 
         for (site, quantity), reason in measurement.left_out.items()
     ]
     lines = summary(measurements)
-    head = "".join(f"<th>{html.escape(PANELS.get(name, name.replace('_', ' ')))}</th>" for name in lines[0])
+    head = "".join(f"<th>{html.escape(title_of(name))}</th>" for name in lines[0])
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell(v))}</td>" for v in row.values()) + "</tr>" for row in lines
     )
