@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .advice import LOW_ENTROPY, find_warnings
 from .results import Measurement
@@ -137,6 +138,7 @@ def plot_heads(measurements: Measurements) -> Figure | None:
     for (label, grid), axis in zip(maps.items(), axes, strict=True):
         image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
         axis.set(title=label, xlabel="attention layer", ylabel="head")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=list(axes), label="log10 of the condition number")
     return figure
 
