@@ -12,6 +12,8 @@ from ..sites import AttentionSite
 from .capture import Seen, noise
 from .weights import head_weight
 
+EPS = torch.finfo(torch.float64).eps
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -57,18 +59,21 @@ def head_bound(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> B
     if not torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-3 * seen.outputs[sample, head].abs().max()):
         raise refusal
     rows = seen.map[sample, head].double()
-    derivatives = [torch.diag_embed(part) - part[:, :, None] * part[:, None, :] for part in rows.split(32)]
+    derivatives = (torch.diag_embed(part) - part[:, :, None] * part[:, None, :] for part in rows.split(32))
     return Bound(
         _kappa(seen.tokens[sample], tolerance=noise(seen)),
-        _kappa(*derivatives),
+        _ratio(torch.cat([torch.linalg.svdvals(part).flatten() for part in derivatives]), rows.shape[-1] * EPS),
         _kappa(seen.map[sample, head]),
         *(_kappa(weights[name]) for name in ("q", "k", "v")),
     )
 
 
-def _kappa(*matrices: Tensor, tolerance: float = 0.0) -> float:
-    """Of a matrix, or a block-diagonal matrix of these blocks."""
-    values = torch.cat([torch.linalg.svdvals(part.double()).flatten() for part in matrices])
+def _kappa(matrix: Tensor, tolerance: float = 0.0) -> float:
+    return _ratio(torch.linalg.svdvals(matrix.double()), max(tolerance, max(matrix.shape) * EPS))
+
+
+def _ratio(values: Tensor, tolerance: float) -> float:
+    """The largest singular value over the smallest that is not zero; NaN if all are."""
     top = values.max()
-    values = values[values > max(tolerance, max(matrices[0].shape[-2:]) * torch.finfo(torch.float64).eps) * top]
+    values = values[values > tolerance * top]
     return (top / values.min()).item() if len(values) else math.nan

@@ -112,7 +112,8 @@ class _Call:
         heads = self.site.num_heads
         parts = [(*self.maps[i], self.products[i].reshape(*self.maps[i][1].shape[:-1], -1)) for i in self.products]
         logits, weights, outputs = None, None, None
-        if len(parts) == heads > 1 and len({tensor.shape for part in parts for tensor in part[:2]}) == 1:
+        alone = len({tensor.shape for part in parts for tensor in part[:2]}) == 1 and parts[0][0].dim() == 3
+        if len(parts) == heads > 1 and alone:
             logits, weights, outputs = (torch.stack(tensors, -3).flatten(0, -4) for tensors in zip(*parts, strict=True))
         elif parts:
             logits, weights, outputs = (_by_head(tensor, heads) for tensor in parts[-1])
@@ -132,16 +133,22 @@ class _Call:
     def _sources(self, weights: Tensor | None, outputs: Tensor | None) -> dict[str, Tensor]:
         if outputs is None:
             return {}
-        inputs = self.inputs
-        if isinstance(self.site.module, nn.MultiheadAttention):
+        module = self.site.module
+        read = {name for name in "qkv" if (part := getattr(self.site, name)) and part.reader is module}
+        inputs = self.inputs | {name: next(iter((*self.args, *self.kwargs.values()))) for name in read}
+        if isinstance(module, nn.MultiheadAttention):
             given = dict(zip(("query", "key", "value"), self.args, strict=False)) | self.kwargs
             inputs = {name[0]: given[name] for name in ("query", "key", "value")}
-        arranged: dict[int, Tensor | None] = {}  # what was one tensor stays one
+        counts = {"q": outputs.shape[2], "k": outputs.shape[2] if weights is None else weights.shape[-1]}
+        arranged: dict[tuple[int, int], Tensor | None] = {}  # what was one tensor stays one
+        sources = {}
         for name, x in inputs.items():
-            count = outputs.shape[2] if name == "q" or weights is None else weights.shape[-1]
-            if id(x) not in arranged:
-                arranged[id(x)] = self._arrange(name, x, len(outputs), count)
-        return {name: arranged[id(x)] for name, x in inputs.items() if arranged[id(x)] is not None}
+            key = id(x), counts.get(name, counts["k"])
+            if key not in arranged:
+                arranged[key] = self._arrange(name, x, len(outputs), key[1])
+            if arranged[key] is not None:
+                sources[name] = arranged[key]
+        return sources
 
     def _arrange(self, name: str, x: Tensor, samples: int, count: int) -> Tensor | None:
         """The input of a projection as (samples, tokens, channels); None if it has other tokens than these."""

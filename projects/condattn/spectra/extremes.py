@@ -48,7 +48,8 @@ class Extremes:
     def kappa(self) -> float:
         """sigma_max / sigma_min; NaN where sigma_min was not found, or is of a matrix of zeros.
 
-        What is smaller than the rounding of a model's own numbers counts as zero: in float32 it is 10^6 at most.
+        What is smaller than the rounding of a model's own numbers counts as zero: of a model in float32 it is 10^6 at
+        most, in bfloat16 16. Above ``WHOLE`` what is below 10^-7 of the largest counts as zero in float64 too.
         """
         found = self.sigma_min and self.residual <= RELIABLE
         return self.sigma_max / self.sigma_min if found else float("nan")
@@ -96,7 +97,9 @@ class _Products:
             values, vectors = lobpcg(operator, start, Y=null, largest=False, tol=1e-8 * top, maxiter=STEPS)
         zero = max(self.rows, self.columns) * np.finfo(np.float64).eps * top
         index = next((i for i in np.argsort(values) if values[i] > zero), None)
-        return (math.nan, 0.0) if index is None else (values[index], self.residual(values[index], vectors[:, index]))
+        return (
+            (math.nan, math.inf) if index is None else (values[index], self.residual(values[index], vectors[:, index]))
+        )
 
     def smallest_by_factors(self, gram: Tensor, zero: float) -> tuple[float, float]:
         """As :meth:`smallest`, above ``zero``, of the Gram matrix (which is overwritten), by its LU factors."""

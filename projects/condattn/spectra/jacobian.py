@@ -35,6 +35,7 @@ class Jacobian:
         weight: 'W_Q', 'W_K' or 'W_V'.
         output: 'A(X)', or 'C A(X)'.
         extremes: Its extreme singular values.
+        plain: Whether its derivative is that of plain softmax attention.
     """
 
     site: str
@@ -42,31 +43,44 @@ class Jacobian:
     weight: str
     output: str
     extremes: Extremes
+    plain: bool
 
 
-def head_jacobians(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> list[Jacobian]:
+def head_jacobians(
+    site: AttentionSite, seen: Seen, head: int, sample: int = 0
+) -> tuple[list[Jacobian], dict[str, Exception]]:
     """The Jacobians of A(X), and of C A(X) where the site is preconditioned, of one head and image or window.
 
-    Raises:
-        ValueError: If a weight or the outputs of the site cannot be reached.
+    Returns:
+        Those, and of what could not be had, such as 'dA(X)/dW_Q', the error: a weight or the outputs of the site cannot
+        be reached, attention is saturated, or the host cannot be differentiated in both modes.
     """
-    method = RowPreconditioner.applied_to(site)
-    found = []
+    found, failed = [], {}
     for name in ("q", "k", "v"):
-        for conditioned in (False, True) if method else (False,):
-            function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, conditioned)
-            outputs = seen.outputs[sample, head]
-            outputs = precondition(site, outputs[None, None])[0, 0] if conditioned else outputs
-            structured = _structured(site, seen, function, outputs)
-            if structured:
-                extremes = kronecker_extremes(structured, noise(seen))
+        for conditioned in (False, True) if RowPreconditioner.applied_to(site) else (False,):
+            output, weight = "C A(X)" if conditioned else "A(X)", f"W_{name.upper()}"
+            try:
+                extremes, plain = _head_extremes(site, seen, name, head, sample, conditioned)
+            except (ValueError, RuntimeError, IndexError) as error:
+                failed[f"d{output}/d{weight}"] = error
             else:
-                rows = conditioned and not method.detach and not site.cross_covariance
-                null = unchanging(seen.outputs[sample, head]) if rows else None
-                extremes = jacobian_extremes(function, function.block, null, tolerance=noise(seen))
-            output = "C A(X)" if conditioned else "A(X)"
-            found.append(Jacobian(site.name, head, f"W_{name.upper()}", output, extremes))
-    return found
+                found.append(Jacobian(site.name, head, weight, output, extremes, plain))
+    return found, failed
+
+
+def _head_extremes(
+    site: AttentionSite, seen: Seen, name: str, head: int, sample: int, conditioned: bool
+) -> tuple[Extremes, bool]:
+    """Of one Jacobian, and whether it is that of plain softmax attention."""
+    function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, conditioned)
+    outputs = seen.outputs[sample, head]
+    outputs = precondition(site, outputs[None, None])[0, 0] if conditioned else outputs
+    structured = _structured(site, seen, function, outputs)
+    if structured:
+        return kronecker_extremes(structured, noise(seen)), True
+    rows = conditioned and not RowPreconditioner.applied_to(site).detach and not site.cross_covariance
+    null = unchanging(seen.outputs[sample, head]) if rows else None
+    return jacobian_extremes(function, function.block, null, tolerance=noise(seen)), False
 
 
 @torch.no_grad()
@@ -74,7 +88,8 @@ def _structured(site: AttentionSite, seen: Seen, function: HeadFunction, outputs
     """The Jacobian by its structure, if a derivative of the host in a random direction is the same; else None.
 
     Raises:
-        ValueError: If the function is not the head that was seen; some hosts make windows, or join heads, on the way.
+        ValueError: If the function is not the head that was seen: some hosts make windows, or join heads, on the way;
+            or if attention is so saturated that its derivative is rounding.
     """
     direction = torch.randn(function.block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     value, wanted = jvp(function, (function.block,), (direction.to(function.block),))
@@ -84,10 +99,13 @@ def _structured(site: AttentionSite, seen: Seen, function: HeadFunction, outputs
     jacobian = row_kronecker(site, seen, function.name, function.head, function.sample, function.conditioned)
     if jacobian is None:
         return None
-    found = jacobian(direction.to(wanted))
+    direction = direction.to(wanted)
+    found = jacobian(direction)
+    if jacobian.is_rounding(direction, wanted):
+        raise ValueError(f"{site}: attention is saturated; what is left of its derivative is rounding")
     scaling = (found * wanted).sum() / found.square().sum()
-    same = (scaling * found - wanted).norm() <= max(1e-6, 10 * noise(seen)) * wanted.norm()
-    return jacobian.scaled(scaling) if same else None
+    tolerance = max(1e-6, 100 * torch.finfo(seen.map.dtype).eps)
+    return jacobian.scaled(scaling) if (scaling * found - wanted).norm() <= tolerance * wanted.norm() else None
 
 
 def unchanging(outputs: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ scaling s of the logits, and the derivative of the softmax of a row, Lambda_i = 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
 from ..sites import AttentionSite
-from .capture import Seen, precondition
+from .capture import LARGE, Seen, precondition
 from .weights import head_bias, head_weight
 
 
@@ -28,11 +28,19 @@ class RowKronecker:
         left: A, (N, d, a).
         right: z, (N, b).
         transposed: Whether dW is (b, a) to others, not (a, b).
+        summands: Size of what the softmax sums up to each A_i, (N,); where attention is saturated, nearly all cancels.
     """
 
     left: Tensor
     right: Tensor
     transposed: bool = False
+    summands: Tensor | None = None
+
+    def is_rounding(self, direction: Tensor, product: Tensor) -> bool:
+        """Whether what is left of a product, (N, d), may be the rounding of what cancelled."""
+        if self.summands is None:
+            return False
+        return bool(product.norm() < 1e-9 * (self.summands * self.right.norm(dim=1)).norm() * direction.norm())
 
     def __call__(self, direction: Tensor) -> Tensor:
         """The product with one change of the weight: (N, d)."""
@@ -41,7 +49,7 @@ class RowKronecker:
 
     def scaled(self, factor: Tensor) -> RowKronecker:
         """The same with another scaling of the logits."""
-        return RowKronecker(self.left * factor, self.right, self.transposed)
+        return replace(self, left=self.left * factor)
 
     def values(self) -> Tensor | None:
         """All singular values, where every A_i is the same: those of A times those of the rows z."""
@@ -116,18 +124,16 @@ def row_kronecker(
     change = change.expand(len(outputs), -1, -1)
     if name == "v":
         return RowKronecker(change, weights @ tokens["v"])
-    # Lambda_i takes no notice of constants: of biases, and of means, which would only cost digits.
-    values = made["v"] - made["v"].mean(0)
-    if name == "q":
-        return RowKronecker(change @ _through_softmax(weights, values, made["k"] - made["k"].mean(0)), tokens["q"])
-    queries = made["q"] + head_bias(site, "q", head)
-    return RowKronecker(
-        change @ _through_softmax(weights, values, tokens["k"] - tokens["k"].mean(0)), queries, transposed=True
-    )
+    others, right = (made["k"], tokens["q"]) if name == "q" else (tokens["k"], made["q"] + head_bias(site, "q", head))
+    left = change @ _through_softmax(weights, made["v"], others)
+    summands = torch.linalg.matrix_norm(change) * (weights @ (made["v"].norm(dim=1) * others.norm(dim=1)))
+    return RowKronecker(left, right, name == "k", summands)
 
 
 def _through_softmax(weights: Tensor, values: Tensor, others: Tensor) -> Tensor:
-    """V^T Lambda_i Y for every row p_i of the map, (N, d, columns of Y)."""
-    products = (values[:, :, None] * others[:, None, :]).flatten(1)
-    mean = (weights @ values)[:, :, None] * (weights @ others)[:, None, :]
-    return (weights @ products).view_as(mean) - mean
+    """V^T Lambda_i Y for every row p_i of the map, (N, d, columns of Y): sums of what is left of the rows' means."""
+    parts = []
+    for rows in weights.split(max(1, LARGE // others.numel())):
+        values_left, others_left = (x - (rows @ x)[:, None] for x in (values, others))
+        parts.append((values_left * rows[..., None]).mT @ others_left)
+    return torch.cat(parts)

@@ -181,22 +181,27 @@ def plot_entropy(measurements: Measurements) -> Figure | None:
 
 def plot_jacobians(measurements: Measurements) -> Figure | None:
     """Condition numbers of the Jacobians by depth, and the bound of Thm 3.4."""
-    weights = sorted({one.weight for m in measurements.values() for one in m.jacobians})
-    if not weights:
+    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for label, m in measurements.items():
+        for one in m.jacobians:
+            is_used = (one.output == "C A(X)") == (one.site in m.preconditioned)
+            if is_used and math.isfinite(one.extremes.kappa):
+                points.setdefault(one.weight, {}).setdefault(label, []).append((m.sites[one.site], one.extremes.kappa))
+    if not points:
         return None
-    figure, axes = _grid(weights)
-    for weight, axis in zip(weights, axes, strict=True):
+    figure, axes = _grid(points)
+    for (weight, labelled), axis in zip(sorted(points.items()), axes, strict=True):
         for label, m, look in _looks(measurements):
-            output = {site: "C A(X)" if site in m.preconditioned else "A(X)" for site in m.sites}
-            used = [one for one in m.jacobians if one.weight == weight and one.output == output[one.site]]
-            depths = [m.sites[one.site] for one in used]
-            axis.scatter(depths, [one.extremes.kappa for one in used], s=14, color=look["color"], label=label)
-            heights = [(m.sites[site], bound.value) for (site, _), bound in m.bounds.items()]
-            bound_look = dict(s=60, marker="_", color=look["color"], label=f"{label}, bound")
-            axis.scatter([depth for depth, _ in heights], [height for _, height in heights], **bound_look)
+            axis.scatter(*_columns(labelled.get(label, [])), s=14, color=look["color"], label=label)
+            heights = [(m.sites[site], one.value) for (site, _), one in m.bounds.items() if math.isfinite(one.value)]
+            axis.scatter(*_columns(heights), s=60, marker="_", color=look["color"], label=f"{label}, bound")
         axis.set(title=f"Jacobian by {weight}", yscale="log", xlabel="attention layer", ylabel="condition number")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside center right")
     return figure
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 PLOTS: dict[str, Callable[[Measurements], Figure | None]] = {

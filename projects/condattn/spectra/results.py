@@ -87,7 +87,7 @@ class Measurement:
                     dict(quantity=one.matrix, used=self.is_used(one))
                     | {name: _median(part[:, head]) for name, part in values.items()}
                     | dict(
-                        kappa_max=values["kappa"][:, head].double().nan_to_num(-math.inf).max().item(),
+                        kappa_max=_largest(values["kappa"][:, head]),
                         singular=one.singular[:, head].double().mean().item(),
                         size=f"{one.size[0]} x {one.size[1]}",
                         samples=len(one.values),
@@ -128,6 +128,12 @@ class Measurement:
                 )
                 | (dict(bound=bound.value) | {f"bound_{k}": v for k, v in asdict(bound).items()} if bound else {}),
             )
+
+
+def _largest(values: Tensor) -> float:
+    """The largest of what is a number."""
+    numbers = values[~values.isnan()]
+    return numbers.max().item() if len(numbers) else math.nan
 
 
 def _median(values: Tensor) -> float:

@@ -114,6 +114,7 @@ def head_bias(site: AttentionSite, name: str, head: int) -> Tensor | float:
     projection = getattr(site, name)
     bias = getattr(projection.owner, "bias" if projection.parameter == "weight" else "in_proj_bias", None)
     if bias is None:
-        return 0.0
+        bias = getattr(site.module, f"{name}_bias", None)  # beside weights that the module itself reads
+        return 0.0 if bias is None else bias.unflatten(0, (site.num_heads, -1))[head]
     heads = bias[indices(projection.rows)].unflatten(0, (projection.num_heads or site.num_heads, -1))
     return heads[head * len(heads) // site.num_heads]
