@@ -1,17 +1,31 @@
 """Conditioned faces of mmdet's backbones."""
 
-from mmdet.models.backbones.swin import SwinTransformer
+from mmdet.models.backbones.swin import PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
 from mmdet.registry import MODELS
 from mmengine.registry import MODELS as ROOT_MODELS
 
-from .base import ConditionedBackbone
+from .swin import ConditionedSwin, FastPatchMerging, FastShiftWindowMSA, FastSwinBlock
+
+
+class FastAttention(FastShiftWindowMSA, ShiftWindowMSA):
+    """mmdet's ``ShiftWindowMSA`` with a fast forward."""
+
+
+class FastBlock(FastSwinBlock, SwinBlock):
+    """mmdet's ``SwinBlock`` with a fast forward."""
+
+
+class FastMerging(FastPatchMerging, PatchMerging):
+    """mmdet's ``PatchMerging`` with a fast forward."""
 
 
 @ROOT_MODELS.register_module()
 @MODELS.register_module()
-class ConditionedSwinTransformer(ConditionedBackbone, SwinTransformer):
+class ConditionedSwinTransformer(ConditionedSwin, SwinTransformer):
     """mmdet's ``SwinTransformer``, conditioned.
 
     Shape: images (B, 3, H, W) of any size; one feature map (B, embed_dims * 2**i, H / 4 / 2**i, W / 4 / 2**i),
     rounded up, for each i of ``out_indices``.
     """
+
+    fast_faces = {ShiftWindowMSA: FastAttention, SwinBlock: FastBlock, PatchMerging: FastMerging}  # noqa: RUF012

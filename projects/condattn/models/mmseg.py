@@ -1,16 +1,31 @@
 """Conditioned faces of mmseg's backbones."""
 
 from mmengine.registry import MODELS as ROOT_MODELS
-from mmseg.models.backbones.swin import SwinTransformer
+from mmseg.models.backbones.swin import PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
 from mmseg.models.backbones.vit import VisionTransformer
 from mmseg.registry import MODELS
 
 from .base import ConditionedBackbone
+from .swin import ConditionedSwin, FastPatchMerging, FastShiftWindowMSA, FastSwinBlock
+
+
+class FastAttention(FastShiftWindowMSA, ShiftWindowMSA):
+    """mmseg's ``ShiftWindowMSA`` with a fast forward."""
+
+
+class FastBlock(FastSwinBlock, SwinBlock):
+    """mmseg's ``SwinBlock`` with a fast forward."""
+
+
+class FastMerging(FastPatchMerging, PatchMerging):
+    """mmseg's ``PatchMerging`` with a fast forward."""
 
 
 @MODELS.register_module()
-class ConditionedSwinTransformer(ConditionedBackbone, SwinTransformer):
+class ConditionedSwinTransformer(ConditionedSwin, SwinTransformer):
     """mmseg's ``SwinTransformer``, conditioned; shapes as in :mod:`condattn.models.mmdet`."""
+
+    fast_faces = {ShiftWindowMSA: FastAttention, SwinBlock: FastBlock, PatchMerging: FastMerging}  # noqa: RUF012
 
 
 @ROOT_MODELS.register_module()

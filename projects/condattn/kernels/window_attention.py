@@ -1,0 +1,158 @@
+"""Attention in shifted windows (Swin, arXiv 2103.14030), from projected tokens to head outputs in their order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .row_norm import normalize_rows
+from .switch import is_plain, triton_module
+from .windows import Windows
+
+
+def window_attention(
+    qkv: Tensor,
+    padding: Tensor | None,
+    bias: Tensor,
+    grid: Windows,
+    heads: int,
+    scale: float,
+    normalize: tuple[float, bool] | None = None,
+) -> Tensor:
+    """softmax(scale Q K^T + bias + mask) V in each window, without a map in memory that its backward does not need.
+
+    Tokens are projected before they are put into windows, so that none is projected for padding; padding has queries,
+    keys and values that are ``padding``.
+
+    Args:
+        qkv: Queries, keys and values of all heads, (B, height * width, 3 * heads * d).
+        padding: Those of padding, (3 * heads * d,), such as the bias of the projection; None: zeros.
+        bias: What is added to the logits of each head, (heads, size^2, size^2).
+        grid: The windows.
+        heads: Number of heads.
+        scale: What q k^T is multiplied by.
+        normalize: ``eps`` and ``detach`` of :func:`condattn.kernels.row_norm.normalize_rows`, which the rows of each
+            head's output then go through; None: they do not.
+
+    Returns:
+        (B, height * width, heads * d), in the dtype of ``qkv``.
+
+    Raises:
+        ValueError: If the map has not height * width tokens.
+    """
+    if qkv.shape[1] != grid.height * grid.width:
+        raise ValueError(f"expected {grid.height} x {grid.width} tokens, found {qkv.shape[1]}")
+    if len(qkv) == 0:
+        return qkv[..., : qkv.shape[-1] // 3]
+    padding = None if padding is None else padding.to(qkv.dtype)
+    if (
+        not is_plain()
+        and qkv.is_cuda
+        and (kernel := triton_module("window_attention_triton"))
+        and kernel.supports(qkv, grid, heads)
+    ):
+        eps, detach = normalize or (None, False)
+        attend = kernel.TritonWindowAttention.apply
+        return attend(qkv.contiguous(), padding, bias, grid, heads, scale, eps, detach)
+    if is_plain():
+        outputs = window_attention_reference(qkv, padding, bias, grid, heads, scale)
+    else:
+        outputs = _WindowAttention.apply(qkv.contiguous(), padding, bias, grid, heads, scale)
+    if normalize is None:
+        return outputs
+    return normalize_rows(outputs.unflatten(-1, (heads, -1)), *normalize).flatten(-2)
+
+
+def window_attention_reference(
+    qkv: Tensor, padding: Tensor | None, bias: Tensor, grid: Windows, heads: int, scale: float
+) -> Tensor:
+    """The plain twin of :func:`window_attention`: pad, roll, cut into windows, attend, and back."""
+    batch, size, rows, columns = qkv.shape[0], grid.size, grid.rows, grid.columns
+    x = qkv.reshape(batch, grid.height, grid.width, -1)
+    if grid.is_padded:
+        below, beside = rows * size - grid.height, columns * size - grid.width
+        x = F.pad(x, (0, 0, 0, beside, 0, below))
+        if padding is not None:
+            outside = F.pad(x.new_zeros(grid.height, grid.width, 1), (0, 0, 0, beside, 0, below), value=1.0)
+            x = x + outside * padding
+    if grid.shift:
+        x = x.roll((-grid.shift, -grid.shift), (1, 2))
+    x = x.reshape(batch, rows, size, columns, size, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = x.reshape(3, batch, rows * columns, heads, size * size, -1).unbind(0)
+    logits = (q * scale) @ k.mT + bias
+    if grid.shift:
+        logits = logits + grid.mask(logits.dtype)[:, None]
+    x = (logits.softmax(-1).to(v.dtype) @ v).reshape(batch, rows, columns, heads, size, size, -1)
+    x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * size, columns * size, -1)
+    if grid.shift:
+        x = x.roll((grid.shift, grid.shift), (1, 2))
+    return x[:, : grid.height, : grid.width].reshape(batch, grid.height * grid.width, -1)
+
+
+class _WindowAttention(torch.autograd.Function):
+    """Gathers each head's rows once, and keeps them and the map for the backward."""
+
+    @staticmethod
+    def forward(ctx, qkv, padding, bias, grid, heads, scale):
+        q, k, v = (_gather(qkv, padding, grid, heads, part) for part in range(3))
+        weights = _weights(q, k, bias, grid, heads, scale)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.grid, ctx.heads, ctx.scale = grid, heads, scale
+        ctx.batch, ctx.has_padding = qkv.shape[0], padding is not None
+        outputs = torch.bmm(weights, v).flatten(0, 1)
+        return outputs.index_select(0, grid.place_rows(heads, len(qkv), 1)).view(*qkv.shape[:2], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        q, k, v, weights = ctx.saved_tensors
+        grid, heads, batch, size = ctx.grid, ctx.heads, ctx.batch, v.shape[-1]
+        rows = gradient.reshape(-1, size).index_select(0, grid.token_rows(heads, batch))
+        if grid.is_padded:
+            rows.index_fill_(0, grid.padding_rows(heads, batch), 0.0)
+        rows = rows.view_as(v)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        grad_logits = torch._softmax_backward_data(torch.bmm(rows, v.mT).to(wide), weights.to(wide), -1, wide)
+        grad_bias = grad_logits.view(-1, heads, *weights.shape[1:]).sum(0)
+        grad_logits = grad_logits.to(v.dtype)
+        grads = v.new_empty(3, *v.shape)
+        torch.baddbmm(grads[0], grad_logits, k, beta=0, alpha=ctx.scale, out=grads[0])
+        torch.baddbmm(grads[1], grad_logits.mT, q, beta=0, alpha=ctx.scale, out=grads[1])
+        torch.bmm(weights.mT, rows, out=grads[2])
+        grad_padding = None
+        if ctx.has_padding:
+            outside = grads.flatten(1, 2).index_select(1, grid.padding_rows(heads, batch))
+            grad_padding = outside.view(3, heads, -1, size).sum(2).flatten()
+        grad_qkv = grads.view(-1, size).index_select(0, grid.place_rows(heads, batch, 3))
+        return grad_qkv.view(batch, -1, 3 * heads * size), grad_padding, grad_bias, None, None, None
+
+
+def _gather(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int, part: int) -> Tensor:
+    """Queries (part 0), keys or values, (B * windows * heads, size^2, d)."""
+    size = qkv.shape[-1] // (3 * heads)
+    rows = qkv.view(-1, size)[part * heads :].index_select(0, grid.projected_rows(heads, len(qkv)))
+    if grid.is_padded:
+        outside = grid.padding_rows(heads, len(qkv))
+        values = 0.0 if padding is None else padding.view(3, heads, 1, size)[part]
+        filling = rows.new_empty(heads, len(outside) // heads, size).copy_(values)
+        rows.index_copy_(0, outside, filling.flatten(0, 1))
+    return rows.view(-1, grid.size**2, size)
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scale: float) -> Tensor:
+    """The maps, (B * windows * heads, size^2, size^2)."""
+    logits = _scaled(scale, q, k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    view = logits.view(-1, grid.rows, grid.columns, heads, *logits.shape[1:])
+    view.add_(bias)
+    if grid.shift:
+        mask = grid.mask(logits.dtype).view(grid.rows, grid.columns, 1, *logits.shape[1:])
+        view[:, -1].add_(mask[-1])
+        view[:, :-1, -1].add_(mask[:-1, -1])
+    return torch.softmax(logits, -1).to(q.dtype)
+
+
+def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """Scale a b, of stacked matrices."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)

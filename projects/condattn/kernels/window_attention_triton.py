@@ -1,0 +1,245 @@
+"""Attention in shifted windows in one pass over memory, in Triton: nothing of size^2 x size^2 is written.
+
+A program has one window and head: it finds its tokens in the map by itself, so that nothing is padded, rolled or cut
+into windows. In the backward a program has one head and several windows, one after the other, and sums up their
+gradient of the bias for itself: no two programs write to the same place, and results are the same every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .windows import MASKED, Windows
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_SIZES = (16, 32, 64, 128)
+LARGEST = 256
+"""Tokens of a window."""
+PROGRAMS = 4
+"""Of the backward, for each multiprocessor."""
+
+
+def supports(qkv: Tensor, grid: Windows, heads: int) -> bool:
+    """Whether the kernel takes these queries, keys and values, and the GPU has the shared memory that it needs."""
+    size, places = qkv.shape[-1] // (3 * heads), _places(grid)
+    if qkv.dtype not in DTYPES or size not in HEAD_SIZES or grid.size**2 > LARGEST or not len(qkv):
+        return False
+    available = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin
+    return shared_memory(places, size, qkv.element_size()) <= available
+
+
+def shared_memory(places: int, size: int, bytes_each: int) -> float:
+    """What the kernels need at most, in bytes: the keys of a window, as often as the compiler reports for sm_90."""
+    small, large = (8, 4.2) if bytes_each == 2 else (7, 3.4)
+    return (small if places <= 64 else large) * places * size * bytes_each
+
+
+@triton.jit
+def _locate(window, places, HEIGHT, WIDTH, ROWS, COLUMNS, SIZE: tl.constexpr, SHIFT: tl.constexpr):
+    """Token of each place of a window, whether it is one (and not padding), and the part of the map it is from."""
+    y = (window // COLUMNS) * SIZE + places // SIZE
+    x = (window % COLUMNS) * SIZE + places % SIZE
+    region = 3 * ((y >= ROWS * SIZE - SIZE).to(tl.int32) + (y >= ROWS * SIZE - SHIFT).to(tl.int32))
+    region += (x >= COLUMNS * SIZE - SIZE).to(tl.int32) + (x >= COLUMNS * SIZE - SHIFT).to(tl.int32)
+    y = (y + SHIFT) % (ROWS * SIZE)
+    x = (x + SHIFT) % (COLUMNS * SIZE)
+    inside = (places < SIZE * SIZE) & (y < HEIGHT) & (x < WIDTH)
+    return y * WIDTH + x, inside, region
+
+
+@triton.jit
+def _load_part(qkv, padding, part: tl.constexpr, token, inside, exists, head, HEADS: tl.constexpr, D: tl.constexpr):
+    """Queries (part 0), keys or values of one head at these places, (places, d)."""
+    channel = (part * HEADS + head) * D + tl.arange(0, D)
+    rows = tl.load(qkv + token[:, None] * (3 * HEADS * D) + channel[None, :], mask=inside[:, None], other=0.0)
+    outside = tl.load(padding + channel)
+    return tl.where((exists & ~inside)[:, None], outside[None, :], rows)
+
+
+@triton.jit
+def _softmax(
+    q, k, bias, rows, columns, region, regions, scale,
+    N: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Rows of the map of one window and head, (rows, columns), in float32."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    exists = (rows < N)[:, None] & (columns < N)[None, :]
+    logits += tl.load(bias + rows[:, None] * N + columns[None, :], mask=exists, other=0.0)
+    if SHIFT > 0:
+        logits += tl.where(region[:, None] != regions[None, :], MASK, 0.0)
+    logits = tl.where((columns < N)[None, :], logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def _forward(
+    qkv, padding, bias, out, norms, HEIGHT, WIDTH, ROWS, COLUMNS, scale, eps,
+    SIZE: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    window, head = tl.program_id(0), tl.program_id(1)
+    image, window = window // (ROWS * COLUMNS), window % (ROWS * COLUMNS)
+    tokens = image.to(tl.int64) * HEIGHT * WIDTH
+    qkv += tokens * 3 * HEADS * D
+    out += tokens * HEADS * D
+    norms += tokens * HEADS
+    N: tl.constexpr = SIZE * SIZE
+    bias += head * N * N
+    columns = tl.arange(0, PLACES)
+    token_k, inside_k, regions = _locate(window, columns, HEIGHT, WIDTH, ROWS, COLUMNS, SIZE, SHIFT)
+    k = _load_part(qkv, padding, 1, token_k, inside_k, columns < N, head, HEADS, D)
+    v = _load_part(qkv, padding, 2, token_k, inside_k, columns < N, head, HEADS, D)
+    for start in range(0, PLACES, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        token, inside, region = _locate(window, rows, HEIGHT, WIDTH, ROWS, COLUMNS, SIZE, SHIFT)
+        q = _load_part(qkv, padding, 0, token, inside, rows < N, head, HEADS, D)
+        weights = _softmax(q, k, bias, rows, columns, region, regions, scale, N, SHIFT, PRECISION, MASK)
+        result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        if NORMALIZE:
+            norm = tl.sqrt(tl.sum(result * result, 1))
+            result = result / tl.maximum(norm, eps)[:, None]
+            tl.store(norms + token * HEADS + head, norm, mask=inside)
+        places = token[:, None] * (HEADS * D) + head * D + tl.arange(0, D)[None, :]
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _backward(
+    qkv, padding, bias, out, norms, grad_out, grad_qkv, grad_padding, grad_bias,
+    HEIGHT, WIDTH, ROWS, COLUMNS, WINDOWS, EACH, scale, eps,
+    SIZE: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, DETACH: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    N: tl.constexpr = SIZE * SIZE
+    bias += head * N * N
+    grad_bias += (chunk * HEADS + head) * N * N
+    columns, channel = tl.arange(0, PLACES), tl.arange(0, D)
+    summed = tl.zeros([BLOCK, PLACES], tl.float32)
+    padding_k, padding_v = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
+    for number in range(chunk * EACH, tl.minimum(chunk * EACH + EACH, WINDOWS)):
+        window = number % (ROWS * COLUMNS)
+        tokens = (number // (ROWS * COLUMNS)).to(tl.int64) * HEIGHT * WIDTH
+        projected, grad_projected = qkv + tokens * 3 * HEADS * D, grad_qkv + tokens * 3 * HEADS * D
+        token_k, inside_k, regions = _locate(window, columns, HEIGHT, WIDTH, ROWS, COLUMNS, SIZE, SHIFT)
+        k = _load_part(projected, padding, 1, token_k, inside_k, columns < N, head, HEADS, D)
+        v = _load_part(projected, padding, 2, token_k, inside_k, columns < N, head, HEADS, D)
+        grad_k, grad_v = tl.zeros([PLACES, D], tl.float32), tl.zeros([PLACES, D], tl.float32)
+        for start in range(0, PLACES, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            token, inside, region = _locate(window, rows, HEIGHT, WIDTH, ROWS, COLUMNS, SIZE, SHIFT)
+            q = _load_part(projected, padding, 0, token, inside, rows < N, head, HEADS, D)
+            places = tokens * HEADS * D + token[:, None] * (HEADS * D) + head * D + channel[None, :]
+            grad = tl.load(grad_out + places, mask=inside[:, None], other=0.0).to(tl.float32)
+            if NORMALIZE:
+                norm = tl.load(norms + tokens * HEADS + token * HEADS + head, mask=inside, other=1.0)
+                if not DETACH:
+                    unit = tl.load(out + places, mask=inside[:, None], other=0.0).to(tl.float32)
+                    along = tl.where(norm < eps, 0.0, tl.sum(unit * grad, 1))
+                    grad -= unit * along[:, None]
+                grad = grad / tl.maximum(norm, eps)[:, None]
+            weights = _softmax(q, k, bias, rows, columns, region, regions, scale, N, SHIFT, PRECISION, MASK)
+            grad = grad.to(v.dtype)
+            grad_v += tl.dot(tl.trans(weights.to(v.dtype)), grad, input_precision=PRECISION)
+            grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            grad_logits = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None])
+            if PLACES == BLOCK:
+                summed += grad_logits
+            else:  # too many for registers; the place is this program's own
+                where = grad_bias + rows[:, None] * N + columns[None, :]
+                exists = (rows < N)[:, None] & (columns < N)[None, :]
+                before = tl.load(where, mask=exists & (number > chunk * EACH), other=0.0)
+                tl.store(where, before + grad_logits, mask=exists)
+                tl.debug_barrier()
+            grad_logits = grad_logits.to(v.dtype)
+            grad_k += tl.dot(tl.trans(grad_logits), q, input_precision=PRECISION)
+            grad_q = tl.dot(grad_logits, k, input_precision=PRECISION) * scale
+            places = token[:, None] * (3 * HEADS * D) + head * D + channel[None, :]
+            tl.store(grad_projected + places, grad_q.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
+        grad_k *= scale
+        places = token_k[:, None] * (3 * HEADS * D) + (HEADS + head) * D + channel[None, :]
+        tl.store(grad_projected + places, grad_k.to(grad_qkv.dtype.element_ty), mask=inside_k[:, None])
+        places += HEADS * D
+        tl.store(grad_projected + places, grad_v.to(grad_qkv.dtype.element_ty), mask=inside_k[:, None])
+        outside = ((columns < N) & ~inside_k)[:, None]
+        padding_k += tl.sum(tl.where(outside, grad_k, 0.0), 0)
+        padding_v += tl.sum(tl.where(outside, grad_v, 0.0), 0)
+    if PLACES == BLOCK:
+        rows = tl.arange(0, BLOCK)
+        exists = (rows < N)[:, None] & (columns < N)[None, :]
+        tl.store(grad_bias + rows[:, None] * N + columns[None, :], summed, mask=exists)
+    tl.store(grad_padding + ((chunk * 3 + 1) * HEADS + head) * D + channel, padding_k)
+    tl.store(grad_padding + ((chunk * 3 + 2) * HEADS + head) * D + channel, padding_v)
+
+
+class TritonWindowAttention(torch.autograd.Function):
+    """As :func:`condattn.kernels.window_attention.window_attention`, of tensors on a GPU."""
+
+    @staticmethod
+    def forward(ctx, qkv, padding, bias, grid, heads, scale, eps, detach):
+        """Head outputs, (B, tokens, heads * d)."""
+        batch, tokens, size = len(qkv), qkv.shape[1], qkv.shape[-1] // (3 * heads)
+        has_padding = padding is not None
+        padding = qkv.new_zeros(3 * heads * size) if padding is None else padding.contiguous()
+        bias = bias.float().contiguous()
+        out = qkv.new_empty(batch, tokens, heads * size)
+        norms = torch.empty(batch, tokens, heads, dtype=torch.float32, device=qkv.device) if eps else out
+        settings = _settings(qkv, grid, heads, size, eps)
+        shape = (grid.height, grid.width, grid.rows, grid.columns)
+        windows = batch * grid.rows * grid.columns
+        _forward[(windows, heads)](qkv, padding, bias, out, norms, *shape, scale, eps or 0.0, **settings)
+        ctx.save_for_backward(qkv, padding, bias, out, norms)
+        ctx.shape, ctx.settings, ctx.windows, ctx.scale = shape, settings, windows, scale
+        ctx.eps, ctx.detach, ctx.has_padding, ctx.heads = eps, detach, has_padding, heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        """The gradients of ``qkv``, ``padding`` and ``bias``."""
+        qkv, padding, bias, out, norms = ctx.saved_tensors
+        programs = PROGRAMS * _multiprocessors(qkv.device)
+        each = max(1, ctx.windows * ctx.heads // programs)
+        chunks = -(-ctx.windows // each)
+        grad_qkv = torch.empty_like(qkv)
+        grad_padding = torch.zeros(chunks, len(padding), dtype=torch.float32, device=qkv.device)
+        grad_bias = torch.empty(chunks, *bias.shape, dtype=torch.float32, device=qkv.device)
+        _backward[(chunks, ctx.heads)](
+            *(qkv, padding, bias, out, norms, gradient.contiguous(), grad_qkv, grad_padding, grad_bias),
+            *(*ctx.shape, ctx.windows, each, ctx.scale, ctx.eps or 0.0),
+            DETACH=ctx.detach,
+            **ctx.settings,
+        )
+        grad_padding = grad_padding.sum(0).to(padding.dtype) if ctx.has_padding else None
+        return grad_qkv, grad_padding, grad_bias.sum(0), None, None, None, None, None
+
+
+def _settings(qkv: Tensor, grid: Windows, heads: int, size: int, eps: float | None) -> dict:
+    """What the kernels are compiled for."""
+    places = _places(grid)
+    return dict(
+        SIZE=grid.size,
+        SHIFT=grid.shift,
+        HEADS=heads,
+        D=size,
+        PLACES=places,
+        BLOCK=min(places, 64 if places <= 64 else 32),
+        NORMALIZE=eps is not None,
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+        MASK=MASKED,
+        num_warps=4 if places <= 64 else 8,
+        num_stages=1,  # more take twice the shared memory and more
+    )
+
+
+def _places(grid: Windows) -> int:
+    return max(16, triton.next_power_of_2(grid.size**2))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

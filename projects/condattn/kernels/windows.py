@@ -1,0 +1,132 @@
+"""Where the tokens of a map lie in shifted windows (Swin, arXiv 2103.14030)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from .switch import is_compiling
+
+MASKED = -100.0
+"""What is added to the logits of tokens that are not neighbours, as in every implementation of Swin."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of ``size`` x ``size`` tokens on a map that is padded to whole windows and rolled by ``shift``.
+
+    The windows are in rows from top to bottom, their tokens too.
+
+    Attributes:
+        height: Rows of the map.
+        width: Columns of the map.
+        size: Tokens along the side of a window.
+        shift: How far the windows are moved down and to the right; 0 if not.
+        device: Where the indices are wanted.
+    """
+
+    height: int
+    width: int
+    size: int
+    shift: int
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        """Windows from top to bottom."""
+        return -(-self.height // self.size)
+
+    @property
+    def columns(self) -> int:
+        """Windows from left to right."""
+        return -(-self.width // self.size)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some tokens of windows are padding."""
+        return self.height % self.size > 0 or self.width % self.size > 0
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The token at each place, (windows, size^2); height * width at padding."""
+        y = self._along(self.rows)[:, None, :, None]
+        x = self._along(self.columns)[None, :, None, :]
+        token = torch.where((y < self.height) & (x < self.width), y * self.width + x, self.height * self.width)
+        return token.reshape(-1, self.size**2)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The place of each token, (height * width,): its window times size^2, and its place in the window."""
+        y = (torch.arange(self.height, device=self.device) - self.shift) % (self.rows * self.size)
+        x = (torch.arange(self.width, device=self.device) - self.shift) % (self.columns * self.size)
+        window = (y // self.size)[:, None] * self.columns + x // self.size
+        return (window * self.size**2 + (y % self.size)[:, None] * self.size + x % self.size).flatten()
+
+    @property
+    def regions(self) -> Tensor:
+        """A number for the part of the map that each token is from, (windows, size^2): others are no neighbours."""
+        y, x = self._parts(self.rows)[:, None, :, None], self._parts(self.columns)[None, :, None, :]
+        return (3 * y + x).reshape(-1, self.size**2)
+
+    def projected_rows(self, heads: int, batch: int) -> Tensor:
+        """For each row of (B, windows, heads, size^2), the one of (B, tokens, 3, heads) that holds its query.
+
+        Keys and values lie ``heads`` and ``2 * heads`` rows further. Padding has the first row of its head.
+        """
+        return _rows(self, "projected", heads, batch)
+
+    def token_rows(self, heads: int, batch: int) -> Tensor:
+        """For each row of (B, windows, heads, size^2), the one of (B, tokens, heads) that it is; padding as above."""
+        return _rows(self, "token", heads, batch)
+
+    def padding_rows(self, heads: int, batch: int) -> Tensor:
+        """Which rows of (B, windows, heads, size^2) are padding, (heads * B * paddings,), head by head."""
+        return _rows(self, "padding", heads, batch)
+
+    def place_rows(self, heads: int, batch: int, parts: int) -> Tensor:
+        """For each row of (B, tokens, parts, heads), the one of (parts, B, windows, heads, size^2) where it is."""
+        return _rows(self, "place", heads, batch, parts)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to the logits of each window, (windows, size^2, size^2): 0 or ``MASKED``."""
+        regions = self.regions
+        return (regions[:, :, None] != regions[:, None, :]).to(dtype) * MASKED
+
+    def _along(self, count: int) -> Tensor:
+        """Row (or column) of the map at each row of each window, (windows along it, size)."""
+        places = torch.arange(count * self.size, device=self.device)
+        return ((places + self.shift) % (count * self.size)).view(count, self.size)
+
+    def _parts(self, count: int) -> Tensor:
+        places = torch.arange(count * self.size, device=self.device).view(count, self.size)
+        last = count * self.size
+        return (places >= last - self.size).long() + (places >= last - self.shift).long() * (self.shift > 0)
+
+
+def windows(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
+    """The :class:`Windows` of a map; the same for the same map, so that its indices are made once."""
+    return Windows(height, width, size, shift, device) if is_compiling() else _kept(height, width, size, shift, device)
+
+
+_kept = lru_cache(maxsize=32)(Windows)  # of the last sizes of images: indices take memory
+
+
+@lru_cache(maxsize=96)
+def _rows(grid: Windows, kind: str, heads: int, batch: int, parts: int = 1) -> Tensor:
+    token, place, count = grid.tokens, grid.places, grid.size**2
+    head, image = (torch.arange(number, device=grid.device) for number in (heads, batch))
+    if kind in ("projected", "token"):
+        rows = token[:, None, :] % len(place) + image[:, None, None, None] * len(place)
+        rows = rows * (3 * heads if kind == "projected" else heads) + head[:, None]
+    elif kind == "padding":
+        window, outside = (token == len(place)).nonzero(as_tuple=True)
+        rows = ((window + image[:, None] * len(token)) * heads + head[:, None, None]) * count + outside
+        return rows.flatten()
+    else:
+        part = torch.arange(parts, device=grid.device)[:, None] * batch + image[:, None, None, None]
+        rows = (((place // count)[:, None, None] + part * len(token)) * heads + head) * count
+        rows = rows + (place % count)[:, None, None]
+    return rows.flatten().int()

@@ -1,0 +1,181 @@
+"""Swin's blocks with less memory traffic: the same parameters, the same function, upstream's forward as the twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.cache import WeightCache
+from ..kernels.gelu_linear import gelu_linear
+from ..kernels.switch import is_compiling, is_plain
+from ..kernels.window_attention import window_attention
+from ..kernels.windows import windows
+from ..methods.base import Conditioning, become
+from ..methods.preconditioner import PreconditionedLinear
+from .base import ConditionedBackbone
+
+
+class FastShiftWindowMSA:
+    """Mixin in front of upstream's ``ShiftWindowMSA``: projections before windows, no map rebuilt, no mask rebuilt.
+
+    Upstream's forward runs where attention has dropout, where its ``w_msa`` has hooks, and within
+    :func:`condattn.kernels.switch.plain`.
+    """
+
+    cache: WeightCache | None = None
+    """Of the relative position bias."""
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """(B, H * W, C) to the same shape; see upstream."""
+        msa = self.w_msa
+        if has_hooks(msa) or (self.training and msa.attn_drop.p) or (is_plain() and not is_compiling()):
+            return super().forward(query, hw_shape)
+        grid = windows(*hw_shape, self.window_size, self.shift_size, query.device)
+        proj = msa.proj
+        inside = isinstance(proj, PreconditionedLinear) and not has_hooks(proj)
+        normalize = (proj.preconditioner.eps, proj.preconditioner.detach) if inside else None
+        attention = grid, msa.num_heads, msa.scale, normalize
+        heads = window_attention(msa.qkv(query), msa.qkv.bias, self._bias(), *attention)
+        x = F.linear(heads, proj.weight, proj.bias) if inside else proj(heads)
+        return drop_path(msa.proj_drop(x), self.drop)
+
+    def train(self, mode: bool = True):
+        """Set the training mode and return self."""
+        self.cache = None
+        return super().train(mode)
+
+    def _bias(self) -> Tensor:
+        """The relative position bias, (heads, N, N)."""
+        table, index = self.w_msa.relative_position_bias_table, self.w_msa.relative_position_index
+
+        def gather() -> Tensor:
+            return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
+
+        if is_compiling():
+            return gather()
+        if self.cache is None:
+            self.cache = WeightCache()
+        return self.cache.get(gather, table)
+
+
+class FastSwinBlock:
+    """Mixin in front of upstream's ``SwinBlock``: normalised tokens and activations are computed again in the backward.
+
+    That is cheap, and saves half of what a block keeps. Upstream's forward runs where it checkpoints the whole block,
+    and within :func:`condattn.kernels.switch.plain`.
+    """
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """(B, H * W, C) to the same shape; see upstream."""
+        ffn = self.ffn
+        plain = is_plain() or not torch.is_grad_enabled() or (self.with_cp and x.requires_grad)
+        if plain or ffn.num_fcs != 2 or not ffn.add_identity or has_hooks(ffn):
+            return super().forward(x, hw_shape)
+        with again_in_backward(self.norm1, x) as normalized:
+            x = x + self.attn(normalized, hw_shape)
+        (linear, activation, drop), projection, drop_out = ffn.layers
+        with again_in_backward(self.norm2, x) as normalized:
+            hidden = linear(normalized)
+        known = type(activation).__name__, type(projection).__name__  # torch's or mmcv's
+        exact = known == ("GELU", "Linear") and getattr(activation, "approximate", "none") == "none"
+        if exact and not (has_hooks(activation) or has_hooks(projection) or (drop.training and drop.p)):
+            out = gelu_linear(hidden, projection.weight, projection.bias)
+        else:
+            out = projection(drop(activation(hidden)))
+        return x + drop_path(ffn.gamma2(drop_out(out)), ffn.dropout_layer)
+
+
+class FastPatchMerging:
+    """Mixin in front of upstream's ``PatchMerging``: the pixels of a patch are put side by side in one copy.
+
+    Upstream's forward runs for other patches than 2 x 2, and within :func:`condattn.kernels.switch.plain`.
+    """
+
+    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """(B, H * W, C) to (B, ceil(H / 2) * ceil(W / 2), 2 C), and that size; see upstream."""
+        unfold, padding = self.sampler, self.adap_padding
+        usual = (unfold.kernel_size, unfold.stride, unfold.padding, unfold.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
+        if not usual or padding is None or padding.padding != "corner" or (is_plain() and not is_compiling()):
+            return super().forward(x, input_size)
+        height, width = input_size
+        channels = x.shape[-1]
+        x = x.view(-1, height, width, channels)
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        height, width = x.shape[1] // 2, x.shape[2] // 2
+        x = x.view(-1, height, 2, width, 2, channels).permute(0, 1, 3, 5, 2, 4)
+        x = x.reshape(-1, height * width, 4 * channels)
+        return self.reduction(self.norm(x) if self.norm else x), (height, width)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone wants to see the calls of a module itself."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def drop_path(x: Tensor, layer: nn.Module) -> Tensor:
+    """Stochastic depth as mmcv's ``DropPath`` has it, with the same random numbers, by one product."""
+    if type(layer).__name__ != "DropPath" or not layer.training or not layer.drop_prob:
+        return layer(x)
+    keep = 1 - layer.drop_prob
+    kept = keep + torch.rand((len(x), *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+    return x * kept.floor_().div_(keep)
+
+
+@contextmanager
+def again_in_backward(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """``module(x)``, which the operations in the context do not keep for their backward, but compute again from ``x``.
+
+    Args:
+        module: Without randomness or state that changes.
+        x: Its input, which is kept for its own backward anyway.
+    """
+    output = module(x)
+    if torch.is_autocast_enabled(x.device.type):  # as the linear layer that gets it would
+        output = output.to(torch.get_autocast_dtype(x.device.type))
+    # Numbers, not the tensor: what the hooks refer to lives as long as the graph.
+    place, size, dtype, source = output.data_ptr(), output.numel(), output.dtype, x.detach()
+
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        same = (tensor.data_ptr(), tensor.numel(), tensor.dtype) == (place, size, dtype)
+        if not same or not tensor.is_contiguous():
+            return tensor
+        return partial(lambda shape: module(source).to(dtype).view(shape), tensor.shape)
+
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return packed()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield output
+
+
+class ConditionedSwin(ConditionedBackbone):
+    """Mixin in front of upstream's ``SwinTransformer``: the same arguments, ``conditioning``, and ``fast_attention``.
+
+    Args:
+        conditioning: See :class:`ConditionedBackbone`.
+        fast_attention: Whether blocks run with less memory traffic, equal to upstream but for rounding. False:
+            upstream's own forward.
+        **kwargs: The upstream class's arguments.
+
+    Raises:
+        ValueError: As :class:`ConditionedBackbone`.
+    """
+
+    fast_faces: ClassVar[Mapping[type[nn.Module], type[nn.Module]]]
+    """Upstream's classes -> their subclasses with a fast forward."""
+
+    def __init__(self, *args, conditioning: Conditioning = "pc", fast_attention: bool = True, **kwargs) -> None:
+        super().__init__(*args, conditioning=conditioning, **kwargs)
+        for module in self.modules() if fast_attention else ():
+            if type(module) in self.fast_faces:
+                become(module, self.fast_faces[type(module)])

@@ -1,0 +1,299 @@
+"""Every fast path against its plain twin: values, gradients, precision, and bad input."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import condattn
+from condattn.kernels import window_attention as attention
+from condattn.kernels.cache import WeightCache
+from condattn.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference
+from condattn.kernels.switch import plain
+from condattn.kernels.windows import windows
+
+CPU = torch.device("cpu")
+
+
+def random(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def inputs(height, width, size, batch, heads=2, d=3, dtype=torch.float64):
+    qkv, padding = random(batch, height * width, 3 * heads * d, dtype=dtype), random(3 * heads * d, dtype=dtype)
+    return qkv, padding, random(heads, size**2, size**2, dtype=dtype)
+
+
+def same(fast, twin, arguments, atol=1e-12, rtol=0.0):
+    """Values and gradients of two functions of the same tensors."""
+    got, want = fast(*arguments), twin(*arguments)
+    torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
+    gradient = torch.randn_like(want)
+    wanted = [a for a in arguments if a is not None]
+    grads = (torch.autograd.grad(y, wanted, gradient, allow_unused=True) for y in (got, want))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(
+            one if one is not None else torch.zeros_like(other), torch.zeros_like(one) if other is None else other,
+            atol=atol, rtol=rtol,
+        )  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(2, 4), st.integers(0, 3), st.integers(1, 3),
+    st.booleans(), st.sampled_from([None, (1e-6, False), (1e-6, True)]),
+)  # fmt: skip
+def test_windows_of_any_map(size, window, shift, batch, padded, normalize):
+    """Odd sizes, windows larger than the map, batches, and padding of zeros."""
+    torch.manual_seed(0)
+    grid = windows(*size, window, min(shift, window - 1), CPU)
+    qkv, padding, bias = inputs(*size, window, batch)
+    rest = (grid, 2, 0.6)
+
+    def twin(qkv, padding, bias):
+        x = attention.window_attention_reference(qkv, padding, bias, *rest)
+        return normalize_rows_reference(x.unflatten(-1, (2, -1)), *normalize).flatten(-2) if normalize else x
+
+    fast = lambda *given: attention.window_attention(*given, *rest, normalize)  # noqa: E731
+    same(fast, twin, (qkv, padding if padded else None, bias))
+
+
+def test_window_attention_by_hand():
+    """Token by token: who is a neighbour of whom, in the terms of the paper."""
+    torch.manual_seed(0)
+    height, width, size, shift, scale = 5, 6, 3, 1, 0.7
+    qkv, padding, bias = (t.detach() for t in inputs(height, width, size, 1, heads=1, d=2))
+    got = attention.window_attention(qkv, padding, bias, windows(height, width, size, shift, CPU), 1, scale)[0]
+    rows, columns = 6, 6
+    for y in range(height):
+        for x in range(width):
+            top, left = ((y - shift) % rows) // size * size, ((x - shift) % columns) // size * size
+            logits, values = [], []
+            place = ((y - shift) % rows - top) * size + (x - shift) % columns - left
+            for number in range(size * size):
+                v, u = top + number // size, left + number % size
+                yy, xx = (v + shift) % rows, (u + shift) % columns
+                other = qkv[0, yy * width + xx] if yy < height and xx < width else padding
+                part = lambda place, last: (place >= last - size) + (place >= last - shift)  # noqa: E731
+                mine = part((y - shift) % rows, rows), part((x - shift) % columns, columns)
+                masked = mine != (part(v, rows), part(u, columns))
+                logit = scale * qkv[0, y * width + x, :2] @ other[2:4] + bias[0, place, number]
+                logits.append(logit - 100.0 * masked)
+                values.append(other[4:])
+            want = torch.stack(logits).softmax(0) @ torch.stack(values)
+            torch.testing.assert_close(got[y * width + x], want, atol=1e-12, rtol=0)
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    grid = windows(3, 4, 2, 1, CPU)
+    for normalize in (None, (1e-6, False)):
+        function = functools.partial(attention.window_attention, grid=grid, heads=2, scale=0.6, normalize=normalize)
+        assert torch.autograd.gradcheck(function, inputs(3, 4, 2, 2))
+    assert torch.autograd.gradcheck(lambda x: normalize_rows(x, 1e-6, False), (random(3, 5),))
+    assert torch.autograd.gradcheck(gelu_linear, (random(2, 3, 5), random(4, 5), random(4)))
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("dim", [-1, -2, 1])
+def test_row_norm(detach, dim):
+    torch.manual_seed(0)
+    x = random(2, 3, 4, 5)
+    with torch.no_grad():
+        x[0] = 0.0
+        x[1, 0] *= 1e-9  # shorter than eps
+    fast, twin = (
+        functools.partial(f, eps=1e-6, detach=detach, dim=dim) for f in (normalize_rows, normalize_rows_reference)
+    )
+    same(fast, twin, (x,), atol=1e-9, rtol=1e-9)
+    (gradient,) = torch.autograd.grad(fast(x).sum(), x)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """No further from float64 than the plain twin is, but for a rounding."""
+    torch.manual_seed(0)
+    grid = windows(9, 10, 4, 2, CPU)
+    single = inputs(9, 10, 4, 2, d=8, dtype=torch.float32)
+    half = [t.detach().to(dtype).requires_grad_() for t in single]
+    exact = [t.detach().double().requires_grad_() for t in half]
+    gradient = torch.randn(2, 90, 16, dtype=torch.float64)
+
+    def run(function, arguments):
+        y = function(*arguments, grid, 2, 0.35)
+        return [y, *torch.autograd.grad(y, arguments, gradient.to(y.dtype))]
+
+    truth = run(attention.window_attention_reference, exact)
+    fast, twin = (run(f, half) for f in (attention.window_attention, attention.window_attention_reference))
+    for got, eager, want in zip(fast, twin, truth, strict=True):
+        error, own = ((x.double() - want).abs().max().item() for x in (got, eager))
+        assert error <= 1.5 * own + torch.finfo(dtype).eps * want.abs().max().item()
+
+
+def test_gelu_linear():
+    torch.manual_seed(0)
+    same(gelu_linear, gelu_linear_reference, (random(2, 3, 5), random(4, 5), random(4)))
+    same(gelu_linear, gelu_linear_reference, (random(6, 5), random(4, 5), None))
+    hidden, weight = random(2, 5), torch.randn(3, 5).double()
+    gelu_linear(hidden, weight, None).sum().backward()  # of a frozen layer
+    assert weight.grad is None and hidden.grad is not None
+
+
+def test_the_switch():
+    """Within ``plain`` the twin runs, which can be differentiated twice."""
+    qkv, padding, bias = inputs(4, 4, 2, 1)
+    arguments = (qkv, padding, bias, windows(4, 4, 2, 1, CPU), 2, 0.5)
+    with plain():
+        (gradient,) = torch.autograd.grad(attention.window_attention(*arguments).square().sum(), qkv, create_graph=True)
+        gradient.square().sum().backward()
+    assert qkv.grad.isfinite().all()
+    (gradient,) = torch.autograd.grad(attention.window_attention(*arguments).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+    _, tangent = torch.func.jvp(lambda q: attention.window_attention(q, *arguments[1:]), (qkv,), (qkv,))
+    assert tangent.isfinite().all()
+
+
+def test_maps_of_another_size():
+    qkv, padding, bias = inputs(4, 4, 2, 1)
+    with pytest.raises(ValueError, match="expected 4 x 5 tokens, found 16"):
+        attention.window_attention(qkv, padding, bias, windows(4, 5, 2, 1, CPU), 2, 0.5)
+    empty = attention.window_attention(qkv[:0], padding, bias, windows(4, 4, 2, 1, CPU), 2, 0.5)
+    assert empty.shape == (0, 16, 6)
+
+
+class TestCache:
+    """What is made of weights is made again when they change, and only then."""
+
+    def made(self, cache, weight):
+        calls = []
+        with torch.no_grad():
+            cache.get(lambda: calls.append(1) or weight * 2, weight)
+        return len(calls)
+
+    def test_of_a_weight(self):
+        cache, weight = WeightCache(), nn.Parameter(torch.ones(3))
+        assert [self.made(cache, weight) for _ in range(3)] == [1, 0, 0]
+        torch.optim.SGD([weight], 0.1).step()
+        weight.grad = torch.ones(3)
+        torch.optim.SGD([weight], 0.1).step()
+        assert [self.made(cache, weight) for _ in range(2)] == [1, 0]
+        weight.data = torch.zeros(3)
+        assert self.made(cache, weight) == 1
+        cache.clear()
+        assert self.made(cache, weight) == 1
+        assert len([cache.get(lambda: weight * 2, weight) for _ in range(2)]) == 2  # with gradients, each time
+
+    @pytest.mark.parametrize("form", ["identity", "svd"])
+    def test_of_corrections(self, form):
+        """An optimizer step, a state dict, averages of weights as mmengine swaps them in, another precision."""
+        torch.manual_seed(0)
+        model = nn.MultiheadAttention(8, 2, batch_first=True)
+        layer = nn.Sequential(nn.Linear(8, 24))
+        condattn.condition(model, dict(type="SpectralCorrection", strength=0.5, form=form))
+        x = torch.randn(1, 4, 8)
+        model.eval()
+        effective = lambda: model.effective_weight("in_proj_weight")  # noqa: E731
+        with torch.no_grad():
+            model(x, x, x)
+            assert effective() is effective()
+        constant = (effective() - model.in_proj_weight).detach()
+        for change in (
+            lambda: model.in_proj_weight.mul_(2),
+            lambda: model.load_state_dict({**model.state_dict(), "in_proj_weight": layer[0].weight}),
+            lambda: (model.in_proj_weight.data.copy_(torch.randn(24, 8)), model.eval()),
+            lambda: torch.optim.AdamW([model.in_proj_weight]).step(),
+        ):
+            model.in_proj_weight.grad = torch.ones(24, 8)
+            with torch.no_grad():
+                effective()
+                change()
+                want = model.in_proj_weight + model.in_proj_weight_correction if form == "svd" else None
+                got = effective()
+                assert torch.equal(got, effective())
+                torch.testing.assert_close(got, model.in_proj_weight + constant if want is None else want)
+        with torch.inference_mode():
+            model(x, x, x)
+        model.train()
+        model(x, x, x)[0].sum().backward()
+        with torch.no_grad():
+            assert model.double().effective_weight("in_proj_weight").dtype == torch.float64
+
+
+def test_the_kernels_in_the_interpreter():
+    """tests/triton_cases.py, in a process of its own: Triton is interpreted from its import on, or not at all."""
+    pytest.importorskip("triton")
+    cases = Path(__file__).with_name("triton_cases.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [7, 12])
+@pytest.mark.parametrize("d", [32, 64])
+def test_the_kernels_on_a_gpu(size, d, dtype):
+    torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    grid = windows(33, 50, size, size // 2, device)
+    arguments = [t.detach().to(device, dtype).requires_grad_() for t in inputs(33, 50, size, 2, heads=3, d=d)]
+    exact = [t.detach().double().requires_grad_() for t in arguments]
+    got = attention.window_attention(*arguments, grid, 3, d**-0.5, (1e-6, False))
+    assert "Triton" in type(got.grad_fn).__name__
+    want = attention.window_attention_reference(*exact, grid, 3, d**-0.5)
+    want = normalize_rows_reference(want.unflatten(-1, (3, -1)), 1e-6, False).flatten(-2)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
+    gradient = torch.randn_like(want)
+    grads = (torch.autograd.grad(y, x, gradient.to(y.dtype)) for y, x in ((got, arguments), (want, exact)))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=4 * tolerance * other.abs().max().item(), rtol=0)
+
+
+def test_the_kernels_compile_for_a_gpu():
+    """For an architecture, without a device: what the interpreter lets pass, a compiler may not."""
+    triton = pytest.importorskip("triton")
+    compiler = pytest.importorskip("triton.compiler")
+    backend = pytest.importorskip("triton.backends.compiler")
+    if not hasattr(backend, "GPUTarget") or int(triton.__version__.split(".")[0]) < 3:
+        pytest.skip("another Triton")
+    from condattn.kernels import row_norm_triton, window_attention_triton
+
+    def build(function, constants, **pointers):
+        names = function.arg_names
+        kinds = {name: f"*{pointers[name]}" for name in pointers} | dict.fromkeys(constants, "constexpr")
+        kinds |= dict.fromkeys(("scale", "eps"), "fp32")
+        signature = {name: kinds.get(name, "i32") for name in names}
+        values = {(names.index(name),): value for name, value in constants.items()}
+        target = backend.GPUTarget("cuda", 90, 32)
+        source = compiler.ASTSource(function, signature, values)
+        return triton.compile(source, target=target, options=dict(num_warps=4, num_stages=1)).metadata.shared
+
+    windows_of = lambda size, places, block: dict(  # noqa: E731
+        SIZE=size, SHIFT=3, HEADS=3, D=32, PLACES=places, BLOCK=block, NORMALIZE=True, PRECISION="tf32", MASK=-100.0
+    )
+    half = dict.fromkeys(("qkv", "padding", "out"), "bf16") | dict(bias="fp32", norms="fp32")
+    back = dict(grad_out="bf16", grad_qkv="bf16", grad_padding="fp32", grad_bias="fp32")
+    for size, places, block in ((7, 64, 64), (12, 256, 32)):
+        constants, limit = windows_of(size, places, block), window_attention_triton.shared_memory(places, 32, 2)
+        assert build(window_attention_triton._forward, constants, **half) <= limit
+        assert build(window_attention_triton._backward, {**constants, "DETACH": False}, **half, **back) <= limit
+    constants = dict(D=32, COLUMNS=32, BLOCK=128)
+    assert build(row_norm_triton._forward, constants, x="bf16", y="bf16", norms="fp32") < 2**16
+    build(
+        row_norm_triton._backward, {**constants, "DETACH": False}, y="bf16", norms="fp32", grad_y="bf16", grad_x="bf16"
+    )

@@ -1,0 +1,226 @@
+"""The fast forward of Swin's blocks against upstream's own: the same function, the same gradients."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmengine")
+from mmengine.registry import MODELS, DefaultScope
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import condattn.registry
+from condattn.models.swin import again_in_backward
+
+SMALL = dict(embed_dims=16, depths=(2, 2, 2), num_heads=(1, 2, 2), strides=(4, 2, 2), out_indices=(0, 1, 2))
+SCOPES = ["mmdet", "mmseg"]
+PC_SC = [dict(type="SpectralCorrection", strength=0.5), "pc"]
+
+
+def build(scope, kind="ConditionedSwinTransformer", **settings):
+    pytest.importorskip(scope)
+    with DefaultScope.overwrite_default_scope(scope):
+        torch.manual_seed(0)
+        return MODELS.build(dict(type=kind, **{**SMALL, "window_size": 4, "drop_path_rate": 0.0, **settings}))
+
+
+def pair(scope, dtype=torch.float64, **settings):
+    """The same backbone, fast and as upstream has it, with weights that let every part count."""
+    twins = [build(scope, fast_attention=fast, **settings) for fast in (True, False)]
+    torch.manual_seed(1)
+    for parameter in twins[0].parameters():
+        if parameter.dim() < 2 or not parameter.any():
+            nn.init.normal_(parameter, 1.0, 0.3)
+    twins[1].load_state_dict(twins[0].state_dict())
+    return [twin.to(dtype).train() for twin in twins]
+
+
+def run(model, x, seed=2):
+    """Maps, and the gradients of the parameters and the input."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    maps = model(x)
+    gradients = [torch.randn_like(one) for one in maps]
+    torch.autograd.backward(maps, gradients)
+    return [*maps, x.grad, *(p.grad for p in model.parameters())]
+
+
+def assert_same(got, want, tolerance):
+    for one, other in zip(got, want, strict=True):
+        assert (one is None) == (other is None)
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, other.abs().max().item()))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("conditioning", ["none", PC_SC], ids=["none", "sc+pc"])
+@pytest.mark.parametrize("size", [(64, 64), (50, 70), (33, 35), (8, 9)])
+def test_values_and_gradients(scope, conditioning, size):
+    """Whole and padded windows, odd maps, windows larger than the map; the gradient of the bias table included."""
+    fast, slow = pair(scope, conditioning=conditioning)
+    assert type(fast.stages[0].blocks[0].attn) is not type(slow.stages[0].blocks[0].attn)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    assert_same(run(fast, x), run(slow, x), 1e-12)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_in_single_precision(scope):
+    fast, slow = pair(scope, torch.float32, conditioning="pc", depths=(2, 2, 2))
+    x = torch.randn(1, 3, 60, 80)
+    assert_same(run(fast, x), run(slow, x), 1e-5)
+
+
+def test_under_autocast():
+    """No further from float64 than upstream is, but for a rounding."""
+    fast, slow = pair("mmdet", torch.float32, conditioning="pc")
+    exact = copy.deepcopy(slow).double()
+    x = torch.randn(2, 3, 40, 48)
+    want = run(exact, x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        got, eager = run(fast, x), run(slow, x)
+    for one, other, truth in zip(got, eager, want, strict=True):
+        error, own = ((value.double() - truth).norm() / truth.norm() for value in (one, other))
+        assert error <= 1.5 * own + 2**-8
+        assert one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("settings", [dict(with_cp=True), dict(frozen_stages=1), dict(drop_path_rate=0.4)], ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_checkpointing_frozen_stages_and_stochastic_depth(scope, settings):
+    fast, slow = pair(scope, conditioning=PC_SC, **settings)
+    x = torch.randn(3, 3, 36, 40, dtype=torch.float64)
+    assert_same(run(fast, x), run(slow, x), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(attn_drop_rate=0.3), dict(drop_rate=0.3), dict(qkv_bias=False), dict(patch_norm=False)], ids=str
+)
+def test_other_settings(settings):
+    fast, slow = pair("mmdet", conditioning="pc", **settings)
+    x = torch.randn(2, 3, 36, 40, dtype=torch.float64)
+    if "drop_rate" in settings:  # the random numbers are not drawn for the same tensors
+        fast.eval(), slow.eval()
+    assert_same(run(fast, x), run(slow, x), 1e-12)
+
+
+def test_inputs_of_any_layout():
+    fast, slow = pair("mmdet")
+    fast.eval(), slow.eval()
+    x = torch.randn(2, 3, 40, 48, dtype=torch.float64)
+    with torch.no_grad():
+        want = slow(x)
+        for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+            assert_same(fast(other), want, 1e-12)
+        assert [tuple(y.shape) for y in fast(x[:0])] == [(0, *y.shape[1:]) for y in want]
+        with torch.inference_mode():
+            fast(x)
+        assert_same(fast(x), want, 1e-12)
+    assert_same(run(fast, x), run(slow, x), 1e-12)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_without_it_upstream_runs_bit_for_bit(scope):
+    twin = build(scope, "SwinTransformer")
+    ours = build(scope, conditioning="none", fast_attention=False)
+    ours.load_state_dict(twin.state_dict())
+    x = torch.randn(2, 3, 50, 70)
+    for one, other in zip(run(ours, x), run(twin, x), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert list(build(scope).state_dict()) == list(twin.state_dict())
+
+
+def test_biases_follow_their_table():
+    """In evaluation they are kept; a step, a state dict and averages of weights are taken into account."""
+    fast, slow = pair("mmdet", conditioning=PC_SC)
+    x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    table = lambda model: model.stages[1].blocks[1].attn.w_msa.relative_position_bias_table  # noqa: E731
+
+    def check():
+        with torch.no_grad():
+            assert_same(fast.eval()(x), slow.eval()(x), 1e-12)
+
+    check()
+    for model in (fast, slow):
+        with torch.no_grad():
+            table(model).mul_(3.0)
+    check()
+    for model in (fast, slow):
+        run(model.train(), x)
+        torch.optim.SGD(model.parameters(), 1e-3).step()
+    check()
+    other = {name: value * 1.1 for name, value in slow.state_dict().items() if value.is_floating_point()}
+    for model in (fast, slow):
+        model.load_state_dict(other, strict=False)
+    check()
+    for model in (fast, slow):
+        model.train()
+        table(model).data.mul_(2.0)  # as averages of weights are swapped in before a validation
+    check()
+
+
+def test_copies_pickles_and_folds():
+    fast, slow = pair("mmdet", conditioning=PC_SC)
+    x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    fast.eval(), slow.eval()
+    with torch.no_grad():
+        want = slow(x)
+        for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert_same(other(x), want, 1e-12)
+        condattn.fold(fast)
+        assert_same(fast(x), want, 1e-10)
+
+
+def test_hooks_see_what_they_would():
+    """Of attention and of the feed-forward network, and of the layers in them."""
+    fast, slow = pair("mmdet", conditioning="pc")
+    x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    for name in ("attn.w_msa", "attn.w_msa.proj", "ffn", "ffn.layers.0.1", "ffn.layers.1"):
+        seen = []
+        for model in (fast, slow):
+            module = model.stages[0].blocks[1].get_submodule(name)
+            handle = module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+            run(model, x)
+            handle.remove()
+        assert len(seen) == 2, name
+        assert name == "attn.w_msa.proj" or seen[0].shape == seen[1].shape, name  # without padding
+
+
+@pytest.mark.slow
+def test_one_graph_for_all_sizes():
+    """Compiled without a break; not again at each new size."""
+    fast, _ = pair(
+        "mmdet", torch.float32, conditioning=PC_SC, depths=(2, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1)
+    )
+    fast(torch.randn(1, 3, 32, 32))
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(fast, backend=backend, fullgraph=True, dynamic=True)
+    for size in ((64, 64), (64, 96), (50, 90), (96, 128), (82, 66), (128, 96)):
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            for one, other in zip(compiled(x), fast(x), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert len(graphs) <= 4  # square maps, others, and padded ones
+
+
+def test_what_is_computed_again_is_not_kept():
+    norm, linear = nn.LayerNorm(4), nn.Linear(4, 3)
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    with again_in_backward(norm, x) as normalized:
+        y = linear(normalized)
+    storage = StorageWeakRef(normalized.untyped_storage())
+    assert not storage.expired()
+    del normalized
+    assert storage.expired()
+    parameters = [x, *norm.parameters(), *linear.parameters()]
+    got = torch.autograd.grad(y.square().sum(), parameters)
+    want = torch.autograd.grad(linear(norm(x)).square().sum(), parameters)
+    assert_same(got, want, 1e-6)

@@ -1,0 +1,55 @@
+"""The kernels in Triton against their plain twins, in Triton's interpreter: run with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+from test_kernels import CPU, inputs, same
+
+from condattn.kernels.row_norm import normalize_rows_reference
+from condattn.kernels.row_norm_triton import TritonNormalizeRows
+from condattn.kernels.window_attention import window_attention_reference
+from condattn.kernels.window_attention_triton import TritonWindowAttention
+from condattn.kernels.windows import windows
+
+CASES = {
+    "whole windows": (8, 8, 4, 0, 16, None),
+    "shifted": (6, 8, 4, 2, 16, None),
+    "padded": (9, 8, 7, 3, 32, (1e-6, False)),
+    "larger than the map": (5, 5, 7, 3, 32, (1e-6, True)),
+    "two blocks of rows": (13, 14, 12, 6, 32, (1e-6, False)),
+    "heads of 64": (7, 6, 7, 3, 64, None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_of_windows(case, dtype):
+    torch.manual_seed(0)
+    height, width, size, shift, d, normalize = CASES[case]
+    if dtype == torch.float16 and case != "padded":
+        pytest.skip("half precision is tried once")
+    grid = windows(height, width, size, shift, CPU)
+    arguments = [t.detach().to(dtype).requires_grad_() for t in inputs(height, width, size, 2, d=d)]
+    exact = [t.detach().double().requires_grad_() for t in arguments]
+    eps, detach = normalize or (None, False)
+    got = TritonWindowAttention.apply(*arguments, grid, 2, d**-0.5, eps, detach)
+    want = window_attention_reference(*exact, grid, 2, d**-0.5)
+    if normalize:
+        want = normalize_rows_reference(want.unflatten(-1, (2, -1)), *normalize).flatten(-2)
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
+    gradient = torch.randn_like(want)
+    pairs = (got, arguments), (want, exact)
+    grads = (torch.autograd.grad(y, x, gradient.to(y.dtype), allow_unused=True) for y, x in pairs)
+    for one, other in zip(*grads, strict=True):
+        other = torch.zeros_like(one, dtype=torch.float64) if other is None else other  # no padding
+        torch.testing.assert_close(one.double(), other, atol=tolerance * max(1.0, other.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_kernel_of_rows(detach):
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 24)
+    x[0, 0], x[0, 1] = 0.0, 1e-9
+    x.requires_grad_()
+    fast = lambda x: TritonNormalizeRows.apply(x, 1e-6, detach)  # noqa: E731
+    same(fast, lambda x: normalize_rows_reference(x, 1e-6, detach), (x,), atol=1e-6, rtol=1e-5)
