@@ -1,27 +1,43 @@
-"""What conditioning costs: a Swin-T backbone, conditioned in different ways, against mmdet's own.
+"""What conditioning costs, and what the fast paths save: conditioned networks against upstream's own.
 
 The variants take turns in one process (A B C, A B C, ...), so that a machine that slows down slows all of them alike.
-Peak memory is that of a process of its own per variant on a CPU, and of the device on a GPU.
+Peak memory is that of a process of its own per variant on a CPU, and of the device on a GPU. Floors are what the
+products of matrices alone, and the traffic of each layer's result alone, would take at the rates of this machine.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
+from torch import nn
 from tqdm import tqdm
 
-import condattn.registry  # noqa: F401
+import condattn
+import condattn.registry
 from condattn.engine.errors import UserError, run_tool
+from condattn.kernels.switch import plain
 
 UPSTREAM = "upstream"
 STRENGTHS = {"sc": dict(type="SpectralCorrection", strength=1.0)}
+NETWORKS = {"swin-t": (512, 512), "vit-b": (1024, 1024), "mask-rcnn": (800, 1333), "attention": (512, 512)}
+"""Networks, and the size of images that they are timed at."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SWEEP = range(256, 1537, 256)
+CONFIG = Path(__file__).parents[2] / "configs" / "mask_rcnn_swin_pc.py"
+STEPS = 3
+"""So many are enough for the peak of memory."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,110 +46,328 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--models",
         default="upstream,none,pc,sc,sc+pc",
-        help="variants to compare, the first is the reference: 'upstream' is mmdet's SwinTransformer, the others are "
-        "conditionings of ConditionedSwinTransformer ('sc' has strength 1, as in the configs)",
+        help="variants to compare, the first is the reference: 'upstream' is the network of mmdet or timm, the others "
+        "are conditionings ('sc' has strength 1, as in the configs; 'pc:folded' folds corrections, 'pc:plain' has no "
+        "fast paths)",
     )
-    parser.add_argument("--size", type=int, default=512, help="height and width of the images")
+    parser.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default="swin-t",
+        help="Swin-T as a backbone of mmdet, ViT-B of timm, Mask R-CNN with Swin-T, or the attention of Swin-T's first "
+        "blocks alone (default: %(default)s)",
+    )
+    parser.add_argument("--size", help="height x width of the images, e.g. 512 or 800x1333 (default: by the network)")
+    parser.add_argument("--sweep", action="store_true", help=f"sizes from {SWEEP[0]} to {SWEEP[-1]}, and a plot")
     parser.add_argument("--batch", type=int, default=1, help="images a batch")
     parser.add_argument("--mode", choices=["train", "infer"], default="train", help="a training step or a forward pass")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="half precision is by autocast")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each variant")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file as well")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file as well, and the plot beside it")
     return parser.parse_args()
 
 
-class Variant:
-    """One backbone and the step that is timed."""
+def build(name: str, network: str, size: tuple[int, int]) -> nn.Module:
+    """A variant of a network, with the same weights as every other."""
+    torch.manual_seed(0)
+    name, _, form = name.partition(":")
+    methods = [STRENGTHS.get(part, part) for part in name.split("+")]
+    fast = form != "plain"
+    if network == "vit-b":
+        import timm
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        torch.manual_seed(0)
-        backbone = dict(type="SwinTransformer")
+        model = timm.create_model("vit_base_patch16_224", img_size=size, num_classes=0, global_pool="")
         if name != UPSTREAM:
-            methods = [STRENGTHS.get(part, part) for part in name.split("+")]
-            backbone = dict(type="ConditionedSwinTransformer", conditioning=methods)
+            condattn.condition(model, methods)
+    else:
+        backbone = dict(type="ConditionedSwinTransformer", conditioning=methods, fast_attention=fast)
+        if name == UPSTREAM:
+            backbone = dict(type="SwinTransformer")
         with DefaultScope.overwrite_default_scope("mmdet"):
-            self.model = MODELS.build(backbone).to(args.device)
-        self.images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+            if network == "mask-rcnn":
+                cfg = Config.fromfile(CONFIG).model
+                for setting in ("init_cfg", "conditioning"):
+                    cfg.backbone.pop(setting, None)
+                cfg.backbone.update(backbone)
+                model = MODELS.build(cfg)
+            else:
+                model = MODELS.build(backbone)
+    if form == "folded":
+        model.eval()
+        condattn.fold(model)
+    return _Attention(model) if network == "attention" else model
+
+
+class _Attention(nn.Module):
+    """The attention of the first two blocks of a Swin, the second with shifted windows."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block.attn for block in backbone.stages[0].blocks)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, C, H, W), the map of patches."""
+        size = x.shape[2:]
+        x = x.flatten(2).mT
+        return [x := layer(x, size) for layer in self.layers][-1:]
+
+
+class Variant:
+    """One network and the step that is timed."""
+
+    def __init__(self, name: str, args: argparse.Namespace, size: tuple[int, int]) -> None:
+        self.name, self.args, self.device = name, args, torch.device(args.device)
+        self.model = build(name, args.network, size).to(self.device)
         self.training = args.mode == "train"
         self.model.train(self.training)
+        self.call, self.inputs = self._inputs(size)
+        if args.compile:
+            self.call = torch.compile(self.call)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05)
+        self.form = name.partition(":")[2]
+
+    def _inputs(self, size: tuple[int, int]) -> tuple[Callable, tuple]:
+        args, model = self.args, self.model
+        if args.network != "mask-rcnn":
+            shape = (96, size[0] // 4, size[1] // 4) if args.network == "attention" else (3, *size)
+            return model, (torch.randn(args.batch, *shape, device=self.device),)
+        from mmdet.testing import demo_mm_inputs
+
+        batch = demo_mm_inputs(args.batch, [(3, *size)] * args.batch, num_items=[10] * args.batch, with_mask=True)
+        data = model.data_preprocessor(batch, self.training)
+        mode = "loss" if self.training else "predict"
+        return (lambda inputs, samples: model(inputs, samples, mode=mode)), (data["inputs"], data["data_samples"])
 
     def step(self) -> None:
         """One training step (forward, backward, optimizer), or one forward pass."""
-        with torch.set_grad_enabled(self.training):
-            maps = self.model(self.images)
+        dtype = DTYPES[self.args.dtype]
+        half = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        with torch.set_grad_enabled(self.training), half:
+            outputs = self.call(*self.inputs)
+            if self.training:
+                loss = self._loss(outputs)
         if self.training:
             self.optimizer.zero_grad()
-            sum(m.square().mean() for m in maps).backward()
+            loss.backward()
             self.optimizer.step()
-        if self.images.is_cuda:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def _loss(self, outputs) -> torch.Tensor:
+        if isinstance(outputs, dict):
+            return self.model.parse_losses(outputs)[0]
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        return sum(one.float().square().mean() for one in outputs)
 
     def time(self) -> float:
         """Seconds that one step takes."""
         start = time.perf_counter()
-        self.step()
+        self.run()
         return time.perf_counter() - start
 
+    def run(self) -> None:
+        """A step, without fast paths if the variant is to have none."""
+        if self.form == "plain":
+            with plain():
+                self.step()
+        else:
+            self.step()
 
-def peak_memory(name: str, args: argparse.Namespace) -> float:
-    """Peak memory of three steps, in MiB; while no other variant is in memory."""
+
+def peak_memory(name: str, args: argparse.Namespace, size: tuple[int, int]) -> tuple[float, float]:
+    """Peak memory of a few steps, in MiB, while no other variant is in memory; and that beyond what imports take."""
     if args.device.startswith("cuda"):
-        variant = Variant(name, args)
+        torch.cuda.empty_cache()
+        variant = Variant(name, args, size)
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            variant.step()
-        return torch.cuda.max_memory_allocated() / 2**20
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_resident, (name, args))
+        for _ in range(STEPS):
+            variant.run()
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        return peak, peak
+    # Free memory goes back at once, so that the peak is not that of gaps between blocks.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_peak_resident, (name, args, size))
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-def _peak_resident(name: str, args: argparse.Namespace) -> float:
-    variant = Variant(name, args)
-    for _ in range(3):
-        variant.step()
+def _peak_resident(name: str, args: argparse.Namespace, size: tuple[int, int]) -> tuple[float, float]:
+    MMLogger.get_current_instance().setLevel("ERROR")
+    build("none", args.network, size)  # which imports what there is to import
+    before = _resident("VmRSS")
+    variant = Variant(name, args, size)
+    for _ in range(STEPS):
+        variant.run()
+    return _resident("VmHWM"), _resident("VmHWM") - before
+
+
+def _resident(entry: str) -> float:
+    """What this process has in memory now (VmRSS), or had at most (VmHWM), in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
+        return int(re.search(rf"{entry}:\s*(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes, on a Mac
 
 
-def main() -> None:
-    """Measure and print."""
-    args = parse_args()
-    if args.repeats < 2:
-        raise UserError(f"--repeats: expected 2 or more, found {args.repeats}")
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
+def rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine does: floating-point operations a second in products of matrices, bytes a second in copies."""
+    size = 4096 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**26, device=device)
+    target = torch.empty_like(source)
+    multiply, copy = (min(_seconds(f, device) for _ in range(5)) for f in (lambda: a @ b, lambda: target.copy_(source)))
+    return 2 * size**3 / multiply, 2 * source.nbytes / copy
+
+
+def _seconds(function: Callable, device: str) -> float:
+    function()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def complexity(name: str, args: argparse.Namespace, size: tuple[int, int]) -> dict[str, float | None]:
+    """Parameters, floating-point operations and results of layers of one forward pass, by mmengine's counter."""
+    model = build(name, args.network, size)
+    model.eval()  # which upstream's does not return
+    found = dict(parameters=sum(p.numel() for p in model.parameters()), flops=None, activations=None)
+    if args.network in ("swin-t", "vit-b"):
+        images = torch.randn(args.batch, 3, *size)
+        result = get_model_complexity_info(model, inputs=(images,), show_table=False, show_arch=False)
+        found |= dict(flops=2 * result["flops"], activations=result["activations"])  # it counts multiply-adds
+    return found
+
+
+def measure(args: argparse.Namespace, size: tuple[int, int]) -> list[dict]:
+    """The figures of every variant at one size, the first the reference."""
     names = args.models.split(",")
     try:
-        memory = {name: peak_memory(name, args) for name in tqdm(names, desc="memory", disable=None)}
-        variants = {name: Variant(name, args) for name in names}
+        memory = {name: peak_memory(name, args, size) for name in tqdm(names, desc="memory", disable=None)}
+        counts = {name: complexity(name, args, size) for name in names}
+        variants = {name: Variant(name, args, size) for name in names}
     except ValueError as error:
         raise UserError(error) from error
     for _ in range(2):
         for variant in variants.values():
-            variant.step()
+            variant.run()
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(args.repeats), desc="rounds", disable=None):
         for name, variant in variants.items():
             times[name].append(variant.time())
-
-    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-    print(
-        f"Swin-T, {args.mode}, {args.batch} x {args.size} x {args.size}, {args.device}{threads}, "
-        f"torch {torch.__version__}, {args.repeats} interleaved rounds"
-    )
-    print(f"{'model':10} {'median ms':>10} {'quartiles':>15} {'ratio':>6} {'peak MiB':>9}")
+    operations, bandwidth = rates(args.device, DTYPES[args.dtype])
+    passes = 3 if args.mode == "train" else 1  # a backward is two of a forward
+    width = 4 if args.dtype == "float32" else 2
     figures = []
     for name in names:
         low, median, high = (1000 * q for q in statistics.quantiles(times[name], n=4))
         # Ratios are taken within a round, where both variants saw the same machine.
         ratio = statistics.median(t / r for t, r in zip(times[name], times[names[0]], strict=True))
-        figures.append(dict(model=name, median_ms=median, quartiles_ms=[low, high], ratio=ratio, peak_mib=memory[name]))
-        print(f"{name:10} {median:10.1f} {f'{low:.1f}-{high:.1f}':>15} {ratio:6.3f} {memory[name]:9.0f}")
+        count, (peak, beyond) = counts[name], memory[name]
+        floors = None, None
+        if count["flops"]:
+            floors = (
+                1000 * passes * count["flops"] / operations,
+                1000 * passes * 2 * width * count["activations"] / bandwidth,  # written, and read
+            )
+        figures.append(
+            dict(model=name, size=list(size), median_ms=median, quartiles_ms=[low, high], ratio=ratio)
+            | dict(images_per_second=1000 * args.batch / median, peak_mib=peak, beyond_imports_mib=beyond)
+            | dict(memory_ratio=beyond / memory[names[0]][1], **count)
+            | dict(matmul_floor_ms=floors[0], traffic_floor_ms=floors[1])
+        )
+    return figures
+
+
+def print_figures(figures: list[dict]) -> None:
+    """One line a variant."""
+    print(
+        f"{'model':12} {'median ms':>10} {'quartiles':>15} {'ratio':>6} {'images/s':>9} {'peak MiB':>9} {'beyond':>7} "
+        f"{'ratio':>6} {'params M':>9} {'GFLOP':>7} {'floor ms: products':>18} {'traffic':>8}"
+    )
+    for one in figures:
+        low, high = one["quartiles_ms"]
+        floors = [f"{one[name]:.1f}" if one[name] else "-" for name in ("matmul_floor_ms", "traffic_floor_ms")]
+        flops = f"{one['flops'] / 1e9:.1f}" if one["flops"] else "-"
+        print(
+            f"{one['model']:12} {one['median_ms']:10.1f} {f'{low:.1f}-{high:.1f}':>15} {one['ratio']:6.3f} "
+            f"{one['images_per_second']:9.2f} {one['peak_mib']:9.0f} {one['beyond_imports_mib']:7.0f} "
+            f"{one['memory_ratio']:6.3f} {one['parameters'] / 1e6:9.2f} {flops:>7} {floors[0]:>18} {floors[1]:>8}"
+        )
+
+
+def plot(figures: list[dict], path: Path) -> None:
+    """Time and memory by the number of pixels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = {"median_ms": "milliseconds a step", "beyond_imports_mib": "peak memory, MiB"}
+    for axis, (quantity, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for name in dict.fromkeys(one["model"] for one in figures):
+            points = [(one["size"][0], one[quantity]) for one in figures if one["model"] == name]
+            axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.set(xlabel="height and width, pixels", ylabel=label, xscale="log", yscale="log")
+        sizes = sorted({one["size"][0] for one in figures})
+        axis.set_xticks(sizes, map(str, sizes), minor=False)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width that were asked for."""
+    if args.size is None:
+        return NETWORKS[args.network]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", args.size):
+        raise UserError(f"--size: expected a number or HEIGHTxWIDTH, found {args.size}")
+    height, _, width = args.size.partition("x")
+    return int(height), int(width or height)
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse_args()
+    for name, least in (("repeats", 2), ("batch", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}: expected {least} or more, found {getattr(args, name)}")
+    for name in args.models.split(","):
+        if name.partition(":")[2] not in ("", "plain", "folded"):
+            raise UserError(f"--models: expected a conditioning, with ':plain' or ':folded' or without, found {name}")
+    if args.sweep and args.size:
+        raise UserError("--sweep has its own sizes; leave out --size")
+    if args.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {args.device}: there is no GPU here")
+        torch.cuda.set_device(args.device)
+    MMLogger.get_current_instance().setLevel("ERROR")  # operators that it does not count are many
+    sizes = [(side, side) for side in SWEEP] if args.sweep else [image_size(args)]
+    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    print(
+        f"{args.network}, {args.mode}, batch {args.batch}, {args.dtype}{', compiled' if args.compile else ''}, "
+        f"{device}{threads}, torch {torch.__version__}, {args.repeats} interleaved rounds"
+    )
+    figures = []
+    for size in sizes:
+        print(f"{size[0]} x {size[1]}")
+        found = measure(args, size)
+        print_figures(found)
+        figures += found
     if args.out:
-        args.out.write_text(json.dumps(dict(settings={**vars(args), "out": str(args.out)}, figures=figures), indent=2))
+        settings = {**vars(args), "out": str(args.out), "torch": torch.__version__, "device_name": device}
+        args.out.write_text(json.dumps(dict(settings=settings, figures=figures), indent=2))
+        print(args.out)
+    if args.sweep:
+        plot(figures, args.out.with_suffix(".png") if args.out else Path("sweep.png"))
 
 
 if __name__ == "__main__":

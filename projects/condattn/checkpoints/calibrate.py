@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.switch import plain
 from ..methods.preconditioner import HeadNorm, RowPreconditioner
 from ..sites import AttentionSite, find_sites
 
@@ -95,7 +96,8 @@ def _plain(sites: list[AttentionSite], observers: dict[str, Callable[[Tensor], N
                 return x
 
             norm.normalize = watch
-        yield
+        with plain():  # fast paths normalise by themselves
+            yield
     finally:
         for norm in norms:
             norm.__dict__.pop("normalize", None)

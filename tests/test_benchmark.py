@@ -1,0 +1,55 @@
+"""The benchmark, on images so small that its figures say nothing; no figure is tested."""
+
+import json
+
+import pytest
+from runs import TOOLS, error_lines, run
+
+pytest.importorskip("mmdet")
+
+
+def benchmark(folder, *arguments, status=0):
+    command = [TOOLS / "analysis" / "benchmark.py", *arguments, "--repeats", "2", "--device", "cpu"]
+    return run(*command, cwd=folder, status=status)
+
+
+def test_figures_of_every_kind(tmp_path):
+    models = ("upstream", "pc:plain", "sc:folded")
+    settings = ("--models", ",".join(models), "--mode", "infer", "--size", "32x64", "--out", "figures.json")
+    output = benchmark(tmp_path, *settings).stdout
+    assert "2 interleaved rounds" in output and "32 x 64" in output
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert [one["model"] for one in found["figures"]] == list(models)
+    first = found["figures"][0]
+    assert first["ratio"] == first["memory_ratio"] == 1.0 and first["size"] == [32, 64]
+    for one in found["figures"]:
+        assert one["parameters"] == first["parameters"] > 27e6 and one["flops"] == first["flops"] > 0
+        assert one["median_ms"] > 0 and one["peak_mib"] > one["beyond_imports_mib"] > 0
+        assert one["matmul_floor_ms"] > 0 and one["traffic_floor_ms"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["vit-b", "mask-rcnn", "attention"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_other_networks(tmp_path, network, mode):
+    if network == "vit-b":
+        pytest.importorskip("timm")
+    settings = ("--models", "upstream,pc", "--network", network, "--mode", mode, "--size", "64")
+    assert "pc " in benchmark(tmp_path, *settings).stdout
+
+
+@pytest.mark.slow
+def test_a_sweep(tmp_path):
+    settings = ("--models", "pc", "--network", "attention", "--sweep", "--dtype", "bfloat16", "--out", "sweep.json")
+    assert "1536 x 1536" in benchmark(tmp_path, *settings).stdout
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_bad_input(refuse, tmp_path):
+    tool = "analysis/benchmark"
+    refuse(tool, "--repeats", "1", parts=("--repeats", "2 or more"))
+    refuse(tool, "--size", "big", parts=("--size", "HEIGHTxWIDTH", "big"))
+    refuse(tool, "--sweep", "--size", "64", parts=("--sweep has its own sizes",))
+    refuse(tool, "--models", "pc:fast", "--size", "32", "--device", "cpu", parts=("':plain' or ':folded'",))
+    (line,) = error_lines(benchmark(tmp_path, "--models", "colour", "--size", "32", status=2).stderr)
+    assert "unknown conditioning 'colour'" in line
