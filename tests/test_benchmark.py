@@ -14,7 +14,7 @@ def benchmark(folder, *arguments, status=0):
 
 
 def test_figures_of_every_kind(tmp_path):
-    models = ("upstream", "pc:plain", "sc:folded")
+    models = ("upstream", "sc:folded")
     settings = ("--models", ",".join(models), "--mode", "infer", "--size", "32x64", "--out", "figures.json")
     output = benchmark(tmp_path, *settings).stdout
     assert "2 interleaved rounds" in output and "32 x 64" in output
