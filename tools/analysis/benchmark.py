@@ -315,7 +315,7 @@ def plot(figures: list[dict], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker=".", label=name)
         axis.set(xlabel="height and width, pixels", ylabel=label, xscale="log", yscale="log")
         sizes = sorted({one["size"][0] for one in figures})
-        axis.set_xticks(sizes, map(str, sizes), minor=False)
+        axis.set_xticks(sizes, map(str, sizes), rotation=45)
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axis.legend()
