@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 
 import torch
 
+OLDEST_TRITON = (3, 6)
+"""Triton 3.1 (of torch 2.5) does not take the kernels; none between has been tried."""
 _allowed = True
 
 
@@ -42,8 +45,9 @@ def is_compiling() -> bool:
 
 @cache
 def triton_module(name: str) -> ModuleType | None:
-    """A module of this package that is written in Triton, or None where there is no Triton."""
+    """A module of this package that is written in Triton; None where there is no Triton that it is known to run in."""
     try:
-        return import_module(f".{name}", __package__)
-    except ImportError:
+        found = tuple(int(part) for part in version("triton").split(".")[:2])
+        return import_module(f".{name}", __package__) if found >= OLDEST_TRITON else None
+    except (ImportError, ValueError):
         return None
