@@ -147,9 +147,9 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scal
     view = logits.view(-1, grid.rows, grid.columns, heads, *logits.shape[1:])
     view.add_(bias)
     if grid.shift:
-        mask = grid.mask(logits.dtype).view(grid.rows, grid.columns, 1, *logits.shape[1:])
-        view[:, -1].add_(mask[-1])
-        view[:, :-1, -1].add_(mask[:-1, -1])
+        last_row, last_column = grid.border_masks(logits.dtype)
+        view[:, -1].add_(last_row[:, None])
+        view[:, :-1, -1].add_(last_column[:, None])
     return torch.softmax(logits, -1).to(q.dtype)
 
 

@@ -92,8 +92,11 @@ class Windows:
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What is added to the logits of each window, (windows, size^2, size^2): 0 or ``MASKED``."""
-        regions = self.regions
-        return (regions[:, :, None] != regions[:, None, :]).to(dtype) * MASKED
+        return _mask(self.regions, dtype)
+
+    def border_masks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """:meth:`mask` of the only windows where it is not 0: the last row of them, and the last column without it."""
+        return _border_masks(self, dtype)
 
     def _along(self, count: int) -> Tensor:
         """Row (or column) of the map at each row of each window, (windows along it, size)."""
@@ -112,6 +115,16 @@ def windows(height: int, width: int, size: int, shift: int, device: torch.device
 
 
 _kept = lru_cache(maxsize=32)(Windows)  # of the last sizes of images: indices take memory
+
+
+def _mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
+    return (regions[:, :, None] != regions[:, None, :]).to(dtype) * MASKED
+
+
+@lru_cache(maxsize=32)
+def _border_masks(grid: Windows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    regions = grid.regions.view(grid.rows, grid.columns, -1)
+    return _mask(regions[-1], dtype), _mask(regions[:-1, -1], dtype)
 
 
 @lru_cache(maxsize=96)
