@@ -40,8 +40,9 @@ def test_other_networks(tmp_path, network, mode):
 
 @pytest.mark.slow
 def test_a_sweep(tmp_path):
-    settings = ("--models", "pc", "--network", "attention", "--sweep", "--dtype", "bfloat16", "--out", "sweep.json")
-    assert "1536 x 1536" in benchmark(tmp_path, *settings).stdout
+    settings = ("--models", "pc", "--network", "attention", "--sweep", "--size", "512")
+    output = benchmark(tmp_path, *settings, "--out", "sweep.json").stdout
+    assert "256 x 256" in output and "512 x 512" in output
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
@@ -49,7 +50,7 @@ def test_bad_input(refuse, tmp_path):
     tool = "analysis/benchmark"
     refuse(tool, "--repeats", "1", parts=("--repeats", "2 or more"))
     refuse(tool, "--size", "big", parts=("--size", "HEIGHTxWIDTH", "big"))
-    refuse(tool, "--sweep", "--size", "64", parts=("--sweep has its own sizes",))
+    refuse(tool, "--sweep", "--size", "64", parts=("--sweep --size", "256 or more", "64"))
     refuse(tool, "--models", "pc:fast", "--size", "32", "--device", "cpu", parts=("':plain' or ':folded'",))
     (line,) = error_lines(benchmark(tmp_path, "--models", "colour", "--size", "32", status=2).stderr)
     assert "unknown conditioning 'colour'" in line

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import condattn
+from condattn.kernels import feed_forward as module
 from condattn.kernels import window_attention as attention
 from condattn.kernels.cache import WeightCache
-from condattn.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from condattn.kernels.feed_forward import feed_forward, feed_forward_reference
 from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference
 from condattn.kernels.switch import plain, triton_module
 from condattn.kernels.windows import windows
@@ -30,6 +31,12 @@ def random(*shape, dtype=torch.float64):
 def inputs(height, width, size, batch, heads=2, d=3, dtype=torch.float64):
     qkv, padding = random(batch, height * width, 3 * heads * d, dtype=dtype), random(3 * heads * d, dtype=dtype)
     return qkv, padding, random(heads, size**2, size**2, dtype=dtype)
+
+
+def mlp(inside, hidden, outside, bias=True):
+    """Weights and biases of a feed-forward network."""
+    layers = random(hidden, inside), random(hidden), random(outside, hidden), random(outside)
+    return layers if bias else (layers[0], None, layers[2], None)
 
 
 def same(fast, twin, arguments, atol=1e-12, rtol=0.0):
@@ -99,7 +106,7 @@ def test_gradcheck():
         function = functools.partial(attention.window_attention, grid=grid, heads=2, scale=0.6, normalize=normalize)
         assert torch.autograd.gradcheck(function, inputs(3, 4, 2, 2))
     assert torch.autograd.gradcheck(lambda x: normalize_rows(x, 1e-6, False), (random(3, 5),))
-    assert torch.autograd.gradcheck(gelu_linear, (random(2, 3, 5), random(4, 5), random(4)))
+    assert torch.autograd.gradcheck(feed_forward, (random(2, 3, 5), *mlp(5, 7, 4)))
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -139,13 +146,23 @@ def test_half_precision(dtype):
         assert error <= 1.5 * own + torch.finfo(dtype).eps * want.abs().max().item()
 
 
-def test_gelu_linear():
+@pytest.mark.parametrize("part", [2**20, 14], ids=["whole", "in parts"])
+def test_feed_forward(part, monkeypatch):
+    monkeypatch.setattr(module, "PART", part)
+    monkeypatch.setattr(module, "LEAST", 1)
     torch.manual_seed(0)
-    same(gelu_linear, gelu_linear_reference, (random(2, 3, 5), random(4, 5), random(4)))
-    same(gelu_linear, gelu_linear_reference, (random(6, 5), random(4, 5), None))
-    hidden, weight = random(2, 5), torch.randn(3, 5).double()
-    gelu_linear(hidden, weight, None).sum().backward()  # of a frozen layer
-    assert weight.grad is None and hidden.grad is not None
+    same(feed_forward, feed_forward_reference, (random(2, 3, 5), *mlp(5, 7, 4)))
+    same(feed_forward, feed_forward_reference, (random(6, 5).T.contiguous().T, *mlp(5, 7, 4, bias=False)))
+    x, layers = random(5, 5), mlp(5, 7, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(feed_forward(x, *layers), feed_forward_reference(x, *layers), atol=1e-12, rtol=0)
+    assert feed_forward(x[:0], *layers).shape == (0, 4)
+    for frozen in range(5):
+        tensors = [t.detach() if i == frozen else t for i, t in enumerate((x, *layers))]
+        wanted = [t for t in tensors if t.requires_grad]
+        grads = (torch.autograd.grad(f(*tensors).sum(), wanted) for f in (feed_forward, feed_forward_reference))
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
 
 def test_the_switch():

@@ -6,6 +6,7 @@ products of matrices alone, and the traffic of each layer's result alone, would 
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.analysis import get_model_complexity_info
@@ -34,7 +36,8 @@ STRENGTHS = {"sc": dict(type="SpectralCorrection", strength=1.0)}
 NETWORKS = {"swin-t": (512, 512), "vit-b": (1024, 1024), "mask-rcnn": (800, 1333), "attention": (512, 512)}
 """Networks, and the size of images that they are timed at."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SWEEP = range(256, 1537, 256)
+STEP, LARGEST = 256, 1536
+"""Of the sizes of a sweep."""
 CONFIG = Path(__file__).parents[2] / "configs" / "mask_rcnn_swin_pc.py"
 STEPS = 3
 """So many are enough for the peak of memory."""
@@ -58,7 +61,11 @@ def parse_args() -> argparse.Namespace:
         "blocks alone (default: %(default)s)",
     )
     parser.add_argument("--size", help="height x width of the images, e.g. 512 or 800x1333 (default: by the network)")
-    parser.add_argument("--sweep", action="store_true", help=f"sizes from {SWEEP[0]} to {SWEEP[-1]}, and a plot")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help=f"square images of {STEP}, {2 * STEP}, ... up to --size (default: {LARGEST}), and a plot",
+    )
     parser.add_argument("--batch", type=int, default=1, help="images a batch")
     parser.add_argument("--mode", choices=["train", "infer"], default="train", help="a training step or a forward pass")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="half precision is by autocast")
@@ -127,6 +134,7 @@ class Variant:
             self.call = torch.compile(self.call)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05)
         self.form = name.partition(":")[2]
+        self.gradients: list[torch.Tensor] | None = None
 
     def _inputs(self, size: tuple[int, int]) -> tuple[Callable, tuple]:
         args, model = self.args, self.model
@@ -146,20 +154,22 @@ class Variant:
         half = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         with torch.set_grad_enabled(self.training), half:
             outputs = self.call(*self.inputs)
-            if self.training:
-                loss = self._loss(outputs)
         if self.training:
-            self.optimizer.zero_grad()
-            loss.backward()
+            self._backward(outputs)
             self.optimizer.step()
+            self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _loss(self, outputs) -> torch.Tensor:
+    def _backward(self, outputs: Any) -> None:
+        """From the losses of a detector; from random gradients of a backbone's maps, the same in all steps."""
         if isinstance(outputs, dict):
-            return self.model.parse_losses(outputs)[0]
+            self.model.parse_losses(outputs)[0].backward()
+            return
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-        return sum(one.float().square().mean() for one in outputs)
+        if self.gradients is None:
+            self.gradients = [torch.randn_like(one) for one in outputs]
+        torch.autograd.backward(outputs, self.gradients)
 
     def time(self) -> float:
         """Seconds that one step takes."""
@@ -213,9 +223,10 @@ def _resident(entry: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes, on a Mac
 
 
+@functools.cache
 def rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """What this machine does: floating-point operations a second in products of matrices, bytes a second in copies."""
-    size = 4096 if device.startswith("cuda") else 2048
+    size = 4096 if device.startswith("cuda") else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(2**26, device=device)
     target = torch.empty_like(source)
@@ -342,14 +353,17 @@ def main() -> None:
     for name in args.models.split(","):
         if name.partition(":")[2] not in ("", "plain", "folded"):
             raise UserError(f"--models: expected a conditioning, with ':plain' or ':folded' or without, found {name}")
-    if args.sweep and args.size:
-        raise UserError("--sweep has its own sizes; leave out --size")
     if args.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no GPU here")
         torch.cuda.set_device(args.device)
     MMLogger.get_current_instance().setLevel("ERROR")  # operators that it does not count are many
-    sizes = [(side, side) for side in SWEEP] if args.sweep else [image_size(args)]
+    sizes = [image_size(args)]
+    if args.sweep:
+        largest = max(sizes[0]) if args.size else LARGEST
+        sizes = [(side, side) for side in range(STEP, largest + 1, STEP)]
+        if not sizes:
+            raise UserError(f"--sweep --size: expected {STEP} or more, found {args.size}")
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.cache import WeightCache
-from ..kernels.gelu_linear import gelu_linear
+from ..kernels.feed_forward import feed_forward
 from ..kernels.switch import is_compiling, is_plain
 from ..kernels.window_attention import window_attention
 from ..kernels.windows import windows
@@ -74,21 +74,24 @@ class FastSwinBlock:
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H * W, C) to the same shape; see upstream."""
         ffn = self.ffn
-        plain = is_plain() or not torch.is_grad_enabled() or (self.with_cp and x.requires_grad)
-        if plain or ffn.num_fcs != 2 or not ffn.add_identity or has_hooks(ffn):
+        checkpointed = self.with_cp and x.requires_grad and torch.is_grad_enabled()
+        if is_plain() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or has_hooks(ffn):
             return super().forward(x, hw_shape)
         with again_in_backward(self.norm1, x) as normalized:
             x = x + self.attn(normalized, hw_shape)
-        (linear, activation, drop), projection, drop_out = ffn.layers
         with again_in_backward(self.norm2, x) as normalized:
-            hidden = linear(normalized)
-        known = type(activation).__name__, type(projection).__name__  # torch's or mmcv's
-        exact = known == ("GELU", "Linear") and getattr(activation, "approximate", "none") == "none"
-        if exact and not (has_hooks(activation) or has_hooks(projection) or (drop.training and drop.p)):
-            out = gelu_linear(hidden, projection.weight, projection.bias)
-        else:
-            out = projection(drop(activation(hidden)))
-        return x + drop_path(ffn.gamma2(drop_out(out)), ffn.dropout_layer)
+            out = _feed_forward(normalized, ffn)
+        return x + drop_path(ffn.gamma2(out), ffn.dropout_layer)
+
+
+def _feed_forward(x: Tensor, ffn: nn.Module) -> Tensor:
+    """The layers of mmcv's ``FFN`` with one hidden layer."""
+    (linear, activation, drop), projection, drop_out = ffn.layers
+    kinds = [type(layer).__name__ for layer in (linear, activation, projection)]  # torch's or mmcv's
+    usual = kinds == ["Linear", "GELU", "Linear"] and getattr(activation, "approximate", "none") == "none"
+    if not usual or (drop.training and drop.p) or any(map(has_hooks, ffn.layers.modules())):
+        return ffn.layers(x)
+    return drop_out(feed_forward(x, linear.weight, linear.bias, projection.weight, projection.bias))
 
 
 class FastPatchMerging:

@@ -1,0 +1,120 @@
+"""The feed-forward network of a transformer block, some tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .switch import is_plain
+
+PART = 2**20
+"""Hidden elements at a time on a CPU (4 MiB in float32): they stay in its cache between two layers."""
+LEAST = 256
+"""Tokens at a time: products of fewer are slow."""
+
+
+def feed_forward(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
+) -> Tensor:
+    """GELU(x W_in^T + b_in) W_out^T + b_out, keeping its hidden layer once.
+
+    The backward computes the GELU again, and never has the gradient of the hidden layer whole; without gradients, the
+    hidden layer is never whole either.
+
+    Args:
+        x: (..., in features).
+        weight_in: W_in, (hidden features, in features).
+        bias_in: b_in, (hidden features,), or None.
+        weight_out: W_out, (out features, hidden features).
+        bias_out: b_out, (out features,), or None.
+
+    Returns:
+        (..., out features).
+    """
+    if is_plain():
+        return feed_forward_reference(x, weight_in, bias_in, weight_out, bias_out)
+    tensors = x, weight_in, bias_in, weight_out, bias_out
+    if torch.is_autocast_enabled(x.device.type):  # as linear layers would
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = tuple(one if one is None else one.to(dtype) for one in tensors)
+    with torch.autocast(x.device.type, enabled=False):
+        return _FeedForward.apply(*tensors, torch.is_grad_enabled())
+
+
+def feed_forward_reference(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
+) -> Tensor:
+    """The plain twin of :func:`feed_forward`."""
+    return F.linear(F.gelu(F.linear(x, weight_in, bias_in)), weight_out, bias_out)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_in, bias_in, weight_out, bias_out, keep):
+        rows, features = x.flatten(0, -2), len(weight_in)
+        active = _buffer(rows, features)
+        hidden = rows.new_empty(len(rows), features) if keep else active
+        outputs = rows.new_empty(len(rows), len(weight_out))
+        for part in _parts(rows, features):
+            before = hidden[part] if keep else hidden[: len(rows[part])]
+            _project(rows[part], weight_in, bias_in, before)
+            after = torch._C._nn.gelu(before, out=active[: len(before)])
+            _project(after, weight_out, bias_out, outputs[part])
+        if keep:
+            ctx.save_for_backward(x, hidden, weight_in, weight_out)
+        return outputs.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, hidden, weight_in, weight_out = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad[:5]
+        rows, gradient, features = x.flatten(0, -2), gradient.flatten(0, -2), len(weight_in)
+        grad_rows = torch.empty_like(rows) if needs_x else None
+        shapes = weight_in.shape, (features,), weight_out.shape
+        grad_in, grad_bias_in, grad_out = (
+            rows.new_zeros(shape) if needed else None for shape, needed in zip(shapes, needs, strict=False)
+        )
+        buffer = _buffer(rows, features)
+        for part in _parts(rows, features):
+            before, change = hidden[part], gradient[part]
+            active = torch._C._nn.gelu(before, out=buffer[: len(before)])
+            if grad_out is not None:
+                grad_out.addmm_(change.T, active)
+            change = torch.mm(change, weight_out, out=active)
+            torch.ops.aten.gelu_backward.grad_input(change, before, grad_input=change)
+            if grad_bias_in is not None:
+                grad_bias_in += change.sum(0)
+            if grad_in is not None:
+                grad_in.addmm_(change.T, rows[part])
+            if needs_x:
+                torch.mm(change, weight_in, out=grad_rows[part])
+        grad_rows = grad_rows.view_as(x) if needs_x else None
+        return grad_rows, grad_in, grad_bias_in, grad_out, gradient.sum(0) if needs[3] else None, None
+
+
+def _parts(rows: Tensor, features: int) -> Iterator[slice]:
+    """Which rows are taken at a time."""
+    step = _step(rows, features)
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def _step(rows: Tensor, features: int) -> int:
+    """How many rows at a time: all of them where a sum over parts would round, or launch more kernels."""
+    whole = rows.is_cuda or rows.dtype in (torch.float16, torch.bfloat16)
+    return max(1, len(rows) if whole else min(len(rows), max(LEAST, PART // features)))
+
+
+def _buffer(rows: Tensor, features: int) -> Tensor:
+    return rows.new_empty(min(len(rows), _step(rows, features)), features)
+
+
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, weight.T, out=out)
+    else:
+        torch.addmm(bias, rows, weight.T, out=out)
