@@ -1,10 +1,10 @@
 """Conditioned faces of mmdet's backbones."""
 
-from mmdet.models.backbones.swin import PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
+from mmdet.models.backbones.swin import PatchEmbed, PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
 from mmdet.registry import MODELS
 from mmengine.registry import MODELS as ROOT_MODELS
 
-from .swin import ConditionedSwin, FastPatchMerging, FastShiftWindowMSA, FastSwinBlock
+from .swin import ConditionedSwin, FastPatchEmbed, FastPatchMerging, FastShiftWindowMSA, FastSwinBlock
 
 
 class FastAttention(FastShiftWindowMSA, ShiftWindowMSA):
@@ -13,6 +13,10 @@ class FastAttention(FastShiftWindowMSA, ShiftWindowMSA):
 
 class FastBlock(FastSwinBlock, SwinBlock):
     """mmdet's ``SwinBlock`` with a fast forward."""
+
+
+class FastEmbed(FastPatchEmbed, PatchEmbed):
+    """mmdet's ``PatchEmbed`` with a fast forward."""
 
 
 class FastMerging(FastPatchMerging, PatchMerging):
@@ -28,4 +32,9 @@ class ConditionedSwinTransformer(ConditionedSwin, SwinTransformer):
     rounded up, for each i of ``out_indices``.
     """
 
-    fast_faces = {ShiftWindowMSA: FastAttention, SwinBlock: FastBlock, PatchMerging: FastMerging}  # noqa: RUF012
+    fast_faces = {  # noqa: RUF012
+        PatchEmbed: FastEmbed,
+        ShiftWindowMSA: FastAttention,
+        SwinBlock: FastBlock,
+        PatchMerging: FastMerging,
+    }

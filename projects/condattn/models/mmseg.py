@@ -1,12 +1,12 @@
 """Conditioned faces of mmseg's backbones."""
 
 from mmengine.registry import MODELS as ROOT_MODELS
-from mmseg.models.backbones.swin import PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
+from mmseg.models.backbones.swin import PatchEmbed, PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
 from mmseg.models.backbones.vit import VisionTransformer
 from mmseg.registry import MODELS
 
 from .base import ConditionedBackbone
-from .swin import ConditionedSwin, FastPatchMerging, FastShiftWindowMSA, FastSwinBlock
+from .swin import ConditionedSwin, FastPatchEmbed, FastPatchMerging, FastShiftWindowMSA, FastSwinBlock
 
 
 class FastAttention(FastShiftWindowMSA, ShiftWindowMSA):
@@ -17,6 +17,10 @@ class FastBlock(FastSwinBlock, SwinBlock):
     """mmseg's ``SwinBlock`` with a fast forward."""
 
 
+class FastEmbed(FastPatchEmbed, PatchEmbed):
+    """mmseg's ``PatchEmbed`` with a fast forward."""
+
+
 class FastMerging(FastPatchMerging, PatchMerging):
     """mmseg's ``PatchMerging`` with a fast forward."""
 
@@ -25,7 +29,12 @@ class FastMerging(FastPatchMerging, PatchMerging):
 class ConditionedSwinTransformer(ConditionedSwin, SwinTransformer):
     """mmseg's ``SwinTransformer``, conditioned; shapes as in :mod:`condattn.models.mmdet`."""
 
-    fast_faces = {ShiftWindowMSA: FastAttention, SwinBlock: FastBlock, PatchMerging: FastMerging}  # noqa: RUF012
+    fast_faces = {  # noqa: RUF012
+        PatchEmbed: FastEmbed,
+        ShiftWindowMSA: FastAttention,
+        SwinBlock: FastBlock,
+        PatchMerging: FastMerging,
+    }
 
 
 @ROOT_MODELS.register_module()

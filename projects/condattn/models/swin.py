@@ -95,7 +95,7 @@ def _feed_forward(x: Tensor, ffn: nn.Module) -> Tensor:
 
 
 class FastPatchMerging:
-    """Mixin in front of upstream's ``PatchMerging``: the pixels of a patch are put side by side in one copy.
+    """Mixin in front of upstream's ``PatchMerging``: pixels are put side by side by rows; the norm is computed again.
 
     Upstream's forward runs for other patches than 2 x 2, and within :func:`condattn.kernels.switch.plain`.
     """
@@ -112,9 +112,35 @@ class FastPatchMerging:
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         height, width = x.shape[1] // 2, x.shape[2] // 2
-        x = x.view(-1, height, 2, width, 2, channels).permute(0, 1, 3, 5, 2, 4)
-        x = x.reshape(-1, height * width, 4 * channels)
-        return self.reduction(self.norm(x) if self.norm else x), (height, width)
+        x = x.view(-1, height, 2, width, 2, channels).transpose(2, 3).reshape(-1, height * width, 4, channels)
+        x = x.mT.reshape(-1, height * width, 4 * channels)  # two copies of rows are faster than one of single numbers
+        if not self.norm:
+            return self.reduction(x), (height, width)
+        with again_in_backward(self.norm, x) as normalized:
+            return self.reduction(normalized), (height, width)
+
+
+class FastPatchEmbed:
+    """Mixin in front of upstream's ``PatchEmbed``: one product of matrices, whose result has its channels last.
+
+    Upstream's forward runs for patches that overlap or leave gaps, where the convolution has hooks, and within
+    :func:`condattn.kernels.switch.plain`.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C, H, W) to (B, rows * columns of patches, embed_dims), and those rows and columns; see upstream."""
+        conv = self.projection
+        usual = conv.kernel_size == conv.stride and conv.dilation == (1, 1) and conv.padding == (0, 0)
+        usual = usual and type(conv).__name__ == "Conv2d" and conv.groups == 1  # torch's or mmcv's
+        if not usual or has_hooks(conv) or (is_plain() and not is_compiling()):
+            return super().forward(x)
+        x = self.adap_padding(x) if self.adap_padding else x
+        height, width = conv.kernel_size
+        rows, columns = x.shape[2] // height, x.shape[3] // width
+        x = x[..., : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, conv.weight[0].numel())
+        x = F.linear(x, conv.weight.flatten(1), conv.bias)
+        return self.norm(x) if self.norm else x, (rows, columns)
 
 
 def has_hooks(module: nn.Module) -> bool:
