@@ -157,6 +157,7 @@ def test_feed_forward(part, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(feed_forward(x, *layers), feed_forward_reference(x, *layers), atol=1e-12, rtol=0)
     assert feed_forward(x[:0], *layers).shape == (0, 4)
+    assert not any(g.any() for g in torch.autograd.grad(feed_forward(x[:0], *layers).sum(), layers))
     for frozen in range(5):
         tensors = [t.detach() if i == frozen else t for i, t in enumerate((x, *layers))]
         wanted = [t for t in tensors if t.requires_grad]

@@ -1,6 +1,7 @@
 """What conditioning costs, and what the fast paths save: conditioned networks against upstream's own.
 
-The variants take turns in one process (A B C, A B C, ...), so that a machine that slows down slows all of them alike.
+The variants take turns in one process (A B C, A B C, ...), so that a machine that slows down slows all of them alike;
+the first of the two steps of a turn is not timed.
 Peak memory is that of a process of its own per variant on a CPU, and of the device on a GPU. Floors are what the
 products of matrices alone, and the traffic of each layer's result alone, would take at the rates of this machine.
 """
@@ -266,12 +267,12 @@ def measure(args: argparse.Namespace, size: tuple[int, int]) -> list[dict]:
         variants = {name: Variant(name, args, size) for name in names}
     except ValueError as error:
         raise UserError(error) from error
-    for _ in range(2):
-        for variant in variants.values():
-            variant.run()
+    for variant in variants.values():
+        variant.run()
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(args.repeats), desc="rounds", disable=None):
         for name, variant in variants.items():
+            variant.run()  # so that memory and caches are as its own step leaves them
             times[name].append(variant.time())
     operations, bandwidth = rates(args.device, DTYPES[args.dtype])
     passes = 3 if args.mode == "train" else 1  # a backward is two of a forward

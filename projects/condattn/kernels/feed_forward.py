@@ -75,21 +75,21 @@ class _FeedForward(torch.autograd.Function):
         needs_x, needs_in, needs_bias_in, needs_out, needs_bias_out, _ = ctx.needs_input_grad
         rows, gradient, features = x.flatten(0, -2), gradient.flatten(0, -2), len(weight_in)
         grad_x = x.new_empty(rows.shape) if needs_x else None
-        grad_in = torch.zeros_like(weight_in) if needs_in else None
+        grad_in = torch.empty_like(weight_in) if needs_in else None
         grad_bias_in = rows.new_zeros(features) if needs_bias_in else None
-        grad_out = torch.zeros_like(weight_out) if needs_out else None
+        grad_out = torch.empty_like(weight_out) if needs_out else None
         buffer = _buffer(rows, features)
         for part in _parts(rows, features):
-            before, change = hidden[part], gradient[part]
+            before, change, beta = hidden[part], gradient[part], int(part.start > 0)
             active = torch._C._nn.gelu(before, out=buffer[: len(before)])
             if needs_out:
-                grad_out.addmm_(change.T, active)
+                grad_out.addmm_(change.T, active, beta=beta)
             change = torch.mm(change, weight_out, out=active)
             torch.ops.aten.gelu_backward.grad_input(change, before, grad_input=change)
             if needs_bias_in:
                 grad_bias_in += change.sum(0)
             if needs_in:
-                grad_in.addmm_(change.T, rows[part])
+                grad_in.addmm_(change.T, rows[part], beta=beta)
             if needs_x:
                 torch.mm(change, weight_in, out=grad_x[part])
         grad_bias_out = gradient.sum(0) if needs_bias_out else None
@@ -97,9 +97,9 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _parts(rows: Tensor, features: int) -> Iterator[slice]:
-    """Which rows are taken at a time."""
+    """Which rows are taken at a time; of no rows, once none."""
     step = _step(rows, features)
-    return (slice(start, start + step) for start in range(0, len(rows), step))
+    return (slice(start, start + step) for start in range(0, max(1, len(rows)), step))
 
 
 def _step(rows: Tensor, features: int) -> int:

@@ -92,31 +92,36 @@ def window_attention_reference(
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Gathers each head's rows once, and keeps them and the map for the backward."""
+    """Gathers each head's rows once; the backward computes the map again from them and the normalisers of its rows."""
 
     @staticmethod
     def forward(ctx, qkv, padding, bias, grid, heads, scale):
         q, k, v = (_gather(qkv, padding, grid, heads, part) for part in range(3))
-        weights = _weights(q, k, bias, grid, heads, scale)
-        ctx.save_for_backward(q, k, v, weights)
+        # The steps of a softmax in place are faster than the whole, and leave the logarithm of its denominator.
+        weights = _logits(q, k, bias, grid, heads, scale)
+        largest = weights.amax(-1, keepdim=True)
+        total = _exp(weights, largest).sum(-1, keepdim=True)
+        weights.div_(total)
+        ctx.save_for_backward(q, k, v, bias, total.log_().add_(largest))
         ctx.grid, ctx.heads, ctx.scale = grid, heads, scale
         ctx.batch, ctx.has_padding = qkv.shape[0], padding is not None
-        outputs = torch.bmm(weights, v).flatten(0, 1)
+        outputs = torch.bmm(weights.to(v.dtype), v).flatten(0, 1)
         return outputs.index_select(0, grid.place_rows(heads, len(qkv), 1)).view(*qkv.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        q, k, v, weights = ctx.saved_tensors
+        q, k, v, bias, normalizers = ctx.saved_tensors
         grid, heads, batch, size = ctx.grid, ctx.heads, ctx.batch, v.shape[-1]
         rows = gradient.reshape(-1, size).index_select(0, grid.token_rows(heads, batch))
         if grid.is_padded:
             rows.index_fill_(0, grid.padding_rows(heads, batch), 0.0)
         rows = rows.view_as(v)
-        wide = torch.promote_types(v.dtype, torch.float32)
-        grad_logits = torch._softmax_backward_data(torch.bmm(rows, v.mT).to(wide), weights.to(wide), -1, wide)
+        weights = _exp(_logits(q, k, bias, grid, heads, ctx.scale), normalizers)
+        grad_logits = torch.bmm(rows, v.mT).to(weights.dtype)
+        torch.ops.aten._softmax_backward_data.out(grad_logits, weights, -1, weights.dtype, grad_input=grad_logits)
         grad_bias = grad_logits.view(-1, heads, *weights.shape[1:]).sum(0)
-        grad_logits = grad_logits.to(v.dtype)
+        grad_logits, weights = grad_logits.to(v.dtype), weights.to(v.dtype)
         grads = v.new_empty(3, *v.shape)
         torch.baddbmm(grads[0], grad_logits, k, beta=0, alpha=ctx.scale, out=grads[0])
         torch.baddbmm(grads[1], grad_logits.mT, q, beta=0, alpha=ctx.scale, out=grads[1])
@@ -141,8 +146,8 @@ def _gather(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int, part
     return rows.view(-1, grid.size**2, size)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scale: float) -> Tensor:
-    """The maps, (B * windows * heads, size^2, size^2)."""
+def _logits(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scale: float) -> Tensor:
+    """Those of the maps, (B * windows * heads, size^2, size^2), in float32 for half precision."""
     logits = _scaled(scale, q, k.mT).to(torch.promote_types(q.dtype, torch.float32))
     view = logits.view(-1, grid.rows, grid.columns, heads, *logits.shape[1:])
     view.add_(bias)
@@ -150,7 +155,12 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scal
         last_row, last_column = grid.border_masks(logits.dtype)
         view[:, -1].add_(last_row[:, None])
         view[:, :-1, -1].add_(last_column[:, None])
-    return torch.softmax(logits, -1).to(q.dtype)
+    return logits
+
+
+def _exp(logits: Tensor, largest: Tensor) -> Tensor:
+    """exp(logits - largest) in place; of masked logits, a number that is small, but no slow denormal one."""
+    return logits.sub_(largest).clamp_min_(-80.0).exp_()
 
 
 def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:
