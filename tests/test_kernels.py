@@ -46,11 +46,9 @@ def same(fast, twin, arguments, atol=1e-12, rtol=0.0):
     gradient = torch.randn_like(want)
     wanted = [a for a in arguments if a is not None]
     grads = (torch.autograd.grad(y, wanted, gradient, allow_unused=True) for y in (got, want))
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(
-            one if one is not None else torch.zeros_like(other), torch.zeros_like(one) if other is None else other,
-            atol=atol, rtol=rtol,
-        )  # fmt: skip
+    for x, one, other in zip(wanted, *grads, strict=True):
+        one, other = (torch.zeros_like(x) if grad is None else grad for grad in (one, other))
+        torch.testing.assert_close(one, other, atol=atol, rtol=rtol)
 
 
 @settings(deadline=None, max_examples=60)
@@ -71,6 +69,11 @@ def test_windows_of_any_map(size, window, shift, batch, padded, normalize):
 
     fast = lambda *given: attention.window_attention(*given, *rest, normalize)  # noqa: E731
     same(fast, twin, (qkv, padding if padded else None, bias))
+    fused, plain_twin = (
+        functools.partial(f, grid=grid, heads=2, scale=0.6)
+        for f in (attention.window_attention_fused, attention.window_attention_reference)
+    )
+    same(fused, plain_twin, (qkv, padding if padded else None, bias))
 
 
 def test_window_attention_by_hand():
@@ -140,10 +143,11 @@ def test_half_precision(dtype):
         return [y, *torch.autograd.grad(y, arguments, gradient.to(y.dtype))]
 
     truth = run(attention.window_attention_reference, exact)
-    fast, twin = (run(f, half) for f in (attention.window_attention, attention.window_attention_reference))
-    for got, eager, want in zip(fast, twin, truth, strict=True):
-        error, own = ((x.double() - want).abs().max().item() for x in (got, eager))
-        assert error <= 1.5 * own + torch.finfo(dtype).eps * want.abs().max().item()
+    twin = run(attention.window_attention_reference, half)
+    for fast in (attention.window_attention, attention.window_attention_fused):
+        for got, eager, want in zip(run(fast, half), twin, truth, strict=True):
+            error, own = ((x.double() - want).abs().max().item() for x in (got, eager))
+            assert error <= 1.5 * own + torch.finfo(dtype).eps * want.abs().max().item()
 
 
 @pytest.mark.parametrize("part", [2**20, 14], ids=["whole", "in parts"])
@@ -281,6 +285,23 @@ def test_the_kernels_on_a_gpu(size, d, dtype):
     grads = (torch.autograd.grad(y, x, gradient.to(y.dtype)) for y, x in ((got, arguments), (want, exact)))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one.double(), other, atol=4 * tolerance * other.abs().max().item(), rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("size", [7, 12])
+def test_fused_attention_on_a_gpu(size):
+    """Memory-efficient attention alone takes what is added to the logits, and its gradient."""
+    torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    grid = windows(33, 50, size, size // 2, device)
+    arguments = [t.detach().to(device).requires_grad_() for t in inputs(33, 50, size, 2, 3, 32, torch.float32)]
+    rest = dict(grid=grid, heads=3, scale=32**-0.5)
+
+    def fused(*given):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+            return attention.window_attention_fused(*given, **rest)
+
+    same(fused, functools.partial(attention.window_attention_reference, **rest), arguments, atol=1e-3, rtol=1e-3)
 
 
 def test_the_kernels_compile_for_a_gpu():

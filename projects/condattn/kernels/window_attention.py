@@ -8,8 +8,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .row_norm import normalize_rows
-from .switch import is_plain, triton_module
+from .switch import is_compiling, is_plain, triton_module
 from .windows import Windows
+
+ALIGNMENT = 8
+"""Rows of what is added to logits begin at multiples of so many numbers (memory-efficient attention in PyTorch)."""
 
 
 def window_attention(
@@ -56,10 +59,13 @@ def window_attention(
         eps, detach = normalize or (None, False)
         attend = kernel.TritonWindowAttention.apply
         return attend(qkv.contiguous(), padding, bias, grid, heads, scale, eps, detach)
-    if is_plain():
-        outputs = window_attention_reference(qkv, padding, bias, grid, heads, scale)
+    arguments = padding, bias, grid, heads, scale
+    if qkv.is_cuda and (is_compiling() or not is_plain()):
+        outputs = window_attention_fused(qkv, *arguments)
+    elif is_plain():
+        outputs = window_attention_reference(qkv, *arguments)
     else:
-        outputs = _WindowAttention.apply(qkv.contiguous(), padding, bias, grid, heads, scale)
+        outputs = _WindowAttention.apply(qkv.contiguous(), *arguments)
     if normalize is None:
         return outputs
     return normalize_rows(outputs.unflatten(-1, (heads, -1)), *normalize).flatten(-2)
@@ -69,6 +75,31 @@ def window_attention_reference(
     qkv: Tensor, padding: Tensor | None, bias: Tensor, grid: Windows, heads: int, scale: float
 ) -> Tensor:
     """The plain twin of :func:`window_attention`: pad, roll, cut into windows, attend, and back."""
+    q, k, v = _cut(qkv, padding, grid, heads)
+    logits = (q * scale) @ k.mT + bias
+    if grid.shift:
+        logits = logits + grid.mask(logits.dtype)[:, None]
+    return _join(logits.softmax(-1).to(v.dtype) @ v, grid)
+
+
+def window_attention_fused(
+    qkv: Tensor, padding: Tensor | None, bias: Tensor, grid: Windows, heads: int, scale: float
+) -> Tensor:
+    """The same by PyTorch's fused attention, for GPUs without the kernel in Triton, and for ``torch.compile`` there.
+
+    Bias and mask are one summand, whose rows are so far apart as memory-efficient attention wants them.
+    """
+    q, k, v = _cut(qkv, padding, grid, heads)
+    count = grid.size**2
+    added = bias + grid.mask(bias.dtype)[:, None] if grid.shift else bias
+    added = F.pad(added.to(q.dtype), (0, -count % ALIGNMENT))[..., :count].expand(*q.shape[:3], count, count)
+    q, k, v, added = (x.flatten(0, 1) for x in (q, k, v, added))
+    x = F.scaled_dot_product_attention(q, k, v, added, scale=scale)
+    return _join(x.unflatten(0, (len(qkv), -1)), grid)
+
+
+def _cut(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (B, windows, heads, size^2, d), by padding, rolling and cutting."""
     batch, size, rows, columns = qkv.shape[0], grid.size, grid.rows, grid.columns
     x = qkv.reshape(batch, grid.height, grid.width, -1)
     if grid.is_padded:
@@ -80,12 +111,14 @@ def window_attention_reference(
     if grid.shift:
         x = x.roll((-grid.shift, -grid.shift), (1, 2))
     x = x.reshape(batch, rows, size, columns, size, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    q, k, v = x.reshape(3, batch, rows * columns, heads, size * size, -1).unbind(0)
-    logits = (q * scale) @ k.mT + bias
-    if grid.shift:
-        logits = logits + grid.mask(logits.dtype)[:, None]
-    x = (logits.softmax(-1).to(v.dtype) @ v).reshape(batch, rows, columns, heads, size, size, -1)
-    x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * size, columns * size, -1)
+    return x.reshape(3, batch, rows * columns, heads, size * size, -1).unbind(0)
+
+
+def _join(x: Tensor, grid: Windows) -> Tensor:
+    """Outputs of heads, (B, windows, heads, size^2, d), as (B, height * width, heads * d)."""
+    batch, _, heads, _, _ = x.shape
+    x = x.reshape(batch, grid.rows, grid.columns, heads, grid.size, grid.size, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    x = x.reshape(batch, grid.rows * grid.size, grid.columns * grid.size, -1)
     if grid.shift:
         x = x.roll((grid.shift, grid.shift), (1, 2))
     return x[:, : grid.height, : grid.width].reshape(batch, grid.height * grid.width, -1)

@@ -166,6 +166,9 @@ def again_in_backward(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
         x: Its input, which is kept for its own backward anyway.
     """
     output = module(x)
+    if is_compiling():  # what is kept is the compiler's to choose
+        yield output
+        return
     if torch.is_autocast_enabled(x.device.type):  # as the linear layer that gets it would
         output = output.to(torch.get_autocast_dtype(x.device.type))
     # Numbers, not the tensor: what the hooks refer to lives as long as the graph.
