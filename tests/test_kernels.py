@@ -102,6 +102,27 @@ def test_window_attention_by_hand():
             torch.testing.assert_close(got[y * width + x], want, atol=1e-12, rtol=0)
 
 
+def test_no_map_is_kept():
+    grid, kept = windows(9, 10, 4, 2, CPU), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        attention.window_attention(*inputs(9, 10, 4, 2), grid, 2, 0.6)
+    assert kept and sorted(shape for shape in kept if shape[-2:] == (16, 16)) == [(2, 16, 16)]  # the bias
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_summands_of_fused_attention_are_aligned_and_not_copied(shift, monkeypatch):
+    seen = []
+    fused = attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda q, k, v, added, **rest: seen.append(added) or
+        fused(q, k, v, added, **rest)
+    )  # fmt: skip
+    attention.window_attention_fused(*inputs(9, 10, 4, 3), windows(9, 10, 4, shift, CPU), 2, 0.6)
+    (added,) = seen
+    assert added.stride(0) == 0 and added.stride(-1) == 1
+    assert all(stride % attention.ALIGNMENT == 0 for stride in added.stride()[:-1])
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     grid = windows(3, 4, 2, 1, CPU)

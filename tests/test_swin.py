@@ -1,17 +1,21 @@
 """The fast forward of Swin's blocks against upstream's own: the same function, the same gradients."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("mmengine")
 from mmengine.registry import MODELS, DefaultScope
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import condattn.registry
+from condattn.kernels.switch import plain
 from condattn.models.swin import again_in_backward
 
 SMALL = dict(embed_dims=16, depths=(2, 2, 2), num_heads=(1, 2, 2), strides=(4, 2, 2), out_indices=(0, 1, 2))
@@ -37,12 +41,13 @@ def pair(scope, dtype=torch.float64, **settings):
     return [twin.to(dtype).train() for twin in twins]
 
 
-def run(model, x, seed=2):
-    """Maps, and the gradients of the parameters and the input."""
+def run(model, x, seed=2, half=False):
+    """Maps, and the gradients of the parameters and the input; the backward is outside autocast, as mmengine's is."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)
-    maps = model(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        maps = model(x)
     gradients = [torch.randn_like(one) for one in maps]
     torch.autograd.backward(maps, gradients)
     return [*maps, x.grad, *(p.grad for p in model.parameters())]
@@ -79,8 +84,7 @@ def test_under_autocast():
     exact = copy.deepcopy(slow).double()
     x = torch.randn(2, 3, 40, 48)
     want = run(exact, x.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        got, eager = run(fast, x), run(slow, x)
+    got, eager = run(fast, x, half=True), run(slow, x, half=True)
     for one, other, truth in zip(got, eager, want, strict=True):
         error, own = ((value.double() - truth).norm() / truth.norm() for value in (one, other))
         assert error <= 1.5 * own + 2**-8
@@ -162,19 +166,91 @@ def test_copies_pickles_and_folds():
         assert_same(fast(x), want, 1e-10)
 
 
-def test_hooks_see_what_they_would():
-    """Of attention and of the feed-forward network, and of the layers in them."""
-    fast, slow = pair("mmdet", conditioning="pc")
+@pytest.mark.parametrize("scope", SCOPES)
+def test_hooks_see_what_they_would(scope):
+    """Of every part of a block that is called at all, and of what embeds and merges patches; each once."""
+    fast, slow = pair(scope, conditioning="pc", drop_path_rate=0.4)
     x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
-    for name in ("attn.w_msa", "attn.w_msa.proj", "ffn", "ffn.layers.0.1", "ffn.layers.1"):
-        seen = []
-        for model in (fast, slow):
-            module = model.stages[0].blocks[1].get_submodule(name)
-            handle = module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+    names = [f"stages.0.blocks.1.{name}" for name, _ in slow.stages[0].blocks[1].named_modules() if name]
+    names += [f"stages.0.downsample.{name}" for name in ("sampler", "adap_padding", "norm", "reduction")]
+    for name in (*names, "patch_embed.projection", "patch_embed.norm"):
+        seen = [], []
+        for model, outputs in zip((fast, slow), seen, strict=True):
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
             run(model, x)
             handle.remove()
-        assert len(seen) == 2, name
-        assert name == "attn.w_msa.proj" or seen[0].shape == seen[1].shape, name  # without padding
+        assert len(seen[0]) == len(seen[1]), name
+        if name.rpartition(".")[2] not in ("qkv", "proj", "proj_drop"):  # which are without padding
+            assert [one.shape for one in seen[0]] == [one.shape for one in seen[1]], name
+
+
+def test_the_fast_path_is_taken(monkeypatch):
+    """Usual settings, in training and evaluation, with no call of a forward that it replaces."""
+    fast, _ = pair("mmdet", torch.float32, conditioning="pc")
+
+    def forward(self, *args):
+        raise AssertionError(f"upstream's forward of {type(self).__name__}")
+
+    for face in type(fast).fast_faces:
+        monkeypatch.setattr(face, "forward", forward)
+    for block in (block for stage in fast.stages for block in stage.blocks):
+        monkeypatch.setattr(type(block.ffn.layers), "forward", forward)
+        monkeypatch.setattr(type(block.attn.w_msa), "forward", forward)
+    run(fast, torch.randn(1, 3, 40, 48))
+    with torch.no_grad():
+        fast.eval()(torch.randn(1, 3, 40, 48))
+    with plain(), pytest.raises(AssertionError, match="upstream's forward"):
+        fast(torch.randn(1, 3, 40, 48))
+
+
+def test_layers_that_were_replaced_are_called():
+    """Even of the same name, as those of adapters are."""
+
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return 2.0 * super().forward(x)
+
+    class Conv2d(nn.Conv2d):
+        def forward(self, x):
+            return 2.0 * super().forward(x)
+
+    fast, slow = pair("mmdet", conditioning="pc")
+    for model in (fast, slow):
+        model.patch_embed.projection.__class__ = Conv2d
+        for layers in (block.ffn.layers for stage in model.stages for block in stage.blocks):
+            layers[0][0].__class__ = layers[1].__class__ = Linear
+    x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    assert_same(run(fast, x), run(slow, x), 1e-12)
+
+
+def test_blocks_in_checkpoints_of_others():
+    """Whose hooks say what is kept: everything inside is computed again, and nothing twice."""
+    fast, slow = pair("mmdet", conditioning=PC_SC)
+    for stage in fast.stages:
+        for block in stage.blocks:
+            block.forward = functools.partial(checkpoint, type(block).forward, block, use_reentrant=False)
+    x = torch.randn(2, 3, 40, 48, dtype=torch.float64)
+    assert_same(run(fast, x), run(slow, x), 1e-12)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        pair("mmdet")[0].stages[0].blocks[0](torch.randn(1, 120, 16, dtype=torch.float64), (10, 12))
+    assert torch.Size([120, 64]) in kept  # the hidden layer
+
+
+def test_maps_of_another_size_are_refused():
+    merging = pair("mmdet")[0].stages[0].downsample
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        merging(torch.randn(2, 16, 16, dtype=torch.float64), (2, 4))
+
+
+def test_forward_derivatives():
+    """By dual numbers, which no custom backward knows of."""
+    fast, slow = pair("mmdet", conditioning="pc")
+    x, tangent = (torch.randn(1, 3, 40, 48, dtype=torch.float64) for _ in range(2))
+    with forward_ad.dual_level():
+        found = [forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))[0]).tangent for model in (fast, slow)]
+    assert_same(found[:1], found[1:], 1e-12)
 
 
 @pytest.mark.slow
@@ -213,3 +289,13 @@ def test_what_is_computed_again_is_not_kept():
     got = torch.autograd.grad(y.square().sum(), parameters)
     want = torch.autograd.grad(linear(norm(x)).square().sum(), parameters)
     assert_same(got, want, 1e-6)
+
+
+def test_graphs_without_a_backward_are_freed():
+    """With an operation in them that keeps its result."""
+    norm, x = nn.LayerNorm(4), torch.randn(2, 5, 4, requires_grad=True)
+    with again_in_backward(norm, x) as normalized:
+        y = (normalized * 2).softmax(-1)
+    storage = StorageWeakRef(y.untyped_storage())
+    del y, normalized
+    assert storage.expired()

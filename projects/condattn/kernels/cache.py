@@ -23,7 +23,7 @@ class WeightCache:
 
     def clear(self) -> None:
         """Forget it."""
-        self._state, self._made = None, None
+        self._kept = None, None
 
     def get(self, make: Callable[[], Tensor], *weights: Tensor) -> Tensor:
         """``make()``, or what it gave for these weights before."""
@@ -31,7 +31,8 @@ class WeightCache:
         if needs_gradient or is_plain() or any(weight.is_inference() for weight in weights):
             return make()
         state = [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
-        if state != self._state:
+        kept = self._kept  # at once, for other threads
+        if state != kept[0]:
             with torch.inference_mode(False), torch.no_grad():
-                self._state, self._made = state, make()
-        return self._made
+                self._kept = kept = state, make()
+        return kept[1]

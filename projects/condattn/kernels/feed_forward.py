@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .switch import is_plain
+from .switch import autocast, autocast_dtype, is_plain
 
 PART = 2**21
 """Hidden elements at a time on a CPU (8 MiB in float32): they stay in its cache between two layers."""
@@ -22,8 +22,8 @@ def feed_forward(
 ) -> Tensor:
     """GELU(x W_in^T + b_in) W_out^T + b_out, keeping its hidden layer once.
 
-    The backward computes the GELU again, and never has the gradient of the hidden layer whole; without gradients, the
-    hidden layer is never whole either.
+    The backward computes the GELU again. On a CPU, in single or double precision, it never has the gradient of the
+    hidden layer whole, and without gradients the hidden layer is never whole either.
 
     Args:
         x: (..., in features).
@@ -38,11 +38,11 @@ def feed_forward(
     if is_plain():
         return feed_forward_reference(x, weight_in, bias_in, weight_out, bias_out)
     tensors = x, weight_in, bias_in, weight_out, bias_out
-    if torch.is_autocast_enabled(x.device.type):  # as linear layers would
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):  # as linear layers would
         tensors = tuple(one if one is None else one.to(dtype) for one in tensors)
-    with torch.autocast(x.device.type, enabled=False):
-        return _FeedForward.apply(*tensors, torch.is_grad_enabled())
+    keep = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    with autocast(x, None):
+        return _FeedForward.apply(*tensors, keep)
 
 
 def feed_forward_reference(

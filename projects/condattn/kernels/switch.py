@@ -3,44 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
+from threading import Lock
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 OLDEST_TRITON = (3, 6)
 """Triton 3.1 (of torch 2.5) does not take the kernels; none between has been tried."""
-_allowed = True
+_lock, _plain = Lock(), 0
 
 
 @contextmanager
 def plain() -> Iterator[None]:
     """Everything by its plain twin while the context lasts, in all threads."""
-    global _allowed
-    before, _allowed = _allowed, False
+    global _plain
+    with _lock:
+        _plain += 1
     try:
         yield
     finally:
-        _allowed = before
+        with _lock:
+            _plain -= 1
 
 
 def is_plain() -> bool:
-    """Whether the plain twin is wanted: by :func:`plain`, or by what watches or transforms plain operations."""
-    return (
-        not _allowed
-        or is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+    """Whether the plain twin of an operation is wanted: by :func:`plain`, or by what fuses or transforms operations."""
+    return is_compiling() or is_upstream()
+
+
+def is_upstream() -> bool:
+    """Whether upstream's own forward is wanted: by :func:`plain`, or by what watches or transforms its operations."""
+    return _plain > 0 or (
+        not is_compiling()
+        and (
+            torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch.autograd.forward_ad._current_level >= 0
+        )
     )
 
 
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing, which fuse plain operations themselves."""
     return torch.compiler.is_compiling()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of ``x`` in front of a linear layer; None if it leaves it."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to ``dtype`` for the device of ``x``; None: no autocast."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, dtype, enabled=dtype is not None)
 
 
 @cache

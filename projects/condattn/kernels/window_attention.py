@@ -8,10 +8,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .row_norm import normalize_rows
-from .switch import is_compiling, is_plain, triton_module
+from .switch import autocast, is_compiling, is_plain, triton_module
 from .windows import Windows
 
-ALIGNMENT = 8
+ALIGNMENT = 16
 """Rows of what is added to logits begin at multiples of so many numbers (memory-efficient attention in PyTorch)."""
 
 
@@ -24,7 +24,7 @@ def window_attention(
     scale: float,
     normalize: tuple[float, bool] | None = None,
 ) -> Tensor:
-    """softmax(scale Q K^T + bias + mask) V in each window, without a map in memory that its backward does not need.
+    """softmax(scale Q K^T + bias + mask) V in each window, without a map in memory between forward and backward.
 
     Tokens are projected before they are put into windows, so that none is projected for padding; padding has queries,
     keys and values that are ``padding``.
@@ -65,7 +65,8 @@ def window_attention(
     elif is_plain():
         outputs = window_attention_reference(qkv, *arguments)
     else:
-        outputs = _WindowAttention.apply(qkv.contiguous(), *arguments)
+        with autocast(qkv, None):
+            outputs = _WindowAttention.apply(qkv.contiguous(), *arguments)
     if normalize is None:
         return outputs
     return normalize_rows(outputs.unflatten(-1, (heads, -1)), *normalize).flatten(-2)
@@ -90,12 +91,12 @@ def window_attention_fused(
     Bias and mask are one summand, whose rows are so far apart as memory-efficient attention wants them.
     """
     q, k, v = _cut(qkv, padding, grid, heads)
-    count = grid.size**2
-    added = bias + grid.mask(bias.dtype)[:, None] if grid.shift else bias
-    added = F.pad(added.to(q.dtype), (0, -count % ALIGNMENT))[..., :count].expand(*q.shape[:3], count, count)
-    q, k, v, added = (x.flatten(0, 1) for x in (q, k, v, added))
-    x = F.scaled_dot_product_attention(q, k, v, added, scale=scale)
-    return _join(x.unflatten(0, (len(qkv), -1)), grid)
+    added = (bias + grid.mask(bias.dtype)[:, None]).flatten(0, 1) if grid.shift else bias
+    added = F.pad(added.to(q.dtype), (0, -(grid.size**2) % ALIGNMENT))[..., : grid.size**2]
+    # Windows are heads where each has its own summand, else samples; no summand is copied for them.
+    q, k, v = (x.flatten(1, 2) if grid.shift else x.flatten(0, 1) for x in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, added.expand(len(q), *added.shape), scale=scale)
+    return _join(x.reshape(len(qkv), -1, heads, *x.shape[2:]), grid)
 
 
 def _cut(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +151,8 @@ class _WindowAttention(torch.autograd.Function):
         if grid.is_padded:
             rows.index_fill_(0, grid.padding_rows(heads, batch), 0.0)
         rows = rows.view_as(v)
-        weights = _exp(_logits(q, k, bias, grid, heads, ctx.scale), normalizers)
+        with autocast(q, None):
+            weights = _exp(_logits(q, k, bias, grid, heads, ctx.scale), normalizers)
         grad_logits = torch.bmm(rows, v.mT).to(weights.dtype)
         torch.ops.aten._softmax_backward_data.out(grad_logits, weights, -1, weights.dtype, grad_input=grad_logits)
         grad_bias = grad_logits.view(-1, heads, *weights.shape[1:]).sum(0)

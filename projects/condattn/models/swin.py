@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..kernels.cache import WeightCache
 from ..kernels.feed_forward import feed_forward
-from ..kernels.switch import is_compiling, is_plain
+from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_plain, is_upstream
 from ..kernels.window_attention import window_attention
 from ..kernels.windows import windows
 from ..methods.base import Conditioning, become
@@ -24,8 +24,9 @@ from .base import ConditionedBackbone
 class FastShiftWindowMSA:
     """Mixin in front of upstream's ``ShiftWindowMSA``: projections before windows, no map rebuilt, no mask rebuilt.
 
-    Upstream's forward runs where attention has dropout, where its ``w_msa`` has hooks, and within
-    :func:`condattn.kernels.switch.plain`.
+    Upstream's forward runs where attention has dropout, where its ``w_msa`` or what is in it is not as upstream built
+    it or has hooks, and where :func:`condattn.kernels.switch.is_upstream` says so. The projections are called as they
+    are, whatever they are.
     """
 
     cache: WeightCache | None = None
@@ -34,11 +35,12 @@ class FastShiftWindowMSA:
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H * W, C) to the same shape; see upstream."""
         msa = self.w_msa
-        if has_hooks(msa) or (self.training and msa.attn_drop.p) or (is_plain() and not is_compiling()):
+        watched = any(is_watched(module) for module in (msa, msa.softmax, msa.attn_drop))
+        if watched or (self.training and msa.attn_drop.p) or not isinstance(msa.qkv, nn.Linear) or is_upstream():
             return super().forward(query, hw_shape)
         grid = windows(*hw_shape, self.window_size, self.shift_size, query.device)
         proj = msa.proj
-        inside = isinstance(proj, PreconditionedLinear) and not has_hooks(proj)
+        inside = isinstance(proj, PreconditionedLinear) and not is_watched(proj)
         normalize = (proj.preconditioner.eps, proj.preconditioner.detach) if inside else None
         attention = grid, msa.num_heads, msa.scale, normalize
         heads = window_attention(msa.qkv(query), msa.qkv.bias, self._bias(), *attention)
@@ -68,14 +70,14 @@ class FastSwinBlock:
     """Mixin in front of upstream's ``SwinBlock``: normalised tokens and activations are computed again in the backward.
 
     That is cheap, and saves half of what a block keeps. Upstream's forward runs where it checkpoints the whole block,
-    and within :func:`condattn.kernels.switch.plain`.
+    where the feed-forward network is another or has hooks, and where a plain twin is wanted.
     """
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H * W, C) to the same shape; see upstream."""
         ffn = self.ffn
         checkpointed = self.with_cp and x.requires_grad and torch.is_grad_enabled()
-        if is_plain() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or has_hooks(ffn):
+        if is_plain() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or is_watched(ffn):
             return super().forward(x, hw_shape)
         with again_in_backward(self.norm1, x) as normalized:
             x = x + self.attn(normalized, hw_shape)
@@ -87,9 +89,9 @@ class FastSwinBlock:
 def _feed_forward(x: Tensor, ffn: nn.Module) -> Tensor:
     """The layers of mmcv's ``FFN`` with one hidden layer."""
     (linear, activation, drop), projection, drop_out = ffn.layers
-    kinds = [type(layer).__name__ for layer in (linear, activation, projection)]  # torch's or mmcv's
-    usual = kinds == ["Linear", "GELU", "Linear"] and getattr(activation, "approximate", "none") == "none"
-    if not usual or (drop.training and drop.p) or any(map(has_hooks, ffn.layers.modules())):
+    kinds = zip((linear, activation, projection), ("Linear", "GELU", "Linear"), strict=True)
+    usual = all(is_usual(*one) for one in kinds) and getattr(activation, "approximate", "none") == "none"
+    if not usual or (drop.training and drop.p) or any(map(is_watched, ffn.layers.modules())):
         return ffn.layers(x)
     return drop_out(feed_forward(x, linear.weight, linear.bias, projection.weight, projection.bias))
 
@@ -97,18 +99,20 @@ def _feed_forward(x: Tensor, ffn: nn.Module) -> Tensor:
 class FastPatchMerging:
     """Mixin in front of upstream's ``PatchMerging``: pixels are put side by side by rows; the norm is computed again.
 
-    Upstream's forward runs for other patches than 2 x 2, and within :func:`condattn.kernels.switch.plain`.
+    Upstream's forward runs for other patches than 2 x 2 that lie side by side, where a layer that is not called has
+    hooks, and where :func:`condattn.kernels.switch.is_upstream` says so.
     """
 
     def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """(B, H * W, C) to (B, ceil(H / 2) * ceil(W / 2), 2 C), and that size; see upstream."""
         unfold, padding = self.sampler, self.adap_padding
         usual = (unfold.kernel_size, unfold.stride, unfold.padding, unfold.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
-        if not usual or padding is None or padding.padding != "corner" or (is_plain() and not is_compiling()):
+        usual = usual and padding is not None and padding.padding == "corner"
+        if not usual or is_watched(unfold) or is_watched(padding) or is_upstream():
             return super().forward(x, input_size)
         height, width = input_size
         channels = x.shape[-1]
-        x = x.view(-1, height, width, channels)
+        x = x.view(len(x), height, width, channels)
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         height, width = x.shape[1] // 2, x.shape[2] // 2
@@ -123,16 +127,16 @@ class FastPatchMerging:
 class FastPatchEmbed:
     """Mixin in front of upstream's ``PatchEmbed``: one product of matrices, whose result has its channels last.
 
-    Upstream's forward runs for patches that overlap or leave gaps, where the convolution has hooks, and within
-    :func:`condattn.kernels.switch.plain`.
+    Upstream's forward runs for patches that overlap or leave gaps, where the convolution is another or has hooks, and
+    where :func:`condattn.kernels.switch.is_upstream` says so.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, C, H, W) to (B, rows * columns of patches, embed_dims), and those rows and columns; see upstream."""
         conv = self.projection
-        usual = conv.kernel_size == conv.stride and conv.dilation == (1, 1) and conv.padding == (0, 0)
-        usual = usual and type(conv).__name__ == "Conv2d" and conv.groups == 1  # torch's or mmcv's
-        if not usual or has_hooks(conv) or (is_plain() and not is_compiling()):
+        if not is_usual(conv, "Conv2d") or is_watched(conv) or is_upstream():
+            return super().forward(x)
+        if (conv.stride, conv.padding, conv.dilation, conv.groups) != (conv.kernel_size, (0, 0), (1, 1), 1):
             return super().forward(x)
         x = self.adap_padding(x) if self.adap_padding else x
         height, width = conv.kernel_size
@@ -143,14 +147,20 @@ class FastPatchEmbed:
         return self.norm(x) if self.norm else x, (rows, columns)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone wants to see the calls of a module itself."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone wants to see the calls of a module itself, by hooks or by a forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
+
+
+def is_usual(layer: nn.Module, name: str) -> bool:
+    """Whether a layer is of torch's or mmcv's class of that name, not one of the same name that does more."""
+    return type(layer).__name__ == name and type(layer).__module__.startswith(("torch.nn.modules.", "mmcv.cnn."))
 
 
 def drop_path(x: Tensor, layer: nn.Module) -> Tensor:
     """Stochastic depth as mmcv's ``DropPath`` has it, with the same random numbers, by one product."""
-    if type(layer).__name__ != "DropPath" or not layer.training or not layer.drop_prob:
+    if type(layer).__name__ != "DropPath" or not layer.training or not layer.drop_prob or is_watched(layer):
         return layer(x)
     keep = 1 - layer.drop_prob
     kept = keep + torch.rand((len(x), *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
@@ -166,28 +176,37 @@ def again_in_backward(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
         x: Its input, which is kept for its own backward anyway.
     """
     output = module(x)
-    if is_compiling():  # what is kept is the compiler's to choose
+    # What is kept is a compiler's to choose, or an outer hook's, such as checkpointing's.
+    if is_compiling() or is_watched(module) or _has_saved_tensors_hooks():
         yield output
         return
-    if torch.is_autocast_enabled(x.device.type):  # as the linear layer that gets it would
-        output = output.to(torch.get_autocast_dtype(x.device.type))
+    half = autocast_dtype(x)
+    if half:  # as the linear layer that gets it would
+        output = output.to(half)
     # Numbers, not the tensor: what the hooks refer to lives as long as the graph.
     place, size, dtype, source = output.data_ptr(), output.numel(), output.dtype, x.detach()
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
         same = (tensor.data_ptr(), tensor.numel(), tensor.dtype) == (place, size, dtype)
         if not same or not tensor.is_contiguous():
-            return tensor
-        return partial(lambda shape: module(source).to(dtype).view(shape), tensor.shape)
+            return tensor.detach()  # itself would keep the graph that keeps it
+        return partial(again, tensor.shape)
+
+    def again(shape: torch.Size) -> Tensor:
+        with torch.no_grad(), autocast(source, half):
+            return module(source).to(dtype).view(shape)
 
     def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        with torch.no_grad():
-            return packed()
+        return packed if isinstance(packed, Tensor) else packed()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield output
+
+
+def _has_saved_tensors_hooks() -> bool:
+    """Whether someone else says how tensors are kept for the backward, or that nobody may; older PyTorch hides it."""
+    find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return not torch._C._autograd._saved_tensors_hooks_is_enabled() or (find is not None and find(True) is not None)
 
 
 class ConditionedSwin(ConditionedBackbone):
@@ -195,8 +214,8 @@ class ConditionedSwin(ConditionedBackbone):
 
     Args:
         conditioning: See :class:`ConditionedBackbone`.
-        fast_attention: Whether blocks run with less memory traffic, equal to upstream but for rounding. False:
-            upstream's own forward.
+        fast_attention: Whether patches and blocks run with less memory traffic, equal to upstream but for rounding.
+            False: upstream's own forward.
         **kwargs: The upstream class's arguments.
 
     Raises:
