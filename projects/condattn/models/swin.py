@@ -149,8 +149,10 @@ class FastPatchEmbed:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether someone wants to see the calls of a module itself, by hooks or by a forward of its own."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
+    every = nn.modules.module
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    of_all = every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks
+    return any((*own, *of_all)) or "forward" in vars(module)
 
 
 def is_usual(layer: nn.Module, name: str) -> bool:
