@@ -22,6 +22,7 @@ from condattn.kernels.switch import plain, triton_module
 from condattn.kernels.windows import windows
 
 CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(triton_module("row_norm_triton") is None, reason="no Triton, or an older one")
 
 
 def random(*shape, dtype=torch.float64):
@@ -272,10 +273,9 @@ class TestCache:
             assert model.double().effective_weight("in_proj_weight").dtype == torch.float64
 
 
+@needs_triton
 def test_the_kernels_in_the_interpreter():
     """tests/triton_cases.py, in a process of its own: Triton is interpreted from its import on, or not at all."""
-    if triton_module("row_norm_triton") is None:
-        pytest.skip("no Triton, or an older one")
     cases = Path(__file__).with_name("triton_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
@@ -325,10 +325,9 @@ def test_fused_attention_on_a_gpu(size):
     same(fused, functools.partial(attention.window_attention_reference, **rest), arguments, atol=1e-3, rtol=1e-3)
 
 
+@needs_triton
 def test_the_kernels_compile_for_a_gpu():
     """For an architecture, without a device: what the interpreter lets pass, a compiler may not."""
-    if triton_module("row_norm_triton") is None:
-        pytest.skip("no Triton, or an older one")
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -179,7 +179,7 @@ def again_in_backward(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """
     output = module(x)
     # What is kept is a compiler's to choose, or an outer hook's, such as checkpointing's.
-    if is_compiling() or is_watched(module) or _has_saved_tensors_hooks():
+    if not torch.is_grad_enabled() or is_compiling() or is_watched(module) or _has_saved_tensors_hooks():
         yield output
         return
     half = autocast_dtype(x)
