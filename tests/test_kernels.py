@@ -325,36 +325,41 @@ def test_fused_attention_on_a_gpu(size):
     same(fused, functools.partial(attention.window_attention_reference, **rest), arguments, atol=1e-3, rtol=1e-3)
 
 
-@needs_triton
-def test_the_kernels_compile_for_a_gpu():
-    """For an architecture, without a device: what the interpreter lets pass, a compiler may not."""
+def compile_for_a_gpu(function, constants, warps, **pointers):
+    """For an architecture, without a device: what the interpreter lets pass, a compiler may not. Bytes it shares."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from condattn.kernels import row_norm_triton, window_attention_triton
+    names = function.arg_names
+    kinds = {name: f"*{pointers[name]}" for name in pointers} | dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(("scale", "eps"), "fp32")
+    signature = {name: kinds.get(name, "i32") for name in names}
+    source = triton.compiler.ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
+    options = dict(num_warps=warps, num_stages=1)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 
-    def build(function, constants, **pointers):
-        names = function.arg_names
-        kinds = {name: f"*{pointers[name]}" for name in pointers} | dict.fromkeys(constants, "constexpr")
-        kinds |= dict.fromkeys(("scale", "eps"), "fp32")
-        signature = {name: kinds.get(name, "i32") for name in names}
-        values = {(names.index(name),): value for name, value in constants.items()}
-        source = triton.compiler.ASTSource(function, signature, values)
-        return triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=1)
-        ).metadata.shared
 
-    windows_of = lambda size, places, block: dict(  # noqa: E731
-        SIZE=size, SHIFT=3, HEADS=3, D=32, PLACES=places, BLOCK=block, NORMALIZE=True, PRECISION="tf32", MASK=-100.0
-    )
-    half = dict.fromkeys(("qkv", "padding", "out"), "bf16") | dict(bias="fp32", norms="fp32")
-    back = dict(grad_out="bf16", grad_qkv="bf16", grad_padding="fp32", grad_bias="fp32")
-    for size, places, block in ((7, 64, 64), (12, 256, 32)):
-        constants, limit = windows_of(size, places, block), window_attention_triton.shared_memory(places, 32, 2)
-        assert build(window_attention_triton._forward, constants, **half) <= limit
-        assert build(window_attention_triton._backward, {**constants, "DETACH": False}, **half, **back) <= limit
-    constants = dict(D=32, COLUMNS=32, BLOCK=128)
-    assert build(row_norm_triton._forward, constants, x="bf16", y="bf16", norms="fp32") < 2**16
-    build(
-        row_norm_triton._backward, {**constants, "DETACH": False}, y="bf16", norms="fp32", grad_y="bf16", grad_x="bf16"
-    )
+@needs_triton
+@pytest.mark.parametrize("size, places", [(7, 64), (12, 256)])
+@pytest.mark.parametrize("d", [32, 64])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_the_kernel_of_windows_compiles_for_a_gpu(size, places, d, dtype):
+    kernel = triton_module("window_attention_triton")
+    bytes_each = 2 if dtype == "bf16" else 4
+    constants = dict(
+        SIZE=size, SHIFT=3, HEADS=3, D=d, PLACES=places, NORMALIZE=True, MASK=-100.0,
+        BLOCK=kernel.rows_at_a_time(places, d, bytes_each), PRECISION="tf32" if dtype == "bf16" else "ieee",
+    )  # fmt: skip
+    limit = kernel.shared_memory(places, d, bytes_each)
+    tensors = dict.fromkeys(("qkv", "padding", "out"), dtype) | dict(bias="fp32", norms="fp32")
+    assert compile_for_a_gpu(kernel._forward, constants, 4 if places == 64 else 8, **tensors) <= limit
+    tensors |= dict(grad_out=dtype, grad_qkv=dtype, grad_padding="fp32", grad_bias="fp32")
+    assert compile_for_a_gpu(kernel._backward, {**constants, "DETACH": False}, 8, **tensors) <= limit
+
+
+@needs_triton
+def test_the_kernel_of_rows_compiles_for_a_gpu():
+    kernel, constants = triton_module("row_norm_triton"), dict(D=32, COLUMNS=32, BLOCK=128)
+    assert compile_for_a_gpu(kernel._forward, constants, 4, x="bf16", y="bf16", norms="fp32") < 2**16
+    tensors = dict(y="bf16", norms="fp32", grad_y="bf16", grad_x="bf16")
+    assert compile_for_a_gpu(kernel._backward, {**constants, "DETACH": False}, 4, **tensors) < 2**16

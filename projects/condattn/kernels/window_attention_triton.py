@@ -32,10 +32,15 @@ def supports(qkv: Tensor, grid: Windows, heads: int) -> bool:
     return shared_memory(places, size, qkv.element_size()) <= available
 
 
-def shared_memory(places: int, size: int, bytes_each: int) -> float:
-    """What the kernels need at most, in bytes: the keys of a window, as often as the compiler reports for sm_90."""
-    small, large = (8, 4.2) if bytes_each == 2 else (7, 3.4)
-    return (small if places <= 64 else large) * places * size * bytes_each
+def shared_memory(places: int, size: int, bytes_each: int) -> int:
+    """What the kernels need at most, in bytes: keys, values, and rows at a time, as the compiler reports for sm_90."""
+    rows = rows_at_a_time(places, size, bytes_each)
+    return 2 * (places + rows) * size * bytes_each + 2 * rows * places * bytes_each
+
+
+def rows_at_a_time(places: int, size: int, bytes_each: int) -> int:
+    """Rows of the map that a program has at once: with more, the compiler keeps numbers in memory, not in registers."""
+    return min(places, 64 if places <= 64 and size * bytes_each <= 128 else 16)
 
 
 @triton.jit
@@ -192,7 +197,10 @@ class TritonWindowAttention(torch.autograd.Function):
         settings = _settings(qkv, grid, heads, size, eps)
         shape = (grid.height, grid.width, grid.rows, grid.columns)
         windows = batch * grid.rows * grid.columns
-        _forward[(windows, heads)](qkv, padding, bias, out, norms, *shape, scale, eps or 0.0, **settings)
+        warps = 4 if settings["PLACES"] <= 64 else 8
+        _forward[(windows, heads)](
+            *(qkv, padding, bias, out, norms, *shape, scale, eps or 0.0), num_warps=warps, **settings
+        )
         ctx.save_for_backward(qkv, padding, bias, out, norms)
         ctx.shape, ctx.settings, ctx.windows, ctx.scale = shape, settings, windows, scale
         ctx.eps, ctx.detach, ctx.has_padding, ctx.heads = eps, detach, has_padding, heads
@@ -213,6 +221,7 @@ class TritonWindowAttention(torch.autograd.Function):
             *(qkv, padding, bias, out, norms, gradient.contiguous(), grad_qkv, grad_padding, grad_bias),
             *(*ctx.shape, ctx.windows, each, ctx.scale, ctx.eps or 0.0),
             DETACH=ctx.detach,
+            num_warps=8,
             **ctx.settings,
         )
         grad_padding = grad_padding.sum(0).to(padding.dtype) if ctx.has_padding else None
@@ -228,11 +237,10 @@ def _settings(qkv: Tensor, grid: Windows, heads: int, size: int, eps: float | No
         HEADS=heads,
         D=size,
         PLACES=places,
-        BLOCK=min(places, 64 if places <= 64 else 32),
+        BLOCK=rows_at_a_time(places, size, qkv.element_size()),
         NORMALIZE=eps is not None,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         MASK=MASKED,
-        num_warps=4 if places <= 64 else 8,
         num_stages=1,  # more take twice the shared memory and more
     )
 

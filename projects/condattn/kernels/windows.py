@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,30 +46,34 @@ class Windows:
 
     @property
     def is_padded(self) -> bool:
-        """Whether some tokens of windows are padding."""
-        return self.height % self.size > 0 or self.width % self.size > 0
+        """Whether some tokens of windows are padding; when compiling, whether there may be, of other sizes as well."""
+        return is_compiling() or self.height % self.size > 0 or self.width % self.size > 0
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor:
-        """The token at each place, (windows, size^2); height * width at padding."""
-        y = self._along(self.rows)[:, None, :, None]
-        x = self._along(self.columns)[None, :, None, :]
-        token = torch.where((y < self.height) & (x < self.width), y * self.width + x, self.height * self.width)
-        return token.reshape(-1, self.size**2)
+        """The token at each place, (windows * size^2,); height * width at padding."""
+        y, x = self._places()
+        y, x = (y + self.shift) % (self.rows * self.size), (x + self.shift) % (self.columns * self.size)
+        return torch.where((y < self.height) & (x < self.width), y * self.width + x, self.height * self.width)
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
         """The place of each token, (height * width,): its window times size^2, and its place in the window."""
-        y = (torch.arange(self.height, device=self.device) - self.shift) % (self.rows * self.size)
-        x = (torch.arange(self.width, device=self.device) - self.shift) % (self.columns * self.size)
-        window = (y // self.size)[:, None] * self.columns + x // self.size
-        return (window * self.size**2 + (y % self.size)[:, None] * self.size + x % self.size).flatten()
+        token = torch.arange(self.height * self.width, device=self.device)
+        y = (token // self.width - self.shift) % (self.rows * self.size)
+        x = (token % self.width - self.shift) % (self.columns * self.size)
+        window = y // self.size * self.columns + x // self.size
+        return window * self.size**2 + y % self.size * self.size + x % self.size
 
     @property
     def regions(self) -> Tensor:
         """A number for the part of the map that each token is from, (windows, size^2): others are no neighbours."""
-        y, x = self._parts(self.rows)[:, None, :, None], self._parts(self.columns)[None, :, None, :]
-        return (3 * y + x).reshape(-1, self.size**2)
+        y, x = self._places()
+        return (3 * self._part(y, self.rows) + self._part(x, self.columns)).view(-1, self.size**2)
+
+    def exchange(self) -> tuple[Tensor, Tensor]:
+        """:attr:`tokens` and :attr:`places`; kept, where nothing is compiled."""
+        return _exchange.__wrapped__(self) if is_compiling() else _exchange(self)
 
     def projected_rows(self, heads: int, batch: int) -> Tensor:
         """For each row of (B, windows, heads, size^2), the one of (B, tokens, 3, heads) that holds its query.
@@ -98,13 +102,14 @@ class Windows:
         """:meth:`mask` of the only windows where it is not 0: the last row of them, and the last column without it."""
         return _border_masks(self, dtype)
 
-    def _along(self, count: int) -> Tensor:
-        """Row (or column) of the map at each row of each window, (windows along it, size)."""
-        places = torch.arange(count * self.size, device=self.device)
-        return ((places + self.shift) % (count * self.size)).view(count, self.size)
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each place of each window on the padded and rolled map, (windows * size^2,) each."""
+        place = torch.arange(self.rows * self.columns * self.size**2, device=self.device)
+        window, inside = place // self.size**2, place % self.size**2
+        y = window // self.columns * self.size + inside // self.size
+        return y, window % self.columns * self.size + inside % self.size
 
-    def _parts(self, count: int) -> Tensor:
-        places = torch.arange(count * self.size, device=self.device).view(count, self.size)
+    def _part(self, places: Tensor, count: int) -> Tensor:
         last = count * self.size
         return (places >= last - self.size).long() + (places >= last - self.shift).long() * (self.shift > 0)
 
@@ -115,6 +120,11 @@ def windows(height: int, width: int, size: int, shift: int, device: torch.device
 
 
 _kept = lru_cache(maxsize=32)(Windows)  # of the last sizes of images: indices take memory
+
+
+@lru_cache(maxsize=32)
+def _exchange(grid: Windows) -> tuple[Tensor, Tensor]:
+    return grid.tokens, grid.places
 
 
 def _mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,7 +139,8 @@ def _border_masks(grid: Windows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=96)
 def _rows(grid: Windows, kind: str, heads: int, batch: int, parts: int = 1) -> Tensor:
-    token, place, count = grid.tokens, grid.places, grid.size**2
+    place, count = grid.places, grid.size**2
+    token = grid.tokens.view(-1, count)
     head, image = (torch.arange(number, device=grid.device) for number in (heads, batch))
     if kind in ("projected", "token"):
         rows = token[:, None, :] % len(place) + image[:, None, None, None] * len(place)

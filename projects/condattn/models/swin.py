@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from ..kernels.cache import WeightCache
 from ..kernels.feed_forward import feed_forward
-from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_plain, is_upstream
+from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_upstream
 from ..kernels.window_attention import window_attention
 from ..kernels.windows import windows
 from ..methods.base import Conditioning, become
@@ -77,12 +76,10 @@ class FastSwinBlock:
         """(B, H * W, C) to the same shape; see upstream."""
         ffn = self.ffn
         checkpointed = self.with_cp and x.requires_grad and torch.is_grad_enabled()
-        if is_plain() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or is_watched(ffn):
+        if is_upstream() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or is_watched(ffn):
             return super().forward(x, hw_shape)
-        with again_in_backward(self.norm1, x) as normalized:
-            x = x + self.attn(normalized, hw_shape)
-        with again_in_backward(self.norm2, x) as normalized:
-            out = _feed_forward(normalized, ffn)
+        x = x + again_in_backward(self.norm1, x, lambda normalized: self.attn(normalized, hw_shape))
+        out = again_in_backward(self.norm2, x, lambda normalized: _feed_forward(normalized, ffn))
         return x + drop_path(ffn.gamma2(out), ffn.dropout_layer)
 
 
@@ -116,12 +113,10 @@ class FastPatchMerging:
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         height, width = x.shape[1] // 2, x.shape[2] // 2
-        x = x.view(-1, height, 2, width, 2, channels).transpose(2, 3).reshape(-1, height * width, 4, channels)
-        x = x.mT.reshape(-1, height * width, 4 * channels)  # two copies of rows are faster than one of single numbers
-        if not self.norm:
-            return self.reduction(x), (height, width)
-        with again_in_backward(self.norm, x) as normalized:
-            return self.reduction(normalized), (height, width)
+        x = x.view(len(x), height, 2, width, 2, channels).transpose(2, 3).reshape(len(x), height * width, 4, channels)
+        # Two copies of rows are faster than one of single numbers.
+        x = x.mT.reshape(len(x), height * width, 4 * channels)
+        return again_in_backward(self.norm, x, self.reduction) if self.norm else self.reduction(x), (height, width)
 
 
 class FastPatchEmbed:
@@ -152,7 +147,7 @@ def is_watched(module: nn.Module) -> bool:
     every = nn.modules.module
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     of_all = every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks
-    return any((*own, *of_all)) or "forward" in vars(module)
+    return any((*own, *of_all)) or "forward" in module.__dict__
 
 
 def is_usual(layer: nn.Module, name: str) -> bool:
@@ -169,19 +164,21 @@ def drop_path(x: Tensor, layer: nn.Module) -> Tensor:
     return x * kept.floor_().div_(keep)
 
 
-@contextmanager
-def again_in_backward(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """``module(x)``, which the operations in the context do not keep for their backward, but compute again from ``x``.
+def again_in_backward(module: nn.Module, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+    """``then(module(x))``, where ``module(x)`` is not kept for the backward, but computed again from ``x``.
 
     Args:
         module: Without randomness or state that changes.
         x: Its input, which is kept for its own backward anyway.
+        then: What gets its output.
+
+    Returns:
+        What ``then`` returns.
     """
     output = module(x)
     # What is kept is a compiler's to choose, or an outer hook's, such as checkpointing's.
     if not torch.is_grad_enabled() or is_compiling() or is_watched(module) or _has_saved_tensors_hooks():
-        yield output
-        return
+        return then(output)
     half = autocast_dtype(x)
     if half:  # as the linear layer that gets it would
         output = output.to(half)
@@ -202,7 +199,7 @@ def again_in_backward(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
         return packed if isinstance(packed, Tensor) else packed()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield output
+        return then(output)
 
 
 def _has_saved_tensors_hooks() -> bool:
