@@ -7,6 +7,9 @@ PY := $(VENV)/bin/python
 DEMO := configs/demo/mask_rcnn_swin_pc.py
 DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
 WORK := work_dirs/demo/mask_rcnn_swin_pc
+DTYPE := float32
+TABLES := work_dirs/benchmark
+BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
 REQUIREMENTS := pyproject.toml $(wildcard requirements/*)
 
 .PHONY: help setup demo test test-slow test-all test-stock test-transformers lint benchmark
@@ -18,7 +21,7 @@ help:
 	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
 	@echo "make lint        ruff"
-	@echo "make benchmark   what conditioning costs, as ratios to the upstream backbone"
+	@echo "make benchmark   every table of docs/performance.md, 45 minutes on two cores; DTYPE=bfloat16 for a GPU"
 
 setup: $(VENV)/.installed
 
@@ -71,4 +74,12 @@ lint: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 benchmark: setup
-	$(PY) tools/analysis/benchmark.py
+	mkdir -p $(TABLES)
+	$(BENCHMARK) --models upstream,none:plain,none,pc,sc,sc+pc --out $(TABLES)/train.json
+	$(BENCHMARK) --models upstream,none,pc,sc,sc:folded --mode infer --out $(TABLES)/infer.json
+	$(BENCHMARK) --models upstream,pc --sweep --repeats 2 --out $(TABLES)/sweep.json
+	$(BENCHMARK) --models upstream,pc --network mask-rcnn --repeats 3 --out $(TABLES)/mask_rcnn.json
+	$(BENCHMARK) --models upstream,pc --network mask-rcnn --mode infer --repeats 3 --out $(TABLES)/mask_rcnn_infer.json
+	$(BENCHMARK) --models upstream,pc --network vit-b --repeats 2 --out $(TABLES)/vit.json
+	$(BENCHMARK) --models upstream,pc --network vit-b --mode infer --repeats 3 --out $(TABLES)/vit_infer.json
+	$(BENCHMARK) --models upstream,none,pc --network attention --out $(TABLES)/attention.json

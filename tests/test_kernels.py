@@ -19,7 +19,7 @@ from condattn.kernels.cache import WeightCache
 from condattn.kernels.feed_forward import feed_forward, feed_forward_reference
 from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference
 from condattn.kernels.switch import plain, triton_module
-from condattn.kernels.windows import windows
+from condattn.kernels.windows import Windows
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(triton_module("row_norm_triton") is None, reason="no Triton, or an older one")
@@ -60,7 +60,7 @@ def same(fast, twin, arguments, atol=1e-12, rtol=0.0):
 def test_windows_of_any_map(size, window, shift, batch, padded, normalize):
     """Odd sizes, windows larger than the map, batches, and padding of zeros."""
     torch.manual_seed(0)
-    grid = windows(*size, window, min(shift, window - 1), CPU)
+    grid = Windows(*size, window, min(shift, window - 1), CPU)
     qkv, padding, bias = inputs(*size, window, batch)
     rest = (grid, 2, 0.6)
 
@@ -82,7 +82,7 @@ def test_window_attention_by_hand():
     torch.manual_seed(0)
     height, width, size, shift, scale = 5, 6, 3, 1, 0.7
     qkv, padding, bias = (t.detach() for t in inputs(height, width, size, 1, heads=1, d=2))
-    got = attention.window_attention(qkv, padding, bias, windows(height, width, size, shift, CPU), 1, scale)[0]
+    got = attention.window_attention(qkv, padding, bias, Windows(height, width, size, shift, CPU), 1, scale)[0]
     rows, columns = 6, 6
     for y in range(height):
         for x in range(width):
@@ -104,10 +104,20 @@ def test_window_attention_by_hand():
 
 
 def test_no_map_is_kept():
-    grid, kept = windows(9, 10, 4, 2, CPU), []
+    grid, kept = Windows(9, 10, 4, 2, CPU), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
         attention.window_attention(*inputs(9, 10, 4, 2), grid, 2, 0.6)
     assert kept and sorted(shape for shape in kept if shape[-2:] == (16, 16)) == [(2, 16, 16)]  # the bias
+
+
+def test_fused_attention_after_inference():
+    """Indices that inference made serve training; without gradients PyTorch takes another kernel."""
+    grid, (qkv, padding, bias) = Windows(9, 11, 4, 1, CPU), inputs(9, 11, 4, 2)
+    want = attention.window_attention_reference(qkv, padding, bias, grid, 2, 0.6)
+    with torch.inference_mode():
+        got = attention.window_attention_fused(qkv, padding, bias, grid, 2, 0.6)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    attention.window_attention_fused(qkv, padding, bias, grid, 2, 0.6).sum().backward()
 
 
 @pytest.mark.parametrize("shift", [0, 2])
@@ -118,7 +128,7 @@ def test_summands_of_fused_attention_are_aligned_and_not_copied(shift, monkeypat
         attention.F, "scaled_dot_product_attention", lambda q, k, v, added, **rest: seen.append(added) or
         fused(q, k, v, added, **rest)
     )  # fmt: skip
-    attention.window_attention_fused(*inputs(9, 10, 4, 3), windows(9, 10, 4, shift, CPU), 2, 0.6)
+    attention.window_attention_fused(*inputs(9, 10, 4, 3), Windows(9, 10, 4, shift, CPU), 2, 0.6)
     (added,) = seen
     assert added.stride(0) == 0 and added.stride(-1) == 1
     assert all(stride % attention.ALIGNMENT == 0 for stride in added.stride()[:-1])
@@ -126,7 +136,7 @@ def test_summands_of_fused_attention_are_aligned_and_not_copied(shift, monkeypat
 
 def test_gradcheck():
     torch.manual_seed(0)
-    grid = windows(3, 4, 2, 1, CPU)
+    grid = Windows(3, 4, 2, 1, CPU)
     for normalize in (None, (1e-6, False)):
         function = functools.partial(attention.window_attention, grid=grid, heads=2, scale=0.6, normalize=normalize)
         assert torch.autograd.gradcheck(function, inputs(3, 4, 2, 2))
@@ -154,7 +164,7 @@ def test_row_norm(detach, dim):
 def test_half_precision(dtype):
     """No further from float64 than the plain twin is, but for a rounding."""
     torch.manual_seed(0)
-    grid = windows(9, 10, 4, 2, CPU)
+    grid = Windows(9, 10, 4, 2, CPU)
     single = inputs(9, 10, 4, 2, d=8, dtype=torch.float32)
     half = [t.detach().to(dtype).requires_grad_() for t in single]
     exact = [t.detach().double().requires_grad_() for t in half]
@@ -195,7 +205,7 @@ def test_feed_forward(part, monkeypatch):
 def test_the_switch():
     """Within ``plain`` the twin runs, which can be differentiated twice."""
     qkv, padding, bias = inputs(4, 4, 2, 1)
-    arguments = (qkv, padding, bias, windows(4, 4, 2, 1, CPU), 2, 0.5)
+    arguments = (qkv, padding, bias, Windows(4, 4, 2, 1, CPU), 2, 0.5)
     with plain():
         (gradient,) = torch.autograd.grad(attention.window_attention(*arguments).square().sum(), qkv, create_graph=True)
         gradient.square().sum().backward()
@@ -210,8 +220,8 @@ def test_the_switch():
 def test_maps_of_another_size():
     qkv, padding, bias = inputs(4, 4, 2, 1)
     with pytest.raises(ValueError, match="expected 4 x 5 tokens, found 16"):
-        attention.window_attention(qkv, padding, bias, windows(4, 5, 2, 1, CPU), 2, 0.5)
-    empty = attention.window_attention(qkv[:0], padding, bias, windows(4, 4, 2, 1, CPU), 2, 0.5)
+        attention.window_attention(qkv, padding, bias, Windows(4, 5, 2, 1, CPU), 2, 0.5)
+    empty = attention.window_attention(qkv[:0], padding, bias, Windows(4, 4, 2, 1, CPU), 2, 0.5)
     assert empty.shape == (0, 16, 6)
 
 
@@ -293,7 +303,7 @@ def test_the_kernels_in_the_interpreter():
 def test_the_kernels_on_a_gpu(size, d, dtype):
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
-    grid = windows(33, 50, size, size // 2, device)
+    grid = Windows(33, 50, size, size // 2, device)
     arguments = [t.detach().to(device, dtype).requires_grad_() for t in inputs(33, 50, size, 2, heads=3, d=d)]
     exact = [t.detach().double().requires_grad_() for t in arguments]
     got = attention.window_attention(*arguments, grid, 3, d**-0.5, (1e-6, False))
@@ -314,7 +324,7 @@ def test_fused_attention_on_a_gpu(size):
     """Memory-efficient attention alone takes what is added to the logits, and its gradient."""
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
-    grid = windows(33, 50, size, size // 2, device)
+    grid = Windows(33, 50, size, size // 2, device)
     arguments = [t.detach().to(device).requires_grad_() for t in inputs(33, 50, size, 2, 3, 32, torch.float32)]
     rest = dict(grid=grid, heads=3, scale=32**-0.5)
 
@@ -325,7 +335,7 @@ def test_fused_attention_on_a_gpu(size):
     same(fused, functools.partial(attention.window_attention_reference, **rest), arguments, atol=1e-3, rtol=1e-3)
 
 
-def compile_for_a_gpu(function, constants, warps, **pointers):
+def compile_for_a_gpu(function, constants, warps, architecture=90, **pointers):
     """For an architecture, without a device: what the interpreter lets pass, a compiler may not. Bytes it shares."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -336,25 +346,36 @@ def compile_for_a_gpu(function, constants, warps, **pointers):
     signature = {name: kinds.get(name, "i32") for name in names}
     source = triton.compiler.ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     options = dict(num_warps=warps, num_stages=1)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).metadata.shared
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @needs_triton
-@pytest.mark.parametrize("size, places", [(7, 64), (12, 256)])
-@pytest.mark.parametrize("d", [32, 64])
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
-def test_the_kernel_of_windows_compiles_for_a_gpu(size, places, d, dtype):
+@pytest.mark.parametrize(
+    "size, places, d, dtype, architecture",
+    [
+        (7, 64, 32, "bf16", 90), (7, 64, 64, "bf16", 90), (12, 256, 32, "bf16", 90), (12, 256, 64, "bf16", 80),
+        slow(7, 64, 32, "fp32", 90), slow(7, 64, 64, "fp32", 90), slow(12, 256, 32, "fp32", 90),
+        slow(12, 256, 64, "fp32", 90), slow(12, 256, 128, "bf16", 80), slow(10, 128, 64, "fp32", 80),
+        slow(10, 128, 128, "fp32", 80),
+    ],
+)  # fmt: skip
+def test_the_kernel_of_windows_compiles_for_a_gpu(size, places, d, dtype, architecture):
+    """And does not take more shared memory than it says."""
     kernel = triton_module("window_attention_triton")
     bytes_each = 2 if dtype == "bf16" else 4
     constants = dict(
         SIZE=size, SHIFT=3, HEADS=3, D=d, PLACES=places, NORMALIZE=True, MASK=-100.0,
         BLOCK=kernel.rows_at_a_time(places, d, bytes_each), PRECISION="tf32" if dtype == "bf16" else "ieee",
     )  # fmt: skip
-    limit = kernel.shared_memory(places, d, bytes_each)
     tensors = dict.fromkeys(("qkv", "padding", "out"), dtype) | dict(bias="fp32", norms="fp32")
-    assert compile_for_a_gpu(kernel._forward, constants, 4 if places == 64 else 8, **tensors) <= limit
+    forward = compile_for_a_gpu(kernel._forward, constants, kernel.forward_warps(places), architecture, **tensors)
     tensors |= dict(grad_out=dtype, grad_qkv=dtype, grad_padding="fp32", grad_bias="fp32")
-    assert compile_for_a_gpu(kernel._backward, {**constants, "DETACH": False}, 8, **tensors) <= limit
+    constants["DETACH"] = False
+    backward = compile_for_a_gpu(kernel._backward, constants, kernel.BACKWARD_WARPS, architecture, **tensors)
+    assert max(forward, backward) <= kernel.shared_memory(places, d, bytes_each)
 
 
 @needs_triton

@@ -8,14 +8,14 @@ from condattn.kernels.row_norm import normalize_rows_reference
 from condattn.kernels.row_norm_triton import TritonNormalizeRows
 from condattn.kernels.window_attention import window_attention_reference
 from condattn.kernels.window_attention_triton import TritonWindowAttention
-from condattn.kernels.windows import windows
+from condattn.kernels.windows import Windows
 
 CASES = {
     "whole windows": (8, 8, 4, 0, 16, None),
     "shifted": (6, 8, 4, 2, 16, None),
     "padded": (9, 8, 7, 3, 32, (1e-6, False)),
     "larger than the map": (5, 5, 7, 3, 32, (1e-6, True)),
-    "two blocks of rows": (13, 14, 12, 6, 32, (1e-6, False)),
+    "some rows at a time": (13, 14, 12, 6, 32, (1e-6, False)),
     "heads of 64": (7, 6, 7, 3, 64, None),
 }
 
@@ -24,7 +24,7 @@ CASES = {
 def test_the_kernel_of_windows(case, dtype):
     torch.manual_seed(0)
     height, width, size, shift, d, normalize = CASES[case]
-    grid = windows(height, width, size, shift, CPU)
+    grid = Windows(height, width, size, shift, CPU)
     arguments = [t.detach().to(dtype).requires_grad_() for t in inputs(height, width, size, 2, d=d)]
     exact = [t.detach().double().requires_grad_() for t in arguments]
     eps, detach = normalize or (None, False)

@@ -32,7 +32,7 @@ def plain() -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether the plain twin of an operation is wanted: by :func:`plain`, or by what fuses or transforms operations."""
+    """Whether no custom gradients are wanted: by :func:`plain`, or by what fuses or transforms operations."""
     return is_compiling() or is_upstream()
 
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .row_norm import normalize_rows
-from .switch import autocast, is_compiling, is_plain, triton_module
+from .switch import autocast, is_compiling, is_plain, is_upstream, triton_module
 from .windows import Windows
 
 LN2 = math.log(2.0)
@@ -63,9 +63,9 @@ def window_attention(
         attend = kernel.TritonWindowAttention.apply
         return attend(qkv.contiguous(), padding, bias, grid, heads, scale, eps, detach)
     arguments = padding, bias, grid, heads, scale
-    if is_compiling() or (qkv.is_cuda and not is_plain()):
+    if (is_compiling() or qkv.is_cuda) and not is_upstream():
         outputs = window_attention_fused(qkv, *arguments)
-    elif is_plain():
+    elif is_plain() or qkv.is_meta:
         outputs = window_attention_reference(qkv, *arguments)
     else:
         with autocast(qkv, None):
@@ -97,7 +97,7 @@ def window_attention_fused(
     added = (bias + grid.mask(bias.dtype)[:, None]).flatten(0, 1) if grid.shift else bias
     added = F.pad(added.to(qkv.dtype), (0, -(grid.size**2) % ALIGNMENT))[..., : grid.size**2]
     tokens, places = grid.exchange()
-    x = _Rows.apply(qkv, tokens, places)
+    x = _Rows.apply(qkv, tokens, places, grid.is_padded, False)
     if padding is not None and grid.is_padded:
         x = torch.where((tokens < qkv.shape[1])[:, None], x, padding)
     x = x.reshape(len(qkv), -1, grid.size**2, 3, heads, qkv.shape[-1] // (3 * heads)).permute(3, 0, 1, 4, 2, 5)
@@ -105,26 +105,28 @@ def window_attention_fused(
     q, k, v = (x.flatten(2, 3) if grid.shift else x.flatten(1, 2)).unbind(0)
     x = F.scaled_dot_product_attention(q, k, v, added.expand(len(q), *added.shape), scale=scale)
     x = x.reshape(len(qkv), -1, heads, *x.shape[2:]).transpose(2, 3).reshape(len(qkv), -1, heads * x.shape[-1])
-    return _Rows.apply(x, places, tokens)
+    return _Rows.apply(x, places, tokens, False, grid.is_padded)
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of (B, rows, C) by their indices, zeros for the index ``rows``; the backward is a selection, not a sum."""
+    """Rows of (B, rows, C) by their indices, zeros for the index ``rows``; the backward is a selection, not a sum.
+
+    Two flags say whether ``index`` and ``inverse`` have places for zeros.
+    """
 
     @staticmethod
-    def forward(ctx, x, index, inverse):
+    def forward(ctx, x, index, inverse, zeros, zeros_back):
         ctx.save_for_backward(index, inverse)
-        return _select_rows(x, index)
+        ctx.zeros = zeros, zeros_back
+        if not zeros:
+            return x.index_select(1, index)
+        rows = x.index_select(1, index.clamp_max(x.shape[1] - 1))
+        return rows.masked_fill((index == x.shape[1])[:, None], 0.0)  # in place, dynamo would lose the gradient
 
     @staticmethod
     def backward(ctx, gradient):
         index, inverse = ctx.saved_tensors
-        return _Rows.apply(gradient, inverse, index), None, None
-
-
-def _select_rows(x: Tensor, index: Tensor) -> Tensor:
-    rows = x.index_select(1, index.clamp_max(x.shape[1] - 1))
-    return rows.masked_fill((index == x.shape[1])[:, None], 0.0)
+        return _Rows.apply(gradient, inverse, index, *reversed(ctx.zeros)), None, None, None, None
 
 
 def _cut(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,11 +216,11 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scale
     """Those of the maps over ln 2, (B * windows * heads, size^2, size^2), in float32 for half precision."""
     logits = _scaled(scale / LN2, q, k.mT).to(torch.promote_types(q.dtype, torch.float32))
     view = logits.view(-1, grid.rows, grid.columns, heads, *logits.shape[1:])
-    view.add_(bias / LN2)
+    view.add_(bias, alpha=1.0 / LN2)
     if grid.shift:
-        last_row, last_column = (mask / LN2 for mask in grid.border_masks(logits.dtype))
-        view[:, -1].add_(last_row[:, None])
-        view[:, :-1, -1].add_(last_column[:, None])
+        last_row, last_column = grid.border_masks(logits.dtype)
+        view[:, -1].add_(last_row[:, None], alpha=1.0 / LN2)
+        view[:, :-1, -1].add_(last_column[:, None], alpha=1.0 / LN2)
     return logits
 
 

@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64, 128)
 LARGEST = 256
 """Tokens of a window."""
+BACKWARD_WARPS = 8
 PROGRAMS = 4
 """Of the backward, for each multiprocessor."""
 
@@ -41,6 +42,11 @@ def shared_memory(places: int, size: int, bytes_each: int) -> int:
 def rows_at_a_time(places: int, size: int, bytes_each: int) -> int:
     """Rows of the map that a program has at once: with more, the compiler keeps numbers in memory, not in registers."""
     return min(places, 64 if places <= 64 and size * bytes_each <= 128 else 16)
+
+
+def forward_warps(places: int) -> int:
+    """Warps of a program."""
+    return 4 if places <= 64 else 8
 
 
 @triton.jit
@@ -197,10 +203,8 @@ class TritonWindowAttention(torch.autograd.Function):
         settings = _settings(qkv, grid, heads, size, eps)
         shape = (grid.height, grid.width, grid.rows, grid.columns)
         windows = batch * grid.rows * grid.columns
-        warps = 4 if settings["PLACES"] <= 64 else 8
-        _forward[(windows, heads)](
-            *(qkv, padding, bias, out, norms, *shape, scale, eps or 0.0), num_warps=warps, **settings
-        )
+        arguments = qkv, padding, bias, out, norms, *shape, scale, eps or 0.0
+        _forward[(windows, heads)](*arguments, num_warps=forward_warps(settings["PLACES"]), **settings)
         ctx.save_for_backward(qkv, padding, bias, out, norms)
         ctx.shape, ctx.settings, ctx.windows, ctx.scale = shape, settings, windows, scale
         ctx.eps, ctx.detach, ctx.has_padding, ctx.heads = eps, detach, has_padding, heads
@@ -221,7 +225,7 @@ class TritonWindowAttention(torch.autograd.Function):
             *(qkv, padding, bias, out, norms, gradient.contiguous(), grad_qkv, grad_padding, grad_bias),
             *(*ctx.shape, ctx.windows, each, ctx.scale, ctx.eps or 0.0),
             DETACH=ctx.detach,
-            num_warps=8,
+            num_warps=BACKWARD_WARPS,
             **ctx.settings,
         )
         grad_padding = grad_padding.sum(0).to(padding.dtype) if ctx.has_padding else None

@@ -72,8 +72,8 @@ class Windows:
         return (3 * self._part(y, self.rows) + self._part(x, self.columns)).view(-1, self.size**2)
 
     def exchange(self) -> tuple[Tensor, Tensor]:
-        """:attr:`tokens` and :attr:`places`; kept, where nothing is compiled."""
-        return _exchange.__wrapped__(self) if is_compiling() else _exchange(self)
+        """:attr:`tokens` and :attr:`places`, once for a map, unless they are compiled."""
+        return (self.tokens, self.places) if is_compiling() else _exchange(self)
 
     def projected_rows(self, heads: int, batch: int) -> Tensor:
         """For each row of (B, windows, heads, size^2), the one of (B, tokens, 3, heads) that holds its query.
@@ -114,15 +114,11 @@ class Windows:
         return (places >= last - self.size).long() + (places >= last - self.shift).long() * (self.shift > 0)
 
 
-def windows(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
-    """The :class:`Windows` of a map; the same for the same map, so that its indices are made once."""
-    return Windows(height, width, size, shift, device) if is_compiling() else _kept(height, width, size, shift, device)
-
-
-_kept = lru_cache(maxsize=32)(Windows)  # of the last sizes of images: indices take memory
+# Caches of the last sizes of images, since what they hold takes memory.
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _exchange(grid: Windows) -> tuple[Tensor, Tensor]:
     return grid.tokens, grid.places
 
@@ -132,12 +128,14 @@ def _mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _border_masks(grid: Windows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     regions = grid.regions.view(grid.rows, grid.columns, -1)
     return _mask(regions[-1], dtype), _mask(regions[:-1, -1], dtype)
 
 
 @lru_cache(maxsize=96)
+@torch.inference_mode(False)
 def _rows(grid: Windows, kind: str, heads: int, batch: int, parts: int = 1) -> Tensor:
     place, count = grid.places, grid.size**2
     token = grid.tokens.view(-1, count)

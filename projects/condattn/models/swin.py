@@ -14,7 +14,7 @@ from ..kernels.cache import WeightCache
 from ..kernels.feed_forward import feed_forward
 from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_upstream
 from ..kernels.window_attention import window_attention
-from ..kernels.windows import windows
+from ..kernels.windows import Windows
 from ..methods.base import Conditioning, become
 from ..methods.preconditioner import PreconditionedLinear
 from .base import ConditionedBackbone
@@ -37,7 +37,7 @@ class FastShiftWindowMSA:
         watched = any(is_watched(module) for module in (msa, msa.softmax, msa.attn_drop))
         if watched or (self.training and msa.attn_drop.p) or not isinstance(msa.qkv, nn.Linear) or is_upstream():
             return super().forward(query, hw_shape)
-        grid = windows(*hw_shape, self.window_size, self.shift_size, query.device)
+        grid = Windows(*hw_shape, self.window_size, self.shift_size, query.device)
         proj = msa.proj
         inside = isinstance(proj, PreconditionedLinear) and not is_watched(proj)
         normalize = (proj.preconditioner.eps, proj.preconditioner.detach) if inside else None
@@ -69,7 +69,8 @@ class FastSwinBlock:
     """Mixin in front of upstream's ``SwinBlock``: normalised tokens and activations are computed again in the backward.
 
     That is cheap, and saves half of what a block keeps. Upstream's forward runs where it checkpoints the whole block,
-    where the feed-forward network is another or has hooks, and where a plain twin is wanted.
+    where the feed-forward network is another or has hooks, and where :func:`condattn.kernels.switch.is_upstream` says
+    so. Compiled, the same operations are in their plain form.
     """
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -110,8 +111,9 @@ class FastPatchMerging:
         height, width = input_size
         channels = x.shape[-1]
         x = x.view(len(x), height, width, channels)
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        below, beside = (height + 1) // 2 * 2 - height, (width + 1) // 2 * 2 - width
+        if is_compiling() or below or beside:  # one graph for all sizes
+            x = F.pad(x, (0, 0, 0, beside, 0, below))
         height, width = x.shape[1] // 2, x.shape[2] // 2
         x = x.view(len(x), height, 2, width, 2, channels).transpose(2, 3).reshape(len(x), height * width, 4, channels)
         # Two copies of rows are faster than one of single numbers.
@@ -133,8 +135,12 @@ class FastPatchEmbed:
             return super().forward(x)
         if (conv.stride, conv.padding, conv.dilation, conv.groups) != (conv.kernel_size, (0, 0), (1, 1), 1):
             return super().forward(x)
-        x = self.adap_padding(x) if self.adap_padding else x
         height, width = conv.kernel_size
+        if self.adap_padding and self.adap_padding.padding == "corner" and is_compiling():  # one graph for all sizes
+            rows, columns = (x.shape[2] + height - 1) // height, (x.shape[3] + width - 1) // width
+            x = F.pad(x, (0, columns * width - x.shape[3], 0, rows * height - x.shape[2]))
+        elif self.adap_padding:
+            x = self.adap_padding(x)
         rows, columns = x.shape[2] // height, x.shape[3] // width
         x = x[..., : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, conv.weight[0].numel())
