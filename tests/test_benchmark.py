@@ -8,9 +8,9 @@ from runs import TOOLS, error_lines, run
 pytest.importorskip("mmdet")
 
 
-def benchmark(folder, *arguments, status=0):
+def benchmark(folder, *arguments, status=0, **env):
     command = [TOOLS / "analysis" / "benchmark.py", *arguments, "--repeats", "2", "--device", "cpu"]
-    return run(*command, cwd=folder, status=status)
+    return run(*command, cwd=folder, status=status, **env)
 
 
 def test_figures_of_every_kind(tmp_path):
@@ -54,3 +54,10 @@ def test_bad_input(refuse, tmp_path):
     refuse(tool, "--models", "pc:fast", "--size", "32", "--device", "cpu", parts=("':plain' or ':folded'",))
     (line,) = error_lines(benchmark(tmp_path, "--models", "colour", "--size", "32", status=2).stderr)
     assert "unknown conditioning 'colour'" in line
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compiled_is_one_line(tmp_path):
+    settings = ("--models", "pc", "--network", "attention", "--size", "64", "--compile")
+    (line,) = error_lines(benchmark(tmp_path, *settings, status=2, CXX="false").stderr)
+    assert "torch.compile failed on 'pc'" in line

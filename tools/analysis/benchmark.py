@@ -16,6 +16,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 import condattn
@@ -179,12 +181,18 @@ class Variant:
         return time.perf_counter() - start
 
     def run(self) -> None:
-        """A step, without fast paths if the variant is to have none."""
-        if self.form == "plain":
-            with plain():
+        """A step, without fast paths if the variant is to have none.
+
+        Raises:
+            UserError: If ``--compile`` was asked for, and the compiler does not take the network.
+        """
+        try:
+            with plain() if self.form == "plain" else nullcontext():
                 self.step()
-        else:
-            self.step()
+        except TorchDynamoException as error:
+            lines = str(error).splitlines()
+            reason = next((line for line in lines if " error: " in line), lines[0])
+            raise UserError(f"--compile: torch.compile failed on '{self.name}' ({reason}); leave it out") from None
 
 
 def peak_memory(name: str, args: argparse.Namespace, size: tuple[int, int]) -> tuple[float, float]:
