@@ -21,7 +21,7 @@ help:
 	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
 	@echo "make lint        ruff"
-	@echo "make benchmark   every table of docs/performance.md, 45 minutes on two cores; DTYPE=bfloat16 for a GPU"
+	@echo "make benchmark   every table of docs/performance.md, for an idle machine; DTYPE=bfloat16 for a GPU"
 
 setup: $(VENV)/.installed
 

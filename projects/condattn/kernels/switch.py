@@ -32,7 +32,7 @@ def plain() -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether no custom gradients are wanted: by :func:`plain`, or by what fuses or transforms operations."""
+    """Whether PyTorch's own operations are wanted: by :func:`plain`, or by what fuses or transforms them."""
     return is_compiling() or is_upstream()
 
 

@@ -63,10 +63,10 @@ def window_attention(
         attend = kernel.TritonWindowAttention.apply
         return attend(qkv.contiguous(), padding, bias, grid, heads, scale, eps, detach)
     arguments = padding, bias, grid, heads, scale
-    if (is_compiling() or qkv.is_cuda) and not is_upstream():
-        outputs = window_attention_fused(qkv, *arguments)
-    elif is_plain() or qkv.is_meta:
+    if is_upstream() or qkv.device.type == "meta":
         outputs = window_attention_reference(qkv, *arguments)
+    elif is_compiling() or qkv.is_cuda:
+        outputs = window_attention_fused(qkv, *arguments)
     else:
         with autocast(qkv, None):
             outputs = _WindowAttention.apply(qkv.contiguous(), *arguments)
@@ -225,7 +225,7 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scale
 
 
 def _exp2(logits: Tensor, largest: Tensor) -> Tensor:
-    """2^(logits - largest) in place, twice as fast as e^; of masked logits a small number, but no slow denormal one."""
+    """2^(logits - largest) in place, faster than e^; of masked logits a small number, but no slow denormal one."""
     return logits.sub_(largest).clamp_min_(-80.0 / LN2).exp2_()
 
 

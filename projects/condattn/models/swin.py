@@ -112,8 +112,7 @@ class FastPatchMerging:
         channels = x.shape[-1]
         x = x.view(len(x), height, width, channels)
         below, beside = (height + 1) // 2 * 2 - height, (width + 1) // 2 * 2 - width
-        if is_compiling() or below or beside:  # one graph for all sizes
-            x = F.pad(x, (0, 0, 0, beside, 0, below))
+        x = _pad(x, 0, 0, 0, beside, 0, below)
         height, width = x.shape[1] // 2, x.shape[2] // 2
         x = x.view(len(x), height, 2, width, 2, channels).transpose(2, 3).reshape(len(x), height * width, 4, channels)
         # Two copies of rows are faster than one of single numbers.
@@ -124,8 +123,8 @@ class FastPatchMerging:
 class FastPatchEmbed:
     """Mixin in front of upstream's ``PatchEmbed``: one product of matrices, whose result has its channels last.
 
-    Upstream's forward runs for patches that overlap or leave gaps, where the convolution is another or has hooks, and
-    where :func:`condattn.kernels.switch.is_upstream` says so.
+    Upstream's forward runs for patches that overlap or leave gaps, for padding on all sides, where the convolution is
+    another, where it or the padding has hooks, and where :func:`condattn.kernels.switch.is_upstream` says so.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -135,17 +134,22 @@ class FastPatchEmbed:
             return super().forward(x)
         if (conv.stride, conv.padding, conv.dilation, conv.groups) != (conv.kernel_size, (0, 0), (1, 1), 1):
             return super().forward(x)
-        height, width = conv.kernel_size
-        if self.adap_padding and self.adap_padding.padding == "corner" and is_compiling():  # one graph for all sizes
+        padding, (height, width) = self.adap_padding, conv.kernel_size
+        if padding and (padding.padding != "corner" or is_watched(padding)):
+            return super().forward(x)
+        if padding:
             rows, columns = (x.shape[2] + height - 1) // height, (x.shape[3] + width - 1) // width
-            x = F.pad(x, (0, columns * width - x.shape[3], 0, rows * height - x.shape[2]))
-        elif self.adap_padding:
-            x = self.adap_padding(x)
+            x = _pad(x, 0, columns * width - x.shape[3], 0, rows * height - x.shape[2])
         rows, columns = x.shape[2] // height, x.shape[3] // width
         x = x[..., : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, conv.weight[0].numel())
         x = F.linear(x, conv.weight.flatten(1), conv.bias)
         return self.norm(x) if self.norm else x, (rows, columns)
+
+
+def _pad(x: Tensor, *pad: int) -> Tensor:
+    """``F.pad``, but no copy where nothing is padded; compiled, one graph for both."""
+    return F.pad(x, pad) if is_compiling() or any(pad) else x
 
 
 def is_watched(module: nn.Module) -> bool:
