@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 import condattn
 from condattn.kernels import feed_forward as module
 from condattn.kernels import window_attention as attention
 from condattn.kernels.cache import WeightCache
 from condattn.kernels.feed_forward import feed_forward, feed_forward_reference
-from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference
+from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference, normalized_linear
 from condattn.kernels.switch import plain, triton_module
 from condattn.kernels.windows import Windows
 
@@ -141,6 +142,8 @@ def test_gradcheck():
         function = functools.partial(attention.window_attention, grid=grid, heads=2, scale=0.6, normalize=normalize)
         assert torch.autograd.gradcheck(function, inputs(3, 4, 2, 2))
     assert torch.autograd.gradcheck(lambda x: normalize_rows(x, 1e-6, False), (random(3, 5),))
+    linear = functools.partial(normalized_linear, bias=None, heads=2, eps=1e-6, detach=False)
+    assert torch.autograd.gradcheck(linear, (random(3, 6), random(4, 6)))
     assert torch.autograd.gradcheck(feed_forward, (random(2, 3, 5), *mlp(5, 7, 4)))
 
 
@@ -158,6 +161,52 @@ def test_row_norm(detach, dim):
     same(fast, twin, (x,), atol=1e-9, rtol=1e-9)
     (gradient,) = torch.autograd.grad(fast(x).sum(), x)
     assert gradient.isfinite().all()
+
+
+def linear_of_rows(x, weight, bias, heads, eps, detach):
+    return F.linear(normalize_rows_reference(x.unflatten(-1, (heads, -1)), eps, detach).flatten(-2), weight, bias)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_normalized_linear(detach):
+    torch.manual_seed(0)
+    fast, twin = (functools.partial(f, heads=2, eps=1e-6, detach=detach) for f in (normalized_linear, linear_of_rows))
+    x, weight, bias = random(2, 3, 6), random(4, 6), random(4)
+    with torch.no_grad():
+        x[0, 0] = 0.0
+        x[1, 0] *= 1e-9  # shorter than eps
+    same(fast, twin, (x, weight, bias), atol=1e-9, rtol=1e-9)
+    same(fast, twin, (random(2, 6, 3).mT, weight, None))
+    same(fast, twin, (random(6), weight, bias))
+    assert not any(g.any() for g in torch.autograd.grad(fast(x[:0], weight, bias).sum(), (weight, bias)))
+    for frozen in range(3):
+        tensors = [t.detach() if i == frozen else t for i, t in enumerate((random(3, 6), weight, bias))]
+        wanted = [t for t in tensors if t.requires_grad]
+        grads = (torch.autograd.grad(f(*tensors).sum(), wanted) for f in (fast, twin))
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+def test_normalized_linear_under_autocast(given):
+    """The precisions of a row norm and a linear layer, one after the other."""
+    torch.manual_seed(0)
+    dtype = torch.float64 if given == torch.float64 else torch.float32
+    tensors = random(5, 8, dtype=given), random(4, 8, dtype=dtype), random(4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = normalized_linear(*tensors, 2, 1e-6, False), linear_of_rows(*tensors, 2, 1e-6, False)
+    assert got.dtype == want.dtype and torch.equal(got, want)
+    gradient = torch.randn_like(want)
+    for one, other in zip(*(torch.autograd.grad(y, tensors, gradient) for y in (got, want)), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other)
+
+
+def test_a_projection_keeps_what_attention_keeps():
+    x, weight, kept = random(5, 6), random(4, 6), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        normalized_linear(x, weight, None, 2, 1e-6, False)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), weight.data_ptr()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -310,6 +359,22 @@ def test_the_kernels_on_a_gpu(size, d, dtype):
     assert "Triton" in type(got.grad_fn).__name__
     want = attention.window_attention_reference(*exact, grid, 3, d**-0.5)
     want = normalize_rows_reference(want.unflatten(-1, (3, -1)), 1e-6, False).flatten(-2)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
+    gradient = torch.randn_like(want)
+    grads = (torch.autograd.grad(y, x, gradient.to(y.dtype)) for y, x in ((got, arguments), (want, exact)))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=4 * tolerance * other.abs().max().item(), rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("detach", [False, True])
+def test_normalized_linear_on_a_gpu(detach, dtype):
+    torch.manual_seed(0)
+    arguments = [t.detach().to("cuda", dtype).requires_grad_() for t in (random(2, 50, 96), random(64, 96), random(64))]
+    exact = [t.detach().double().requires_grad_() for t in arguments]
+    got, want = (f(*t, 3, 1e-6, detach) for f, t in ((normalized_linear, arguments), (linear_of_rows, exact)))
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
     gradient = torch.randn_like(want)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_kernels import CPU, inputs, same
+from test_kernels import CPU, inputs
 
 from condattn.kernels.row_norm import normalize_rows_reference
-from condattn.kernels.row_norm_triton import TritonNormalizeRows
+from condattn.kernels.row_norm_triton import divide, divide_backward
 from condattn.kernels.window_attention import window_attention_reference
 from condattn.kernels.window_attention_triton import TritonWindowAttention
 from condattn.kernels.windows import Windows
@@ -47,6 +47,9 @@ def test_the_kernel_of_rows(detach):
     torch.manual_seed(0)
     x = torch.randn(3, 50, 24)
     x[0, 0], x[0, 1] = 0.0, 1e-9
+    y, norm = divide(x, 1e-6)
     x.requires_grad_()
-    fast = lambda x: TritonNormalizeRows.apply(x, 1e-6, detach)  # noqa: E731
-    same(fast, lambda x: normalize_rows_reference(x, 1e-6, detach), (x,), atol=1e-6, rtol=1e-5)
+    want, gradient = normalize_rows_reference(x, 1e-6, detach), torch.randn_like(x)
+    torch.testing.assert_close(y, want, atol=1e-6, rtol=1e-5)
+    got = divide_backward(gradient, None if detach else y, norm, 1e-6)
+    torch.testing.assert_close(got, *torch.autograd.grad(want, x, gradient), atol=1e-6, rtol=1e-5)

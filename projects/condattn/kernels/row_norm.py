@@ -1,10 +1,15 @@
-"""Row normalisation of head outputs."""
+"""Row normalisation of head outputs, by itself or with the projection behind it."""
+
+from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from .switch import is_plain, triton_module
+from .switch import autocast, autocast_dtype, is_plain, triton_module
 
 
 def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor:
@@ -24,27 +29,45 @@ def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor
     """
     if is_plain() or not (x.is_cuda or (x.requires_grad and torch.is_grad_enabled())):
         return normalize_rows_reference(x, eps, detach, dim)
-    if x.is_cuda and dim in (-1, x.dim() - 1) and (kernel := triton_module("row_norm_triton")) and kernel.supports(x):
-        return kernel.TritonNormalizeRows.apply(x.contiguous(), eps, detach)
     return _NormalizeRows.apply(x, eps, detach, dim)
 
 
 def normalize_rows_reference(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor:
     """The plain twin of :func:`normalize_rows`."""
-    wide = _wide(x)
-    norm = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
-    if detach:
-        norm = norm.detach()
-    # The backward of a product costs less than that of a quotient.
-    return (wide * norm.clamp_min(eps).reciprocal()).to(x.dtype)
+    return _divide_reference(x, eps, dim, detach)[0]
+
+
+def normalized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, eps: float, detach: bool) -> Tensor:
+    """Project normalised rows, ``F.linear(y, weight, bias)``, where y are those of each head in ``x``.
+
+    For the backward ``x`` is kept, which attention keeps anyway where it is fused, and y is computed again.
+
+    Args:
+        x: The rows of all heads side by side, (..., heads * d).
+        weight: (out features, heads * d).
+        bias: (out features,), or None.
+        heads: Number of heads.
+        eps: Smallest divisor; see :func:`normalize_rows`.
+        detach: See :func:`normalize_rows`.
+
+    Returns:
+        (..., out features).
+    """
+    needs_gradient = any(one is not None and one.requires_grad for one in (x, weight, bias))
+    if is_plain() or not (needs_gradient and torch.is_grad_enabled()):
+        y = normalize_rows(x.unflatten(-1, (heads, -1)), eps, detach).flatten(-2)
+        return F.linear(y, weight, bias)
+    dtype = autocast_dtype(x)
+    if dtype:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with autocast(x, None):
+        return _NormalizedLinear.apply(x, weight, bias, heads, eps, detach, dtype or x.dtype)
 
 
 class _NormalizeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, detach, dim):
-        wide = _wide(x)
-        norm = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
-        y = (wide * norm.clamp_min(eps).reciprocal()).to(x.dtype)
+        y, norm = _divide(x, eps, dim)
         ctx.save_for_backward(norm, *(() if detach else (y,)))
         ctx.eps, ctx.dim = eps, dim
         return y
@@ -53,14 +76,68 @@ class _NormalizeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         norm, *rest = ctx.saved_tensors
-        wide, factor = _wide(gradient), norm.clamp_min(ctx.eps).reciprocal()
-        result = wide * factor
-        if rest:
-            y = _wide(rest[0])
-            along = torch.linalg.vecdot(wide, y, dim=ctx.dim).unsqueeze(ctx.dim)
-            along = along.mul_(factor).masked_fill_(norm < ctx.eps, 0.0)
-            result.addcmul_(y, along, value=-1.0)
-        return result.to(gradient.dtype), None, None, None
+        return _divide_backward(gradient, rest[0] if rest else None, norm, ctx.eps, ctx.dim), None, None, None
+
+
+class _NormalizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, heads, eps, detach, dtype):
+        ctx.save_for_backward(x, weight)
+        ctx.heads, ctx.eps, ctx.detach, ctx.dtype = heads, eps, detach, dtype
+        y, _ = _divide(x.unflatten(-1, (heads, -1)), eps)
+        return F.linear(y.flatten(-2).to(dtype), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        y, norm = _divide(x.unflatten(-1, (ctx.heads, -1)), ctx.eps)
+        grad_x = grad_weight = None
+        rows = gradient.reshape(-1, len(weight))
+        if needs_weight:
+            grad_weight = rows.T @ y.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        if needs_x:
+            grad_y = (rows @ weight).to(x.dtype).view(y.shape)
+            grad_x = _divide_backward(grad_y, None if ctx.detach else y, norm, ctx.eps).flatten(-2)
+        return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None, None, None, None
+
+
+def _divide(x: Tensor, eps: float, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Rows over their norms, and the norms with ``dim`` of size 1."""
+    kernel = _kernel(x, dim)
+    return kernel.divide(x.contiguous(), eps) if kernel else _divide_reference(x, eps, dim)
+
+
+def _divide_reference(x: Tensor, eps: float, dim: int, detach: bool = False) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    norm = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
+    if detach:
+        norm = norm.detach()
+    # The backward of a product costs less than that of a quotient.
+    return (wide * norm.clamp_min(eps).reciprocal()).to(x.dtype), norm
+
+
+def _divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: float, dim: int = -1) -> Tensor:
+    """The gradient of ``x``; without the rows ``y``, the norm is a constant."""
+    if kernel := _kernel(gradient, dim):
+        return kernel.divide_backward(gradient.contiguous(), y, norm, eps)
+    wide, factor = _wide(gradient), norm.clamp_min(eps).reciprocal()
+    result = wide * factor
+    if y is not None:
+        y = _wide(y)
+        along = torch.linalg.vecdot(wide, y, dim=dim).unsqueeze(dim)
+        along = along.mul_(factor).masked_fill_(norm < eps, 0.0)
+        result.addcmul_(y, along, value=-1.0)
+    return result.to(gradient.dtype)
+
+
+def _kernel(x: Tensor, dim: int) -> ModuleType | None:
+    """The kernel in Triton, where it takes these rows."""
+    if not x.is_cuda or dim not in (-1, x.dim() - 1):
+        return None
+    kernel = triton_module("row_norm_triton")
+    return kernel if kernel and kernel.supports(x) else None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 1024
@@ -50,29 +49,26 @@ def _backward(
     tl.store(grad_x + places, (grad / tl.maximum(norm, eps)[:, None]).to(grad_x.dtype.element_ty), mask=exists)
 
 
-class TritonNormalizeRows(torch.autograd.Function):
-    """As :func:`condattn.kernels.row_norm.normalize_rows`, of the last axis of a contiguous tensor on a GPU."""
+def divide(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows over their norms, in the shape and dtype of ``x``, contiguous, (..., d); and the norms, (..., 1)."""
+    y, norm = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    grid, settings = _launch(x)
+    _forward[grid](x, y, norm, norm.numel(), eps, **settings)
+    return y, norm
 
-    @staticmethod
-    def forward(ctx, x, eps, detach):
-        """Rows (..., d) of norm one."""
-        rows, size = x.numel() // x.shape[-1], x.shape[-1]
-        y, norms = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-        columns = triton.next_power_of_2(size)
-        ctx.settings = dict(D=size, COLUMNS=columns, BLOCK=max(1, ENTRIES // columns))
-        _forward[(triton.cdiv(rows, ctx.settings["BLOCK"]),)](x, y, norms, rows, eps, **ctx.settings)
-        ctx.save_for_backward(*(() if detach else (y,)), norms)
-        ctx.eps, ctx.detach = eps, detach
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        """The gradient of ``x``."""
-        *kept, norms = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        result, rows = torch.empty_like(gradient), len(norms)
-        blocks = triton.cdiv(rows, ctx.settings["BLOCK"])
-        unit = kept[0] if kept else gradient  # which is not read then
-        _backward[(blocks,)](unit, norms, gradient, result, rows, ctx.eps, DETACH=ctx.detach, **ctx.settings)
-        return result, None, None
+def divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: float) -> Tensor:
+    """The gradient of ``x`` from that of ``y``, both contiguous; without ``y``, the norm is a constant."""
+    result, detach = torch.empty_like(gradient), y is None
+    grid, settings = _launch(gradient)
+    y = gradient if detach else y.contiguous()  # not read if detached
+    _backward[grid](y, norm, gradient, result, norm.numel(), eps, DETACH=detach, **settings)
+    return result
+
+
+def _launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """The grid of programs, and the shape of a program's part."""
+    size = x.shape[-1]
+    columns = triton.next_power_of_2(size)
+    block = max(1, ENTRIES // columns)
+    return (triton.cdiv(x.numel() // size, block),), dict(D=size, COLUMNS=columns, BLOCK=block)

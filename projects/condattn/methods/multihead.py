@@ -81,8 +81,7 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
             weights = None
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
 
-        heads = self.head_norm.normalize(heads.transpose(1, 2).flatten(-2))
-        output = F.linear(heads, self.out_proj.weight, self.out_proj.bias)
+        output = self.head_norm.project(heads.transpose(1, 2).flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), weights
         return (output if self.batch_first else output.transpose(0, 1)), weights

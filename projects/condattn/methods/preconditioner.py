@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.row_norm import normalize_rows
+from ..kernels.row_norm import normalize_rows, normalized_linear
 from ..sites import AttentionSite
 from .base import Method, become, check_can_become, leave_out, register_method
 from .multihead import ConditionedMultiheadAttention
@@ -110,6 +110,12 @@ class HeadNorm:
         parts[1] = self._normalize(parts[1])
         return torch.cat(parts, dim=self.axis)
 
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear`` of the normalised rows of ``x``, (..., channels)."""
+        if self.channels is not None or self.interleaved or self.over_tokens:
+            return F.linear(self.normalize(x), weight, bias)
+        return normalized_linear(x, weight, bias, self.num_heads, self.method.eps, self.method.detach)
+
     def row_norms(self, x: Tensor) -> Tensor:
         """Mean norm of the rows of each head in ``x``, (num_heads,), in float64; what is divided by on average."""
         part = x if self.channels is None else x.movedim(self.axis, -1)[..., self.channels].movedim(-1, self.axis)
@@ -154,7 +160,7 @@ class PreconditionedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the row-normalised head outputs."""
-        return F.linear(self.head_norm.normalize(input), self.weight, self.bias)
+        return self.head_norm.project(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The settings, behind those of ``nn.Linear``."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..methods.base import become, restore
@@ -200,6 +201,6 @@ class _Tap:
     def __init__(self, seen: list[Tensor]) -> None:
         self.seen = seen
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.seen.append(x)
-        return x
+        return F.linear(x, weight, bias)
