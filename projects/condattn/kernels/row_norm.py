@@ -123,13 +123,12 @@ def _divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: floa
     if kernel := _kernel(gradient, dim):
         return kernel.divide_backward(gradient.contiguous(), y, norm, eps)
     wide, factor = _wide(gradient), norm.clamp_min(eps).reciprocal()
-    result = wide * factor
-    if y is not None:
-        y = _wide(y)
-        along = torch.linalg.vecdot(wide, y, dim=dim).unsqueeze(dim)
-        along = along.mul_(factor).masked_fill_(norm < eps, 0.0)
-        result.addcmul_(y, along, value=-1.0)
-    return result.to(gradient.dtype)
+    if y is None:
+        return (wide * factor).to(gradient.dtype)
+    y = _wide(y)
+    result = wide * y
+    along = result.sum(dim, keepdim=True).mul_(factor).masked_fill_(norm < eps, 0.0)
+    return torch.mul(wide, factor, out=result).addcmul_(y, along, value=-1.0).to(gradient.dtype)
 
 
 def _kernel(x: Tensor, dim: int) -> ModuleType | None:
