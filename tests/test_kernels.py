@@ -179,6 +179,10 @@ def test_normalized_linear(detach):
     same(fast, twin, (random(2, 6, 3).mT, weight, None))
     same(fast, twin, (random(6), weight, bias))
     assert not any(g.any() for g in torch.autograd.grad(fast(x[:0], weight, bias).sum(), (weight, bias)))
+    directions = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    x = random(2, 3, 6)
+    grads = (torch.autograd.grad(f(x, weight, bias), x, directions, is_grads_batched=True) for f in (fast, twin))
+    torch.testing.assert_close(*(grad for (grad,) in grads), atol=1e-12, rtol=0)
     for frozen in range(3):
         tensors = [t.detach() if i == frozen else t for i, t in enumerate((random(3, 6), weight, bias))]
         wanted = [t for t in tensors if t.requires_grad]
@@ -187,7 +191,7 @@ def test_normalized_linear(detach):
             torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_normalized_linear_under_autocast(given):
     """The precisions of a row norm and a linear layer, one after the other."""
     torch.manual_seed(0)
@@ -199,7 +203,7 @@ def test_normalized_linear_under_autocast(given):
     gradient = torch.randn_like(want)
     for one, other in zip(*(torch.autograd.grad(y, tensors, gradient) for y in (got, want)), strict=True):
         assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0.016)
 
 
 def test_a_projection_keeps_what_attention_keeps():

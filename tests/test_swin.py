@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("mmengine")
@@ -245,6 +246,26 @@ def test_layers_that_were_replaced_are_called():
         model.patch_embed.projection.__class__ = Conv2d
         for layers in (block.ffn.layers for stage in model.stages for block in stage.blocks):
             layers[0][0].__class__ = layers[1].__class__ = Linear
+    x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    assert_same(run(fast, x), run(slow, x), 1e-12)
+
+
+class Twice(torch.Tensor):
+    """A weight of another kind, as quantised ones are: a linear layer with it gives twice as much."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        outputs = super().__torch_function__(function, types, args, kwargs or {})
+        return 2.0 * outputs.as_subclass(torch.Tensor) if function is F.linear else outputs
+
+
+def test_weights_of_another_kind():
+    fast, slow = pair("mmdet", conditioning="pc")
+    for model in (fast, slow):
+        for block in (block for stage in model.stages for block in stage.blocks):
+            for layer in (block.attn.w_msa.proj, block.ffn.layers[0][0], block.ffn.layers[1]):
+                layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Twice), requires_grad=False)
+    assert isinstance(slow.stages[0].blocks[0].ffn.layers[1].weight, Twice)
     x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
     assert_same(run(fast, x), run(slow, x), 1e-12)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .switch import autocast, autocast_dtype, is_plain, triton_module
+from .switch import autocast_dtype, is_plain, triton_module
 
 
 def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor:
@@ -40,7 +40,8 @@ def normalize_rows_reference(x: Tensor, eps: float, detach: bool, dim: int = -1)
 def normalized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, eps: float, detach: bool) -> Tensor:
     """Project normalised rows, ``F.linear(y, weight, bias)``, where y are those of each head in ``x``.
 
-    For the backward ``x`` is kept, which attention keeps anyway where it is fused, and y is computed again.
+    For the backward ``x`` is kept, which attention keeps anyway where it is fused, and y is computed again. It can be
+    differentiated once; its plain twin is the row norm and the linear layer one after the other.
 
     Args:
         x: The rows of all heads side by side, (..., heads * d).
@@ -53,15 +54,10 @@ def normalized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
     Returns:
         (..., out features).
     """
-    needs_gradient = any(one is not None and one.requires_grad for one in (x, weight, bias))
-    if is_plain() or not (needs_gradient and torch.is_grad_enabled()):
-        y = normalize_rows(x.unflatten(-1, (heads, -1)), eps, detach).flatten(-2)
-        return F.linear(y, weight, bias)
     dtype = autocast_dtype(x)
     if dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    with autocast(x, None):
-        return _NormalizedLinear.apply(x, weight, bias, heads, eps, detach, dtype or x.dtype)
+    return _NormalizedLinear.apply(x, weight, bias, heads, eps, detach, dtype or x.dtype)
 
 
 class _NormalizeRows(torch.autograd.Function):
@@ -93,13 +89,13 @@ class _NormalizedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         y, norm = _divide(x.unflatten(-1, (ctx.heads, -1)), ctx.eps)
-        grad_x = grad_weight = None
-        rows = gradient.reshape(-1, len(weight))
+        count = x.shape[:-1].numel()
+        rows, grad_x, grad_weight = gradient.reshape(count, len(weight)), None, None
         if needs_weight:
-            grad_weight = rows.T @ y.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            grad_weight = rows.T @ y.reshape(count, x.shape[-1]).to(ctx.dtype)
         if needs_x:
             grad_y = (rows @ weight).to(x.dtype).view(y.shape)
-            grad_x = _divide_backward(grad_y, None if ctx.detach else y, norm, ctx.eps).flatten(-2)
+            grad_x = _divide_backward(grad_y, None if ctx.detach else y, norm, ctx.eps).reshape(x.shape)
         return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None, None, None, None
 
 
@@ -126,9 +122,8 @@ def _divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: floa
     if y is None:
         return (wide * factor).to(gradient.dtype)
     y = _wide(y)
-    result = wide * y
-    along = result.sum(dim, keepdim=True).mul_(factor).masked_fill_(norm < eps, 0.0)
-    return torch.mul(wide, factor, out=result).addcmul_(y, along, value=-1.0).to(gradient.dtype)
+    along = (wide * y).sum(dim, keepdim=True).mul_(factor).masked_fill_(norm < eps, 0.0)
+    return (wide * factor).addcmul_(y, along, value=-1.0).to(gradient.dtype)
 
 
 def _kernel(x: Tensor, dim: int) -> ModuleType | None:

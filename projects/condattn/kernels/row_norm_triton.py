@@ -50,7 +50,7 @@ def _backward(
 
 
 def divide(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Rows over their norms, in the shape and dtype of ``x``, contiguous, (..., d); and the norms, (..., 1)."""
+    """Rows of ``x``, contiguous, (..., d), over their norms, in its dtype; and the norms, (..., 1), in float32."""
     y, norm = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     grid, settings = _launch(x)
     _forward[grid](x, y, norm, norm.numel(), eps, **settings)
@@ -58,7 +58,7 @@ def divide(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: float) -> Tensor:
-    """The gradient of ``x`` from that of ``y``, both contiguous; without ``y``, the norm is a constant."""
+    """The gradient of ``x`` from a contiguous one of ``y``; without ``y``, the norm is a constant."""
     result, detach = torch.empty_like(gradient), y is None
     grid, settings = _launch(gradient)
     y = gradient if detach else y.contiguous()  # not read if detached

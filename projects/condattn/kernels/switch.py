@@ -11,7 +11,7 @@ from threading import Lock
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 OLDEST_TRITON = (3, 6)
 """Triton 3.1 (of torch 2.5) does not take the kernels; none between has been tried."""
@@ -52,6 +52,11 @@ def is_upstream() -> bool:
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing, which fuse plain operations themselves."""
     return torch.compiler.is_compiling()
+
+
+def is_ordinary(weight: Tensor) -> bool:
+    """Whether it is a tensor of PyTorch's own class; others (quantised, distributed) know some operations only."""
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.row_norm import normalize_rows, normalized_linear
+from ..kernels.switch import is_ordinary, is_plain
 from ..sites import AttentionSite
 from .base import Method, become, check_can_become, leave_out, register_method
 from .multihead import ConditionedMultiheadAttention
@@ -112,7 +113,8 @@ class HeadNorm:
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``F.linear`` of the normalised rows of ``x``, (..., channels)."""
-        if self.channels is not None or self.interleaved or self.over_tokens:
+        side_by_side = self.channels is None and not self.interleaved and not self.over_tokens
+        if is_plain() or not side_by_side or not is_ordinary(weight):
             return F.linear(self.normalize(x), weight, bias)
         return normalized_linear(x, weight, bias, self.num_heads, self.method.eps, self.method.detach)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..kernels.cache import WeightCache
 from ..kernels.feed_forward import feed_forward
-from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_upstream
+from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_ordinary, is_upstream
 from ..kernels.window_attention import window_attention
 from ..kernels.windows import Windows
 from ..methods.base import Conditioning, become
@@ -161,8 +161,10 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def is_usual(layer: nn.Module, name: str) -> bool:
-    """Whether a layer is of torch's or mmcv's class of that name, not one of the same name that does more."""
-    return type(layer).__name__ == name and type(layer).__module__.startswith(("torch.nn.modules.", "mmcv.cnn."))
+    """Whether a layer is of torch's or mmcv's class of that name, not one of the same name or weights that do more."""
+    kind = type(layer)
+    known = kind.__name__ == name and kind.__module__.startswith(("torch.nn.modules.", "mmcv.cnn."))
+    return known and all(map(is_ordinary, layer.parameters(recurse=False)))
 
 
 def drop_path(x: Tensor, layer: nn.Module) -> Tensor:
