@@ -80,6 +80,6 @@ benchmark: setup
 	$(BENCHMARK) --models upstream,pc --sweep --repeats 2 --out $(TABLES)/sweep.json
 	$(BENCHMARK) --models upstream,pc --network mask-rcnn --repeats 3 --out $(TABLES)/mask_rcnn.json
 	$(BENCHMARK) --models upstream,pc --network mask-rcnn --mode infer --repeats 3 --out $(TABLES)/mask_rcnn_infer.json
-	$(BENCHMARK) --models upstream,pc --network vit-b --repeats 2 --out $(TABLES)/vit.json
+	$(BENCHMARK) --models upstream,pc --network vit-b --repeats 3 --out $(TABLES)/vit.json
 	$(BENCHMARK) --models upstream,pc --network vit-b --mode infer --repeats 3 --out $(TABLES)/vit_infer.json
 	$(BENCHMARK) --models upstream,none,pc --network attention --out $(TABLES)/attention.json
