@@ -82,6 +82,26 @@ def test_bad_eps(eps):
         RowPreconditioner(eps=eps)
 
 
+def test_a_vit_of_timm_keeps_no_more_for_its_backward():
+    timm = pytest.importorskip("timm")
+
+    def kept(conditioning):
+        model, sizes = timm.create_model("test_vit"), {}
+        condattn.condition(model, conditioning)
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            outputs = model(torch.randn(2, 3, 160, 160))
+        assert outputs.requires_grad
+        return sum(sizes.values())
+
+    assert kept("pc") == kept("none")
+
+
 def test_rows_of_cross_covariance_attention():
     """Each token's channels of a head, or each channel over all tokens."""
     timm = pytest.importorskip("timm")

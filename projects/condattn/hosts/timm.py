@@ -70,7 +70,9 @@ def _normed(module: nn.Module) -> dict[str, Any]:
     else:
         projections = thirds(module.qkv)
         projections = read_by(module, projections) if getattr(module, "q_bias", None) is not None else projections
-    return dict(num_heads=module.num_heads, out=into(module.norm, module.proj), **projections)
+    direct = type(module.norm) is nn.Identity and getattr(module, "gate", None) is None
+    out = into(module.proj) if direct else into(module.norm, module.proj)
+    return dict(num_heads=module.num_heads, out=out, **projections)
 
 
 for name in ("layers.attention.Attention", "layers.attention.AttentionRope", "models.eva.EvaAttention"):
