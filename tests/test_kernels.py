@@ -10,13 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.nn import functional as F
 
-import condattn
 from condattn.kernels import feed_forward as module
 from condattn.kernels import window_attention as attention
-from condattn.kernels.cache import WeightCache
 from condattn.kernels.feed_forward import feed_forward, feed_forward_reference
 from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference, normalized_linear
 from condattn.kernels.switch import plain, triton_module
@@ -278,64 +275,6 @@ def test_maps_of_another_size():
     assert empty.shape == (0, 16, 6)
 
 
-class TestCache:
-    """What is made of weights is made again when they change, and only then."""
-
-    def made(self, cache, weight):
-        calls = []
-        with torch.no_grad():
-            cache.get(lambda: calls.append(1) or weight * 2, weight)
-        return len(calls)
-
-    def test_of_a_weight(self):
-        cache, weight = WeightCache(), nn.Parameter(torch.ones(3))
-        assert [self.made(cache, weight) for _ in range(3)] == [1, 0, 0]
-        torch.optim.SGD([weight], 0.1).step()
-        weight.grad = torch.ones(3)
-        torch.optim.SGD([weight], 0.1).step()
-        assert [self.made(cache, weight) for _ in range(2)] == [1, 0]
-        weight.data = torch.zeros(3)
-        assert self.made(cache, weight) == 1
-        cache.clear()
-        assert self.made(cache, weight) == 1
-        assert len([cache.get(lambda: weight * 2, weight) for _ in range(2)]) == 2  # with gradients, each time
-
-    @pytest.mark.parametrize("form", ["identity", "svd"])
-    def test_of_corrections(self, form):
-        """An optimizer step, a state dict, averages of weights as mmengine swaps them in, another precision."""
-        torch.manual_seed(0)
-        model = nn.MultiheadAttention(8, 2, batch_first=True)
-        layer = nn.Sequential(nn.Linear(8, 24))
-        condattn.condition(model, dict(type="SpectralCorrection", strength=0.5, form=form))
-        x = torch.randn(1, 4, 8)
-        model.eval()
-        effective = lambda: model.effective_weight("in_proj_weight")  # noqa: E731
-        with torch.no_grad():
-            model(x, x, x)
-            assert effective() is effective()
-        constant = (effective() - model.in_proj_weight).detach()
-        for change in (
-            lambda: model.in_proj_weight.mul_(2),
-            lambda: model.load_state_dict({**model.state_dict(), "in_proj_weight": layer[0].weight}),
-            lambda: (model.in_proj_weight.data.copy_(torch.randn(24, 8)), model.eval()),
-            lambda: torch.optim.AdamW([model.in_proj_weight]).step(),
-        ):
-            model.in_proj_weight.grad = torch.ones(24, 8)
-            with torch.no_grad():
-                effective()
-                change()
-                want = model.in_proj_weight + model.in_proj_weight_correction if form == "svd" else None
-                got = effective()
-                assert torch.equal(got, effective())
-                torch.testing.assert_close(got, model.in_proj_weight + constant if want is None else want)
-        with torch.inference_mode():
-            model(x, x, x)
-        model.train()
-        model(x, x, x)[0].sum().backward()
-        with torch.no_grad():
-            assert model.double().effective_weight("in_proj_weight").dtype == torch.float64
-
-
 @needs_triton
 def test_the_kernels_in_the_interpreter():
     """tests/triton_cases.py, in a process of its own: Triton is interpreted from its import on, or not at all."""
@@ -347,6 +286,16 @@ def test_the_kernels_in_the_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def assert_near(got, arguments, want, exact):
+    """Values and gradients of a kernel, against those in double precision."""
+    tolerance = 1e-5 if got.dtype == torch.float32 else 4 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
+    gradient = torch.randn_like(want)
+    grads = (torch.autograd.grad(y, x, gradient.to(y.dtype)) for y, x in ((got, arguments), (want, exact)))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=4 * tolerance * other.abs().max().item(), rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -363,12 +312,7 @@ def test_the_kernels_on_a_gpu(size, d, dtype):
     assert "Triton" in type(got.grad_fn).__name__
     want = attention.window_attention_reference(*exact, grid, 3, d**-0.5)
     want = normalize_rows_reference(want.unflatten(-1, (3, -1)), 1e-6, False).flatten(-2)
-    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
-    gradient = torch.randn_like(want)
-    grads = (torch.autograd.grad(y, x, gradient.to(y.dtype)) for y, x in ((got, arguments), (want, exact)))
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one.double(), other, atol=4 * tolerance * other.abs().max().item(), rtol=0)
+    assert_near(got, arguments, want, exact)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -379,12 +323,7 @@ def test_normalized_linear_on_a_gpu(detach, dtype):
     arguments = [t.detach().to("cuda", dtype).requires_grad_() for t in (random(2, 50, 96), random(64, 96), random(64))]
     exact = [t.detach().double().requires_grad_() for t in arguments]
     got, want = (f(*t, 3, 1e-6, detach) for f, t in ((normalized_linear, arguments), (linear_of_rows, exact)))
-    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
-    gradient = torch.randn_like(want)
-    grads = (torch.autograd.grad(y, x, gradient.to(y.dtype)) for y, x in ((got, arguments), (want, exact)))
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one.double(), other, atol=4 * tolerance * other.abs().max().item(), rtol=0)
+    assert_near(got, arguments, want, exact)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
