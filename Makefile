@@ -1,8 +1,9 @@
-# make demo | test | test-all | test-stock | test-transformers | lint | benchmark.  PYTHON=python3.11 chooses the interpreter.
+# make demo | test | test-all | test-stock | test-newest | test-transformers | lint | operators | benchmark.  PYTHON=python3.11 chooses the interpreter.
 SHELL := bash -o pipefail
 VENV := .venv
 STOCK := .venv-stock
-NEWEST := $(VENV)/newest-transformers
+NEWEST := .venv-newest
+TRANSFORMERS := $(VENV)/newest-transformers
 PY := $(VENV)/bin/python
 DEMO := configs/demo/mask_rcnn_swin_pc.py
 DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
@@ -10,17 +11,19 @@ WORK := work_dirs/demo/mask_rcnn_swin_pc
 DTYPE := float32
 TABLES := work_dirs/benchmark
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
-REQUIREMENTS := pyproject.toml $(wildcard requirements/*)
+REQUIREMENTS := pyproject.toml $(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*)
 
-.PHONY: help setup demo test test-slow test-all test-stock test-transformers lint benchmark
+.PHONY: help setup demo test test-slow test-all test-stock test-newest test-transformers lint operators benchmark
 
 help:
 	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
 	@echo "make test        the tests, up to 15 minutes on two cores"
 	@echo "make test-all    the tests and their repetitions, up to 30 minutes"
 	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
+	@echo "make test-newest  core tests and short trainings on the newest torch that pip offers, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
 	@echo "make lint        ruff"
+	@echo "make operators   compile mmcv's operators, 15 to 20 minutes on two cores; not needed for anything here"
 	@echo "make benchmark   every table of docs/performance.md, for an idle machine; DTYPE=bfloat16 for a GPU"
 
 setup: $(VENV)/.installed
@@ -32,6 +35,13 @@ $(VENV)/.installed: $(REQUIREMENTS)
 $(STOCK)/.installed: $(REQUIREMENTS)
 	requirements/install.sh $(STOCK) stock
 	@touch $@
+
+$(NEWEST)/.installed: $(REQUIREMENTS)
+	requirements/install.sh $(NEWEST) newest
+	@touch $@
+
+operators: setup
+	requirements/operators.sh $(VENV)
 
 demo: $(WORK)/metrics.txt
 	@echo
@@ -62,13 +72,19 @@ test-all: test test-slow
 test-stock: $(STOCK)/.installed
 	$(STOCK)/bin/python -m pytest
 
+# The core, mmcv's operators, and one short training each of the detector and the segmenter.
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest tests/test_condition.py tests/test_methods.py tests/test_preconditioner.py \
+	    tests/test_spectral.py tests/test_multihead.py tests/test_kernels.py tests/test_swin.py tests/test_mmcv_ops.py \
+	    tests/test_mmcv_ext.py tests/test_tools.py
+
 # Beside the environment, because mmpretrain, and with it mmdet, cannot be imported with this release.
-$(NEWEST)/.installed: | setup
-	$(PY) -m pip --disable-pip-version-check install -q --target $(NEWEST) -c requirements/torch.txt 'transformers>=5,<6'
+$(TRANSFORMERS)/.installed: | setup
+	$(PY) -m pip --disable-pip-version-check install -q --target $(TRANSFORMERS) -c requirements/torch.txt 'transformers>=5,<6'
 	@touch $@
 
-test-transformers: $(NEWEST)/.installed
-	PYTHONPATH=$(NEWEST) $(PY) -m pytest tests/test_walk.py tests/test_hosts.py -k transformers
+test-transformers: $(TRANSFORMERS)/.installed
+	PYTHONPATH=$(TRANSFORMERS) $(PY) -m pytest tests/test_walk.py tests/test_hosts.py -k transformers
 
 lint: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -1,6 +1,7 @@
 """How the tests run the command-line tools."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,9 @@ def can_forward() -> bool:
     return hasattr(loops._InfiniteDataloaderIterator, "skip_iter")
 
 
+compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="TorchInductor needs a C++ compiler"
+)
 forwarded = pytest.mark.skipif(not can_forward(), reason="this mmengine cannot forward a data loader")
 
 

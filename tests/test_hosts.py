@@ -11,7 +11,7 @@ from importlib import metadata
 
 import pytest
 import torch
-from runs import CONFIGS, ROOT, TOOLS, error_lines, run
+from runs import CONFIGS, ROOT, TOOLS, compiler, error_lines, run
 
 import condattn
 from condattn import SpectralCorrection, sites
@@ -51,6 +51,7 @@ def test_export(model, method):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@compiler
 @pytest.mark.parametrize("method", ["pc", "sc"])
 @pytest.mark.parametrize("name", ["ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Swin", "XCiT"))])
 def test_inductor(name, method):

@@ -1,7 +1,9 @@
 """Mixed stacks are refused with one clear line."""
 
 import subprocess
+import sys
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,10 @@ def pretend(monkeypatch, **versions):
     [
         {},
         dict(mmcv="2.1.0", mmengine="0.10.7", mmdet="3.3.0"),
+        dict(mmcv_lite="2.1.0", mmengine="0.10.7", condattn_mmcv_ext="1.0"),
         dict(onedl_mmcv="2.3.6", onedl_mmengine="0.10.12", onedl_mmsegmentation="1.4.2"),
     ],
-    ids=["nothing", "stock", "default"],
+    ids=["nothing", "stock", "lite", "default"],
 )
 def test_one_stack_is_fine(monkeypatch, versions):
     pretend(monkeypatch, **versions)
@@ -38,6 +41,40 @@ def test_mixed_stack(monkeypatch):
         RuntimeError, match="mixes two stacks: onedl-mmengine 0.10.12 and mmcv 2.1.0.*fresh environment"
     ):
         stack.check_stack()
+
+
+def test_two_builds_of_mmcv(monkeypatch):
+    pretend(monkeypatch, mmcv="2.1.0", mmcv_lite="2.1.0")
+    with pytest.raises(RuntimeError, match="has mmcv 2.1.0 and mmcv-lite 2.1.0, which install the same modules"):
+        stack.check_stack()
+
+
+def test_operators_without_an_mmcv(monkeypatch):
+    """What is left of mmcv's folder after it was uninstalled is importable, and empty."""
+    pretend(monkeypatch, condattn_mmcv_ext="1.0", mmengine="0.10.7")
+    with pytest.raises(RuntimeError, match="condattn-mmcv-ext is left.*pip uninstall condattn-mmcv-ext"):
+        stack.check_stack()
+
+
+@pytest.mark.parametrize(
+    "files, description",
+    [
+        ([], "no mmcv"),
+        (["_ext.py"], "no mmcv"),
+        (["__init__.py"], "none: install projects/mmcv_ext"),
+        (["__init__.py", "_ext.py"], "condattn's, on torchvision"),
+        (["__init__.py", "_ext.py", f"_ext{EXTENSION_SUFFIXES[0]}"], "compiled"),
+    ],
+    ids=["nothing", "leftover", "pure", "ours", "compiled"],
+)
+def test_whose_operators(files, description, tmp_path, monkeypatch):
+    (tmp_path / "mmcv").mkdir()
+    for name in files:
+        (tmp_path / "mmcv" / name).touch()
+    monkeypatch.delitem(sys.modules, "mmcv", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    pretend(monkeypatch, torchvision="0.26.0")
+    assert stack.describe_operators().startswith(description)
 
 
 @pytest.mark.parametrize("wanted, other", [("default", "mmcv"), ("stock", "onedl-mmcv")])

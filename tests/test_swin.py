@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from runs import compiler
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
@@ -304,7 +305,7 @@ def test_forward_derivatives():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend, stages", [("aot_eager", 2), ("inductor", 1)])
+@pytest.mark.parametrize("backend, stages", [("aot_eager", 2), pytest.param("inductor", 1, marks=compiler)])
 def test_one_graph_for_all_sizes(backend, stages):
     """Compiled without a break, forward and backward; not again at each new size, padded anywhere or not."""
     newest = torch.__version__ >= "2.11"  # 2.5 makes two graphs, and more with SC

@@ -1,16 +1,25 @@
-"""The supported sets of packages, which must not be mixed in one environment."""
+"""The supported sets of packages, which must not be mixed in one environment, and whose operators mmcv uses.
+
+``python -m condattn.stack`` checks this environment and names what is in it.
+"""
 
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
+from importlib.util import find_spec
 
 DEFAULT_STACK = ("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "onedl-mmpretrain")
-STOCK_STACK = ("mmengine", "mmcv", "mmdet", "mmsegmentation", "mmpretrain")
+STOCK_STACK = ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation", "mmpretrain")
+OPERATORS = "condattn-mmcv-ext"
+"""The distribution of projects/mmcv_ext."""
 
 
 def check_stack() -> None:
-    """Raise a ``RuntimeError`` if packages of the maintained forks and of the stock releases are mixed.
+    """Raise a ``RuntimeError`` if packages exclude each other.
 
-    Both provide the modules ``mmengine``, ``mmcv``, ``mmdet``, ``mmseg`` and ``mmpretrain`` and overwrite each other's
-    files, so imports then fail in confusing ways.
+    The maintained forks and the stock releases both provide the modules ``mmengine``, ``mmcv``, ``mmdet``, ``mmseg``
+    and ``mmpretrain``, as mmcv and mmcv-lite do among the latter, and overwrite each other's files, so imports then
+    fail in confusing ways. So they do where our operators are left behind by an mmcv that was uninstalled: Python then
+    takes the folder for a package.
     """
     forks, stock = (_installed(names) for names in (DEFAULT_STACK, STOCK_STACK))
     if forks and stock:
@@ -18,6 +27,30 @@ def check_stack() -> None:
             f"this environment mixes two stacks: {', '.join(forks)} and {', '.join(stock)} install the same modules; "
             f"start from a fresh environment, or uninstall both sets and install one of them again"
         )
+    mmcv = _installed(("onedl-mmcv", "mmcv", "mmcv-lite"))
+    if len(mmcv) > 1:
+        raise RuntimeError(
+            f"this environment has {' and '.join(mmcv)}, which install the same modules; uninstall both and install "
+            "one of them again"
+        )
+    if not mmcv and _installed((OPERATORS,)):
+        raise RuntimeError(
+            f"{OPERATORS} is left in this environment without an mmcv, and makes Python find an empty mmcv; remove it "
+            f"(pip uninstall {OPERATORS}), or install mmcv again"
+        )
+
+
+def describe_operators() -> str:
+    """Whose operators mmcv uses here: compiled ones, condattn's on torchvision, or none."""
+    package = find_spec("mmcv")
+    if package is None or package.origin is None:
+        return "no mmcv"
+    extension = PathFinder.find_spec("mmcv._ext", package.submodule_search_locations)
+    if extension is None:
+        return "none: install projects/mmcv_ext for those of condattn on torchvision, or compile them (make operators)"
+    if extension.origin.endswith(tuple(EXTENSION_SUFFIXES)):
+        return "compiled"
+    return f"condattn's, on torchvision {metadata.version('torchvision')}"
 
 
 def _installed(names: tuple[str, ...]) -> list[str]:
@@ -35,3 +68,5 @@ if __name__ == "__main__":
         check_stack()
     except RuntimeError as error:
         raise SystemExit(f"error: {error}") from None
+    print(", ".join(_installed(("torch", "torchvision", *DEFAULT_STACK, *STOCK_STACK))))
+    print(f"mmcv's operators: {describe_operators()}")

@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
-from ..stack import check_stack
+from ..stack import check_stack, describe_operators
 from .checkpoints import read_safely
 from .errors import UserError
 from .guard import ConditioningGuardHook
@@ -86,7 +86,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     try:
         import_module(scope)
     except (ImportError, AssertionError) as error:
-        raise UserError(f"{path} needs {scope}, which cannot be imported ({error}); see the README") from error
+        advice = f"mmcv's operators here: {describe_operators()}" if "mmcv._ext" in str(error) else "see the README"
+        raise UserError(f"{path} needs {scope}, which cannot be imported ({error}); {advice}") from error
     init_default_scope(scope)
     return cfg
 
@@ -161,6 +162,7 @@ def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
     # The configuration that the runner leaves in the work directory is the one that it was given.
     runner.cfg = given
     runner.dump_config()
+    runner.logger.info(f"mmcv's operators: {describe_operators()}")
     guard = ConditioningGuardHook(other_conditioning)
     for hook in (ProgressHook(), guard, FiniteLossHook(), ExactResumeHook()):
         if not any(isinstance(own, type(hook)) for own in runner.hooks):

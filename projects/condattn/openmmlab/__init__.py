@@ -1,0 +1,1 @@
+"""What concerns OpenMMLab. Importing this package imports nothing."""

@@ -1,0 +1,105 @@
+"""mmcv's operators on PyTorch and torchvision, for an mmcv that was installed without compiled ones.
+
+``mmcv.ops`` calls its compiled extension ``mmcv._ext`` with the functions below, which have the extension's names and
+arguments: they write into the buffers that they are given. The distribution in ``projects/mmcv_ext`` puts a module of
+that name beside mmcv, whose content is this package. A compiled extension is found before it.
+
+All of them run on every device that PyTorch and torchvision support, and compute in single precision where the inputs
+are in half precision.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torchvision
+
+from .attention import ms_deform_attn_backward, ms_deform_attn_forward
+from .convolutions import (
+    deform_conv_backward_input,
+    deform_conv_backward_parameters,
+    deform_conv_forward,
+    masked_col2im_forward,
+    masked_im2col_forward,
+    modulated_deform_conv_backward,
+    modulated_deform_conv_forward,
+)
+from .focal_losses import (
+    sigmoid_focal_loss_backward,
+    sigmoid_focal_loss_forward,
+    softmax_focal_loss_backward,
+    softmax_focal_loss_forward,
+)
+from .reassembly import (
+    carafe_backward,
+    carafe_forward,
+    carafe_naive_backward,
+    carafe_naive_forward,
+    psamask_backward,
+    psamask_forward,
+)
+from .roi import roi_align_backward, roi_align_forward, roi_pool_backward, roi_pool_forward
+from .suppression import bbox_overlaps, box_iou_rotated, line_nms_forward, nms, nms_match, nms_rotated, softnms
+
+__all__ = [
+    "bbox_overlaps",
+    "box_iou_rotated",
+    "carafe_backward",
+    "carafe_forward",
+    "carafe_naive_backward",
+    "carafe_naive_forward",
+    "deform_conv_backward_input",
+    "deform_conv_backward_parameters",
+    "deform_conv_forward",
+    "get_compiler_version",
+    "get_compiling_cuda_version",
+    "line_nms_forward",
+    "masked_col2im_forward",
+    "masked_im2col_forward",
+    "modulated_deform_conv_backward",
+    "modulated_deform_conv_forward",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_forward",
+    "nms",
+    "nms_match",
+    "nms_rotated",
+    "psamask_backward",
+    "psamask_forward",
+    "roi_align_backward",
+    "roi_align_forward",
+    "roi_pool_backward",
+    "roi_pool_forward",
+    "sigmoid_focal_loss_backward",
+    "sigmoid_focal_loss_forward",
+    "softmax_focal_loss_backward",
+    "softmax_focal_loss_forward",
+    "softnms",
+]
+
+
+def get_compiler_version() -> str:
+    """What reports of the environment print as mmcv's compiler."""
+    return f"not compiled: condattn's operators on torchvision {torchvision.__version__}"
+
+
+def get_compiling_cuda_version() -> str:
+    """What reports of the environment print as the CUDA version of mmcv's operators."""
+    return f"not compiled: torch's ({torch.version.cuda or 'built without CUDA'})"
+
+
+def __getattr__(name: str) -> Callable:
+    """The operator called ``name``, which is not among those above: a function that says so when it is called.
+
+    ``mmcv.ops`` looks up the operators of all its modules when it is imported.
+    """
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def missing(*args, **kwargs):
+        raise RuntimeError(
+            f"mmcv's operator {name} needs mmcv's compiled operators, and this environment has condattn's in their "
+            "place, which lack it; compile mmcv with `make operators`, or with `pip install --no-build-isolation "
+            "--no-cache-dir --force-reinstall --no-deps` and the mmcv of requirements/"
+        )
+
+    missing.__name__ = missing.__qualname__ = name
+    return missing

@@ -1,0 +1,35 @@
+"""What the operators share: the precision they compute in, and gradients of functions that PyTorch differentiates."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def in_full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` in the first one's data type, or in float32 where that is a half precision."""
+    dtype = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else tensors[0].dtype
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of ``function(*inputs)`` with respect to each of ``inputs``; the function is evaluated once more.
+
+    Args:
+        function: A differentiable function of tensors.
+        inputs: Its arguments.
+        grad_output: Gradient with respect to its output, of the output's shape.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in in_full_precision(*inputs)]
+    with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
+        output = function(*leaves)
+    return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+
+
+def write(function: Callable[..., Tensor], inputs: Sequence[Tensor], output: Tensor) -> None:
+    """Write ``function(*inputs)``, computed in full precision and outside autocast, into ``output``."""
+    with torch.autocast(output.device.type, enabled=False):
+        result = function(*in_full_precision(*inputs))
+    if result.shape != output.shape:
+        raise RuntimeError(f"expected an output of shape {tuple(result.shape)}, got {tuple(output.shape)}")
+    output.copy_(result)

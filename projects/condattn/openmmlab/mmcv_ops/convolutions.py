@@ -1,0 +1,221 @@
+"""Deformable convolutions (arXiv 1703.06211, 1811.11168) and convolution at chosen positions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import deform_conv2d
+
+from .common import in_full_precision, write
+
+
+def _gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, settings: tuple
+) -> tuple[Tensor, ...]:
+    """Gradients with respect to input, weight, offset, mask and bias."""
+    use_mask = mask is not None
+    mask = mask if use_mask else input.new_zeros(len(input), 1)
+    bias = input.new_zeros(len(weight))
+    grad_output, *tensors = in_full_precision(grad_output, input, weight, offset, mask, bias)
+    results = torch.ops.torchvision._deform_conv2d_backward(grad_output.contiguous(), *tensors, *settings, use_mask)
+    grad_input, grad_weight, grad_offset, grad_mask, grad_bias = results
+    grad_offset = grad_offset * _inside(tensors[2], weight.shape[2:], input.shape[2:], settings).repeat_interleave(2, 1)
+    return grad_input, grad_weight, grad_offset, grad_mask, grad_bias
+
+
+def _inside(offset: Tensor, kernel: tuple[int, int], size: tuple[int, int], settings: tuple) -> Tensor:
+    """Whether each sample lies less than one pixel outside the image, (N, groups * kernel's, output's H, W).
+
+    A sample exactly one pixel outside is a kink: its value is 0 and grows inwards. mmcv has no gradient there,
+    torchvision that of the inner side; offsets that start at zero meet it wherever an image is padded by a pixel.
+    """
+    samples = offset.unflatten(1, (-1, *kernel, 2))
+    inside = True
+    for axis in range(2):
+        stride, padding, dilation = settings[axis], settings[2 + axis], settings[4 + axis]
+        start = torch.arange(offset.shape[2 + axis], device=offset.device) * stride - padding
+        tap = torch.arange(kernel[axis], device=offset.device) * dilation
+        start = start[:, None] if axis == 0 else start
+        tap = tap[:, None, None, None] if axis == 0 else tap[:, None, None]
+        position = samples[:, :, :, :, axis] + tap + start
+        inside = inside & (position > -1) & (position < size[axis])
+    return inside.flatten(1, 3)
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Write the deformable convolution of ``input`` (N, C, H, W) into ``output``.
+
+    ``offset`` is (N, 2 * deformable groups * kH * kW, output height, output width), with y before x.
+    """
+    _check_offset(offset, kH, kW, deformable_group)
+    geometry = dict(stride=(dH, dW), padding=(padH, padW), dilation=(dilationH, dilationW))
+    write(lambda x, w, o: deform_conv2d(x, o, w, **geometry), (input, weight, offset), output)
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradInput: Tensor,
+    gradOffset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Write the gradients of the deformable convolution with respect to input and offset."""
+    settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    grad_input, _, grad_offset, *_ = _gradients(gradOutput, input, weight, offset, None, settings)
+    gradInput.copy_(grad_input)
+    gradOffset.copy_(grad_offset)
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradWeight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
+    """Write ``scale`` times the gradient of the deformable convolution with respect to the weight."""
+    settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    gradWeight.copy_(_gradients(gradOutput, input, gradWeight, offset, None, settings)[1] * scale)
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Write the deformable convolution whose samples are multiplied by ``mask`` into ``output``.
+
+    ``mask`` is (N, deformable groups * kernel height * kernel width, output height, output width).
+    """
+    _check_offset(offset, kernel_h, kernel_w, deformable_group)
+    geometry = dict(stride=(stride_h, stride_w), padding=(pad_h, pad_w), dilation=(dilation_h, dilation_w))
+    write(
+        lambda x, w, b, o, m: deform_conv2d(x, o, w, b if with_bias else None, mask=m, **geometry),
+        (input, weight, bias, offset, mask),
+        output,
+    )
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Write the gradients of :func:`modulated_deform_conv_forward`'s output with respect to its inputs."""
+    settings = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    results = _gradients(grad_output, input, weight, offset, mask, settings)
+    buffers = (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)
+    for buffer, result in zip(buffers[: 5 if with_bias else 4], results, strict=False):
+        buffer.copy_(result)
+
+
+def _check_offset(offset: Tensor, height: int, width: int, groups: int) -> None:
+    if offset.shape[1] != 2 * groups * height * width:
+        raise RuntimeError(
+            f"deformable convolution: expected {2 * groups * height * width} channels of offsets, for a kernel of "
+            f"{height} x {width} and deform_groups={groups}, got {offset.shape[1]}"
+        )
+
+
+def masked_im2col_forward(
+    im: Tensor,
+    mask_h_idx: Tensor,
+    mask_w_idx: Tensor,
+    col: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    pad_h: int,
+    pad_w: int,
+) -> None:
+    """Write the patches of ``im`` (1, C, H, W) at M positions into ``col`` (C * kernel height * kernel width, M)."""
+    padded = F.pad(im[0], (pad_w, pad_w, pad_h, pad_h))
+    rows = mask_h_idx + torch.arange(kernel_h, device=im.device)[:, None]
+    columns = mask_w_idx + torch.arange(kernel_w, device=im.device)[:, None]
+    col.copy_(padded[:, rows[:, None], columns[None]].flatten(0, 2))
+
+
+def masked_col2im_forward(
+    col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, im: Tensor, height: int, width: int, channels: int
+) -> None:
+    """Write the M columns of ``col`` (C, M) to their positions in ``im`` (1, C, H, W)."""
+    im[0, :, mask_h_idx, mask_w_idx] = col.to(im.dtype)

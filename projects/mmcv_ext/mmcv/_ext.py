@@ -1,0 +1,10 @@
+"""mmcv's operators, by condattn; a compiled ``_ext`` beside this file is imported in its place."""
+
+try:
+    from condattn.openmmlab.mmcv_ops import *  # noqa: F403
+    from condattn.openmmlab.mmcv_ops import __getattr__  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"mmcv has no compiled operators, and condattn's cannot take their place ({error}); install condattn, or "
+        "remove what is left of it with: pip uninstall condattn-mmcv-ext"
+    ) from error

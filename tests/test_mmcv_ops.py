@@ -1,0 +1,395 @@
+"""mmcv's operators on PyTorch and torchvision, against their definitions: values, gradients, layouts, precisions."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("mmcv.ops")
+
+import mmcv.ops
+import mmcv_definitions as definitions
+from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+from mmcv_cases import IMAGES, ROIS, boxes_and_scores, rotated, use
+
+from condattn.openmmlab import mmcv_ops as ours
+
+
+@pytest.fixture(autouse=True)
+def use_ours(monkeypatch):
+    """Where mmcv is compiled, too."""
+    use(ours, monkeypatch)
+
+
+def compare(function, definition, *inputs, tolerance=1e-9):
+    """Values and gradients of ``function(*inputs)`` against those of ``definition`` in double precision."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    references = [x.double().clone().requires_grad_() for x in inputs]
+    output, want = function(*leaves), definition(*references)
+    torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=tolerance)
+    direction = torch.randn_like(want)
+    want_gradients = torch.autograd.grad(want, references, direction)
+    got_gradients = torch.autograd.grad(output, leaves, direction.to(output.dtype))
+    for got, expected in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "old"])
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_roi_align(mode, ratio, aligned):
+    settings = ((3, 2), 0.5, ratio, mode, aligned)
+    rois = ROIS.double()
+    compare(
+        lambda x: mmcv.ops.roi_align(x, rois, *settings),
+        lambda x: definitions.roi_align(x, rois, *settings),
+        torch.randn(IMAGES, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("size", [(2, 3), (1, 1), (7, 7)])
+def test_roi_pool(size):
+    rois = torch.cat([ROIS, torch.tensor([[0, 9, 9, 2, 2], [1, 40, 40, 60, 60]])]).double()
+    compare(
+        lambda x: mmcv.ops.roi_pool(x, rois, size, 0.5),
+        lambda x: definitions.roi_pool(x, rois, size, 0.5),
+        torch.randn(IMAGES, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize(
+    "groups, deform_groups, stride, padding, dilation", [(1, 1, 1, 1, 1), (2, 1, 2, 1, 1), (1, 2, 1, 2, 2)]
+)
+@pytest.mark.parametrize("zero", [False, True], ids=["offsets", "none"])
+def test_deformable_convolutions(groups, deform_groups, stride, padding, dilation, zero):
+    image, weight = torch.randn(2, 4, 5, 6).double(), torch.randn(4, 4 // groups, 3, 2).double()
+    shape = F.conv2d(image, weight, None, stride, padding, dilation, groups).shape[2:]
+    offset = torch.randn(2, 2 * deform_groups * 6, *shape).double() * 2
+    mask, bias = torch.rand(2, deform_groups * 6, *shape).double(), torch.randn(4).double()
+    settings = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups)
+    positional = tuple(settings.values())
+    if (
+        zero
+    ):  # the ordinary convolution; at the kinks of zero offsets gradients are a convention, mmcv's is compared below
+        offset = torch.zeros_like(offset)
+        want = F.conv2d(image, weight, bias, stride, padding, dilation, groups)
+        torch.testing.assert_close(deform_conv2d(image, offset, weight, *positional) + bias[:, None, None], want)
+        ones = torch.ones_like(mask)
+        torch.testing.assert_close(modulated_deform_conv2d(image, offset, ones, weight, bias, *positional), want)
+        return
+    compare(
+        lambda x, o, w: deform_conv2d(x, o, w, *positional),
+        lambda x, o, w: definitions.deformable_convolution(x, o, w, **settings),
+        *(image, offset, weight),
+    )
+    compare(
+        lambda x, o, m, w, b: modulated_deform_conv2d(x, o, m, w, b, *positional),
+        lambda x, o, m, w, b: definitions.deformable_convolution(x, o, w, b, m, **settings),
+        *(image, offset, mask, weight, bias),
+    )
+
+
+def test_offsets_have_no_gradient_where_samples_leave_the_image():
+    """One pixel outside is a kink; the gradient there is mmcv's: zero. Modules start there, with offsets of zero."""
+    image, weight = torch.ones(1, 1, 3, 3).double(), torch.ones(1, 1, 3, 3).double()
+    offset = torch.zeros(1, 18, 3, 3, dtype=torch.float64, requires_grad=True)
+    deform_conv2d(image, offset, weight, 1, 1).sum().backward()
+    upper_row = offset.grad.view(3, 3, 2, 3, 3)[0, :, :, 0]  # samples of the first row of outputs, at y = -1
+    assert (upper_row == 0).all()
+
+
+def test_deformable_attention():
+    sizes = torch.tensor([[4, 5], [2, 3]])
+    value, weights = torch.randn(2, 26, 2, 3).double(), torch.rand(2, 4, 2, 2, 3).double()
+    locations = torch.rand(2, 4, 2, 2, 3, 2).double() * 1.4 - 0.2
+    start = torch.tensor([0, 20])
+    compare(
+        lambda v, x, w: MultiScaleDeformableAttnFunction.apply(v, sizes, start, x, w, 64),
+        lambda v, x, w: definitions.deformable_attention(v, sizes.tolist(), x, w),
+        *(value, locations, weights),
+    )
+    python = mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
+    got = MultiScaleDeformableAttnFunction.apply(value, sizes, start, locations, weights, 64)
+    torch.testing.assert_close(got, python)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+def test_focal_losses(weighted):
+    logits = torch.randn(6, 4).double() * 3
+    weight = torch.rand(4).double() if weighted else None
+    target = torch.tensor([0, 3, 1, 2, 2, 0] if weighted else [0, 3, 1, 4, -1, 0])  # 4 and -1 are no class
+    for reduce in ("none", "sum", "mean"):
+
+        def reduced(loss, reduce=reduce):
+            return loss if reduce == "none" else loss.sum() / (len(logits) if reduce == "mean" else 1)
+
+        compare(
+            lambda x, r=reduce: mmcv.ops.sigmoid_focal_loss(x, target, 1.5, 0.3, weight, r),
+            lambda x, f=reduced: f(definitions.sigmoid_focal_loss(x, target, 1.5, 0.3, weight)),
+            logits,
+        )
+    target = target.clamp(max=3)
+    for reduce in ("sum", "mean"):
+        number = len(logits) if reduce == "mean" else 1
+        compare(
+            lambda x, r=reduce: mmcv.ops.softmax_focal_loss(x, target, 1.5, 0.3, weight, r),
+            lambda x, n=number: definitions.softmax_focal_loss(x, target, 1.5, 0.3, weight).sum() / n,
+            logits,
+        )
+
+
+def test_focal_losses_of_certain_predictions_are_finite():
+    logits = torch.tensor([[200.0, -200.0], [-200.0, 200.0]], requires_grad=True)
+    for loss in (mmcv.ops.sigmoid_focal_loss, mmcv.ops.softmax_focal_loss):
+        value = loss(logits, torch.tensor([0, 0]), 2.0, 0.25, None, "sum")
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert value.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("groups, scale", [(1, 2), (2, 2), (2, 3)])
+def test_carafe(groups, scale):
+    features, masks = torch.randn(2, 4, 3, 4).double(), torch.randn(2, groups * 9, 3 * scale, 4 * scale).double()
+    compare(
+        lambda x, m: mmcv.ops.carafe(x, m, 3, groups, scale),
+        lambda x, m: definitions.carafe(x, m, 3, groups, scale),
+        *(features, masks),
+    )
+    naive = mmcv.ops.carafe_naive(features, masks, 3, groups, scale)
+    torch.testing.assert_close(naive, mmcv.ops.carafe(features, masks, 3, groups, scale))
+
+
+@pytest.mark.parametrize("kind", ["collect", "distribute"])
+@pytest.mark.parametrize("size", [(5, 7), (3, 3), (9, 9)])
+def test_psa_mask(kind, size):
+    masks = torch.randn(2, size[0] * size[1], 4, 5).double()
+    compare(mmcv.ops.PSAMask(kind, size), lambda x: definitions.psa_mask(x, kind, size), masks)
+
+
+@pytest.mark.parametrize("mask", [torch.rand(1, 6, 7) > 0.5, torch.zeros(1, 6, 7), torch.ones(1, 6, 7)])
+def test_masked_convolution(mask):
+    layer = mmcv.ops.MaskedConv2d(3, 4, (3, 5), padding=(1, 2)).double()
+    image = torch.randn(1, 3, 6, 7).double()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(image, mask), layer(image) * (mask > 0))
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 60])
+def test_nms(number, offset, ties):
+    boxes, scores = boxes_and_scores(number, ties)
+    detections, kept = mmcv.ops.nms(boxes, scores, 0.4, offset)
+    double, rank = boxes.double().tolist(), scores.tolist()
+    groups = definitions.suppress(rank, lambda i, j: definitions.box_iou(double[i], double[j], offset) > 0.4)
+    assert kept.tolist() == [group[0] for group in groups]
+    torch.testing.assert_close(detections, torch.cat([boxes, scores[:, None]], dim=1)[kept])
+
+
+def test_nms_at_the_threshold():
+    """IoU of exactly 0.6 in single precision, as compiled mmcv compares it, is not above a threshold of 0.6."""
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0]])
+    assert len(mmcv.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.6)[1]) == 2
+
+
+def test_batched_nms_treats_classes_apart():
+    boxes, scores = boxes_and_scores(60)
+    labels = torch.randint(3, (60,))
+    _, kept = mmcv.ops.batched_nms(boxes, scores, labels, dict(type="nms", iou_threshold=0.4))
+    double, rank = boxes.double().tolist(), scores.tolist()
+
+    def close(i, j):
+        return labels[i] == labels[j] and definitions.box_iou(double[i], double[j]) > 0.4
+
+    assert kept.tolist() == [group[0] for group in definitions.suppress(rank, close)]
+
+
+@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
+@pytest.mark.parametrize("number", [0, 1, 40])
+def test_soft_nms(number, method):
+    boxes, scores = (x.double() for x in boxes_and_scores(number))
+    settings = (0.3, 0.5, 0.2, method, 1)
+    detections, kept = mmcv.ops.soft_nms(boxes, scores, *settings)
+    want = definitions.soft_nms(boxes.tolist(), scores.tolist(), *settings)
+    assert kept.tolist() == [index for index, _ in want]
+    torch.testing.assert_close(detections[:, 4], boxes.new_tensor([score for _, score in want]))
+    assert torch.equal(detections[:, :4], boxes[kept])
+
+
+def test_nms_match():
+    boxes, scores = boxes_and_scores(40)
+    groups = mmcv.ops.nms_match(torch.cat([boxes, scores[:, None]], dim=1), 0.4)
+    double = boxes.double().tolist()
+    want = definitions.suppress(scores.tolist(), lambda i, j: definitions.box_iou(double[i], double[j]) >= 0.4)
+    assert [group.tolist() for group in groups] == want
+
+
+def test_overlaps_of_rotated_boxes():
+    a, b = rotated(12), rotated(9)
+    want = torch.tensor([[definitions.rotated_iou(x, y) for y in b.double().tolist()] for x in a.double().tolist()])
+    torch.testing.assert_close(mmcv.ops.box_iou_rotated(a, b), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mmcv.ops.box_iou_rotated(a[:9], b, aligned=True), want[:9].diagonal(), atol=1e-5, rtol=0)
+    same = mmcv.ops.box_iou_rotated(a, a)
+    torch.testing.assert_close(same.diagonal(), torch.ones(12))
+    flat = torch.tensor([[0.0, 0, 0, 5, 0]])
+    assert mmcv.ops.box_iou_rotated(flat, a).tolist() == [[0] * 12]
+    over_first = mmcv.ops.box_iou_rotated(torch.tensor([[0.0, 0, 2, 2, 0]]), torch.tensor([[0.0, 0, 4, 4, 0.3]]), "iof")
+    torch.testing.assert_close(over_first, torch.ones(1, 1))
+
+
+def test_nms_of_rotated_boxes():
+    boxes, scores = rotated(40), torch.rand(40)
+    _, kept = mmcv.ops.nms_rotated(boxes, scores, 0.3)
+    double = boxes.double().tolist()
+    want = definitions.suppress(scores.tolist(), lambda i, j: definitions.rotated_iou(double[i], double[j]) >= 0.3)
+    assert kept.tolist() == [group[0] for group in want]
+
+
+@pytest.mark.parametrize("mode", ["iou", "iof"])
+def test_overlaps_of_boxes(mode):
+    a, b = boxes_and_scores(7)[0], boxes_and_scores(7)[0]
+    ious = torch.zeros(7, 7)
+    ours.bbox_overlaps(a, b, ious, mode == "iof", False, 1)
+
+    def overlap(x, y):
+        iou = definitions.box_iou(x, y, 1)
+        areas = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (x, y)]
+        return iou if mode == "iou" else iou * sum(areas) / (1 + iou) / areas[0]
+
+    want = torch.tensor([[overlap(x, y) for y in b.tolist()] for x in a.tolist()])
+    torch.testing.assert_close(ious, want)
+
+
+@pytest.mark.parametrize("top_k", [3, 50])
+def test_nms_of_lines(top_k):
+    starts, lengths = torch.rand(30, 1) * 0.4, torch.randint(1, 60, (30, 1))
+    lines = torch.cat([torch.rand(30, 2), starts, torch.rand(30, 1), lengths, torch.rand(30, 72) * 20], dim=1)
+    scores = torch.rand(30)
+    keep, number, parent = ours.line_nms_forward(lines, scores, 6.0, top_k)
+    double = lines.double().tolist()
+    want = definitions.suppress(scores.tolist(), lambda i, j: definitions.lines_are_close(double[i], double[j], 6.0))
+    assert 3 < len(want) < 30  # some are close
+    want = want[:top_k]
+    assert keep[:number].tolist() == [group[0] for group in want]
+    assert {i: p for i, p in enumerate(parent.tolist()) if p} == {i: n + 1 for n, g in enumerate(want) for i in g}
+
+
+# What does not depend on values: layouts, precisions, no regions, bad input.
+
+
+def test_layouts():
+    """Channels-last and strided inputs and gradients give what contiguous ones give."""
+    x = torch.randn(2, 4, 8, 8)
+    strided = torch.randn(2, 4, 8, 16)[..., ::2].copy_(x)
+    for other in (x.to(memory_format=torch.channels_last), strided):
+        for operator in (
+            lambda t: mmcv.ops.roi_align(t, ROIS, (3, 3), 0.5, 0, "avg", True),
+            lambda t: mmcv.ops.roi_align(t, ROIS, (3, 3), 0.5, 0, "max", True),
+            lambda t: mmcv.ops.roi_pool(t, ROIS, (3, 3), 0.5),
+            lambda t: mmcv.ops.carafe(t, torch.ones(2, 9, 16, 16), 3, 1, 2),
+            mmcv.ops.PSAMask("collect", (2, 2)),
+        ):
+            a, b = x.clone().requires_grad_(), other.detach().requires_grad_()
+            out_a, out_b = operator(a), operator(b)
+            torch.testing.assert_close(out_a, out_b)
+            direction = torch.randn_like(out_a).transpose(2, 3).contiguous().transpose(2, 3)
+            out_a.backward(direction), out_b.backward(direction)
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision(dtype):
+    """Inputs in half precision give outputs and gradients in it, as exact as it allows, under autocast or not."""
+    inputs = torch.randn(IMAGES), torch.rand(2, 9, 16, 18), torch.randn(2, 3, 3, 3), torch.randn(2, 18, 8, 9)
+    operators = {
+        "roi_align": lambda x, *_: mmcv.ops.roi_align(x, ROIS.to(x), (3, 3), 0.5, 2, "avg", True),
+        "max": lambda x, *_: mmcv.ops.roi_align(x, ROIS.to(x), (3, 3), 0.5, 2, "max", True),
+        "roi_pool": lambda x, *_: mmcv.ops.roi_pool(x, ROIS.to(x), (3, 3), 0.5),
+        "carafe": lambda x, masks, *_: mmcv.ops.carafe(x, masks, 3, 1, 2),
+        "deform_conv": lambda x, _, weight, offset: deform_conv2d(x, offset, weight, 1, 1),
+    }
+    for name, operator in operators.items():
+        halves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        floats = [tensor.detach().float().requires_grad_() for tensor in halves]
+        want = operator(*floats)
+        want.sum().backward()
+        for autocast in (False, True):
+            halves[0].grad = None
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                got = operator(*halves)
+            assert got.dtype == halves[0].dtype, name
+            torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=5e-2, msg=name)
+            got.sum().backward()
+            assert halves[0].grad.dtype == dtype
+            if name == "max":  # where the largest sample lies is kept in half precision too
+                torch.testing.assert_close(halves[0].grad.float().sum(), floats[0].grad.sum(), rtol=1e-2, atol=0.1)
+            else:
+                torch.testing.assert_close(halves[0].grad.float(), floats[0].grad, rtol=3e-2, atol=5e-2, msg=name)
+
+
+def test_autocast_leaves_single_precision_alone():
+    x = torch.randn(IMAGES)
+    want = mmcv.ops.roi_align(x, ROIS, (3, 3), 0.5, 2, "avg", True)
+    masks = torch.rand(2, 9, 16, 18)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mmcv.ops.roi_align(x, ROIS, (3, 3), 0.5, 2, "avg", True), want)
+        got = mmcv.ops.carafe(x, masks, 3, 1, 2)
+    assert torch.equal(got, mmcv.ops.carafe(x, masks, 3, 1, 2))
+
+
+def test_no_regions():
+    x, none = torch.randn(IMAGES, requires_grad=True), torch.zeros(0, 5)
+    for mode in ("avg", "max"):
+        output = mmcv.ops.roi_align(x, none, (3, 3), 1.0, 0, mode, True)
+        assert output.shape == (0, 3, 3, 3)
+        output.sum().backward()
+    output = mmcv.ops.roi_pool(x, none, (3, 3), 1.0)
+    assert output.shape == (0, 3, 3, 3)
+    output.sum().backward()
+    assert (x.grad == 0).all()
+    assert mmcv.ops.nms_match(torch.zeros(0, 5), 0.5) == []
+    assert mmcv.ops.box_iou_rotated(torch.zeros(0, 5), rotated(3)).shape == (0, 3)
+
+
+def test_bad_input_is_refused():
+    x = torch.randn(IMAGES)
+    with pytest.raises(RuntimeError, match="expected images 0 to 1 in the first column, got 0 to 2"):
+        mmcv.ops.roi_align(x, torch.tensor([[0.0, 0, 0, 4, 4], [2, 0, 0, 4, 4]]), (2, 2))
+    with pytest.raises(RuntimeError, match="expected 36 channels of offsets.*deform_groups=2, got 18"):
+        deform_conv2d(torch.randn(1, 4, 5, 5), torch.zeros(1, 18, 5, 5), torch.randn(4, 4, 3, 3), 1, 1, 1, 1, 2)
+    with pytest.raises(RuntimeError, match="expected targets of 0 to 2.*got 0 to 3"):
+        mmcv.ops.sigmoid_focal_loss(torch.randn(2, 3), torch.tensor([0, 3]), 2.0, 0.25, torch.ones(3))
+    with pytest.raises(RuntimeError, match="expected lines with 77 numbers, got 5"):
+        ours.line_nms_forward(torch.zeros(2, 5), torch.zeros(2), 1.0, 1)
+    with pytest.raises(RuntimeError):
+        mmcv.ops.nms(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, dtype=torch.long), 0.5)
+
+
+def test_other_operators_say_what_they_need():
+    with pytest.raises(
+        RuntimeError, match="operator ball_query_forward needs mmcv's compiled operators.*make operators"
+    ):
+        mmcv.ops.ball_query(0.0, 1.0, 4, torch.zeros(1, 4, 3), torch.zeros(1, 2, 3))
+    with pytest.raises(AttributeError):
+        ours.__wrapped__  # noqa: B018
+    assert mmcv.ops.get_compiler_version().startswith("not compiled: condattn's operators on torchvision")
+    assert mmcv.ops.get_compiling_cuda_version().startswith("not compiled: torch's")
+
+
+def test_every_operator_of_the_toolboxes_is_there():
+    """What the modules of mmcv.ops that mmdet, mmseg and mmpretrain import look up; two of them are for other boxes."""
+    modules = ("carafe", "deform_conv", "focal_loss", "masked_conv", "modulated_deform_conv", "multi_scale_deform_attn")
+    for module in (*modules, "nms", "psa_mask", "roi_align", "roi_pool", "bbox", "box_iou_rotated", "info"):
+        source = Path(importlib.util.find_spec(f"mmcv.ops.{module}").origin).read_text()
+        names = set(re.findall(r"ext_module\.(\w+)\(", source))
+        assert names and names - {"nms_quadri"} <= set(ours.__all__)
+
+
+def test_plain_operators_still_work():
+    assert mmcv.ops.CornerPool("top")(torch.randn(1, 2, 4, 4)).shape == (1, 2, 4, 4)
+    assert mmcv.ops.CrissCrossAttention(16)(torch.randn(1, 16, 4, 4)).shape == (1, 16, 4, 4)
+    assert mmcv.ops.point_sample(torch.randn(1, 2, 4, 4), torch.rand(1, 5, 2)).shape == (1, 2, 5)
+    assert mmcv.ops.SAConv2d(4, 4, 3, padding=1)(torch.randn(1, 4, 6, 6)).shape == (1, 4, 6, 6)
