@@ -100,7 +100,7 @@ def test_missing_configuration(refuse):
         ("model = dict(", "was never closed"),
         ("_base_ = 'no.py'", "no.py"),
         ("model = dict()", "default_scope"),
-        ("default_scope = 'mmpretrain'", "mmdet, mmseg"),
+        ("default_scope = 'mmpose'", "mmdet, mmseg, mmpretrain"),
         ("custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)", "no_such_module"),
     ],
 )

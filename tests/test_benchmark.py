@@ -34,8 +34,9 @@ def test_figures_of_every_kind(tmp_path):
 def test_other_networks(tmp_path, network, mode):
     if network == "vit-b":
         pytest.importorskip("timm")
-    settings = ("--models", "upstream,pc", "--network", network, "--mode", mode, "--size", "64")
-    assert "pc " in benchmark(tmp_path, *settings).stdout
+    models = "upstream,pc:torchvision" if network == "mask-rcnn" else "upstream,pc"
+    settings = ("--models", models, "--network", network, "--mode", mode, "--size", "64")
+    assert f"{models.partition(',')[2]} " in benchmark(tmp_path, *settings).stdout
 
 
 @pytest.mark.slow
@@ -51,7 +52,9 @@ def test_bad_input(refuse, tmp_path):
     refuse(tool, "--repeats", "1", parts=("--repeats", "2 or more"))
     refuse(tool, "--size", "big", parts=("--size", "HEIGHTxWIDTH", "big"))
     refuse(tool, "--sweep", "--size", "64", parts=("--sweep --size", "256 or more", "64"))
-    refuse(tool, "--models", "pc:fast", "--size", "32", "--device", "cpu", parts=("':plain' or ':folded'",))
+    refuse(
+        tool, "--models", "pc:fast", "--size", "32", "--device", "cpu", parts=("':plain', ':folded' or ':torchvision'",)
+    )
     (line,) = error_lines(benchmark(tmp_path, "--models", "colour", "--size", "32", status=2).stderr)
     assert "unknown conditioning 'colour'" in line
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from .stack import check_stack
 
 MODULES = (
-    *("models.factory", "models.pyramid"),
+    *("models.factory", "models.pyramid", "openmmlab.datasets.idx_images"),
     *("engine.progress", "engine.guard", "engine.calibration", "engine.survival", "engine.sharding", "engine.spectra"),
 )
 LIBRARY_MODULES = {

@@ -14,11 +14,13 @@ import os
 import re
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from mmengine.analysis import get_model_complexity_info
@@ -54,7 +56,7 @@ def parse_args() -> argparse.Namespace:
         default="upstream,none,pc,sc,sc+pc",
         help="variants to compare, the first is the reference: 'upstream' is the network of mmdet or timm, the others "
         "are conditionings ('sc' has strength 1, as in the configs; 'pc:folded' folds corrections, 'pc:plain' has no "
-        "fast paths)",
+        "fast paths, 'pc:torchvision' has condattn's operators where mmcv's are compiled)",
     )
     parser.add_argument(
         "--network",
@@ -187,12 +189,28 @@ class Variant:
             UserError: If ``--compile`` was asked for, and the compiler does not take the network.
         """
         try:
-            with plain() if self.form == "plain" else nullcontext():
+            with CONTEXTS.get(self.form, nullcontext)():
                 self.step()
         except TorchDynamoException as error:
             lines = str(error).splitlines()
             reason = next((line for line in lines if " error: " in line), lines[0])
             raise UserError(f"--compile: torch.compile failed on '{self.name}' ({reason}); leave it out") from None
+
+
+@contextmanager
+def torchvision_operators() -> Iterator[None]:
+    """Let ``mmcv.ops`` use the operators on torchvision, whether or not compiled ones are installed."""
+    from condattn.openmmlab import mmcv_ops
+
+    with ExitStack() as stack:
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith("mmcv.ops.") and hasattr(module, "ext_module"):
+                stack.enter_context(mock.patch.object(module, "ext_module", mmcv_ops))
+        yield
+
+
+CONTEXTS = {"plain": plain, "torchvision": torchvision_operators}
+"""What comes behind a variant's colon -> the context that its steps are run in."""
 
 
 def peak_memory(name: str, args: argparse.Namespace, size: tuple[int, int]) -> tuple[float, float]:
@@ -360,8 +378,11 @@ def main() -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected {least} or more, found {getattr(args, name)}")
     for name in args.models.split(","):
-        if name.partition(":")[2] not in ("", "plain", "folded"):
-            raise UserError(f"--models: expected a conditioning, with ':plain' or ':folded' or without, found {name}")
+        if name.partition(":")[2] not in ("", "folded", *CONTEXTS):
+            raise UserError(
+                "--models: expected a conditioning, with ':plain', ':folded' or ':torchvision' or without, "
+                f"found {name}"
+            )
     if args.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no GPU here")

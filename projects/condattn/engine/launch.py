@@ -27,12 +27,14 @@ from .progress import ProgressHook
 from .sharding import check_sharding
 from .survival import ExactResumeHook, FiniteLossHook
 
-TOOLBOXES = ("mmdet", "mmseg")
+TOOLBOXES = ("mmdet", "mmseg", "mmpretrain")
 
 
 def add_config_arguments(parser: ArgumentParser) -> None:
     """Add what every tool takes: the configuration and changes to it."""
-    parser.add_argument("config", help="configuration file; its default_scope (mmdet or mmseg) decides the toolbox")
+    parser.add_argument(
+        "config", help="configuration file; its default_scope (mmdet, mmseg or mmpretrain) decides the toolbox"
+    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -64,8 +66,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     """Load a configuration, apply ``options`` and enter its default scope.
 
     Raises:
-        UserError: If the file is missing or no valid configuration, the default scope is neither mmdet nor
-            mmseg, that toolbox is not installed, or the environment mixes package stacks.
+        UserError: If the file is missing or no valid configuration, the default scope is none of
+            ``TOOLBOXES``, that toolbox is not installed, or the environment mixes package stacks.
     """
     try:
         check_stack()

@@ -1,0 +1,1 @@
+"""Data sets of classification; importing this package imports nothing."""

@@ -1,0 +1,84 @@
+"""Refuse a study that cannot be evidence, before anything runs: unknown options, missing data, images used twice."""
+
+from collections.abc import Iterable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+from mmengine.utils import import_modules_from_strings
+
+from ...engine.errors import UserError
+from ...engine.launch import build_model, load_config
+from .plan import TUNING, RunId, Study
+from .run import training_config
+
+PURPOSES = {"train_dataloader": "training", "val_dataloader": "tuning", "test_dataloader": "the final evaluation"}
+
+
+def check_study(study: Study, root: Path) -> None:
+    """Check that every variant can be built, and that no image serves two purposes.
+
+    Raises:
+        UserError: If not.
+    """
+    load_config(str(study.config))  # enters the default scope, and imports what it needs
+    for variant in study.variants:
+        cfg = training_config(study, RunId(TUNING, variant, 0, study.grid[0]), root, root)
+        import_modules_from_strings(**cfg.get("custom_imports", {"imports": []}))
+        try:
+            build_model(cfg)
+        except UserError as error:
+            raise UserError(f"{study.path}: variant {variant}: {error}") from error
+    check_metric(study, cfg)
+    check_images(study, cfg)
+
+
+def check_metric(study: Study, cfg: Config) -> None:
+    """Check that the evaluators report the score, on the data that tune and on those that are reported."""
+    for evaluators in (cfg.val_evaluator, cfg.test_evaluator):
+        known: list[str] = []
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            names = metric_names(evaluator)
+            if not names:
+                return
+            known += names
+        if study.metric not in known:
+            raise UserError(f"{study.path}: no metric {study.metric!r}; the evaluators report {', '.join(known)}")
+
+
+def metric_names(evaluator: dict[str, Any]) -> list[str]:
+    """What the commonest evaluators report; nothing for others."""
+    kind = evaluator["type"].rpartition(".")[2]
+    if kind == "CocoMetric":
+        metrics = evaluator.get("metric", "bbox")
+        metrics = [metrics] if isinstance(metrics, str) else metrics
+        return [f"coco/{metric}_mAP{end}" for metric in metrics for end in ("", "_50", "_75", "_s", "_m", "_l")]
+    if kind == "IoUMetric":
+        return ["mIoU", "mAcc", "aAcc"]
+    if kind == "Accuracy":
+        topk = evaluator.get("topk", (1,))
+        return [f"accuracy/top{k}" for k in (topk if isinstance(topk, Iterable) else [topk])]
+    return []
+
+
+def check_images(study: Study, cfg: Config) -> None:
+    """Check that the data are there, and that training, tuning and final evaluation share no image."""
+    images = {}
+    for loader, purpose in PURPOSES.items():
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            try:
+                dataset = DATASETS.build(cfg[loader].dataset)
+            except (OSError, ValueError) as error:
+                source = f"; {study.data['source']}" if study.data else ""
+                raise UserError(f"{study.path}: no data for {purpose}: {error}{source}") from error
+        infos = (dataset.get_data_info(i) for i in range(len(dataset)))
+        images[purpose] = {info.get("img_path") or info["img_id"] for info in infos}
+        if not images[purpose]:
+            raise UserError(f"{study.path}: no image for {purpose}")
+    for one, other in combinations(images, 2):
+        if common := images[one] & images[other]:
+            raise UserError(
+                f"{study.path}: {len(common)} images serve {one} and {other}, such as {min(common)}; give each its own"
+            )

@@ -1,0 +1,85 @@
+"""Figures of a study, as SVG that does not change while the data do not."""
+
+import io
+import statistics
+from collections.abc import Callable, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .plan import Study
+from .results import Results
+
+COLORS = ("#555555", "#3b6fb6", "#d1702b", "#3d8f5f", "#a3479c", "#b5a02a", "#c0392b")
+QUANTITIES = {
+    "kappa_W_Q": "condition number of W_Q",
+    "kappa_W_V": "condition number of W_V",
+    "kappa_map": "condition number of the map",
+    "kappa_AX": "condition number of the head output",
+    "kappa_CAX": "condition number behind the preconditioner",
+    "entropy": "attention entropy, share of the largest",
+}
+
+
+def draw_curves(study: Study, results: Results) -> str:
+    """Scores on the data that tune, of each family: means of the final runs, and bands of a standard deviation."""
+
+    def draw(axes: Axes, family: str) -> None:
+        for color, name in zip(COLORS, family_members(study, family), strict=False):
+            curves = [[[x, y * study.factor] for x, y in record.curve] for record in results.final(name)]
+            _band(axes, curves, name, color)
+        axes.set(title=family, xlabel="iteration", ylabel=study.unit)
+
+    return _render(list(study.families), draw)
+
+
+def draw_spectra(study: Study, results: Results) -> str:
+    """Condition numbers and entropy through training of the first family; empty where none were measured."""
+    family = family_members(study, next(iter(study.families)))
+    records = {name: results.final(name) for name in family}
+    found = [q for q in QUANTITIES if any(q in record.spectra for one in records.values() for record in one)]
+
+    def draw(axes: Axes, quantity: str) -> None:
+        for color, name in zip(COLORS, family, strict=False):
+            curves = [record.spectra[quantity] for record in records[name] if quantity in record.spectra]
+            _band(axes, curves, name, color)
+        axes.set(title=QUANTITIES[quantity], xlabel="iteration")
+        if quantity != "entropy":
+            axes.set_yscale("log")
+
+    return _render(found, draw) if found else ""
+
+
+def family_members(study: Study, family: str) -> list[str]:
+    """References and variants of a family, each once."""
+    pairs = study.families[family]
+    return list(dict.fromkeys([*(reference for _, reference in pairs), *(variant for variant, _ in pairs)]))
+
+
+def _band(axes: Axes, curves: Sequence[Sequence[Sequence[float]]], label: str, color: str) -> None:
+    if not curves:
+        return
+    steps = sorted({step for curve in curves for step, _ in curve})
+    values = [[y for curve in curves for x, y in curve if x == step] for step in steps]
+    middle = [statistics.mean(v) for v in values]
+    spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    axes.plot(steps, middle, color=color, label=f"{label} ({len(curves)})")
+    low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def _render(panels: Sequence[str], draw: Callable[[Axes, str], None]) -> str:
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context({"svg.hashsalt": "condattn", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")
+        for index, panel in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            draw(axes, panel)
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=7)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

@@ -1,0 +1,325 @@
+"""What a study found, as Markdown, CSV, figures and one HTML page; the same files from the same data, byte for byte."""
+
+import csv
+import io
+import math
+import re
+import statistics as mean_and_spread
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from mmengine.config import Config
+
+from ...checkpoints.files import write_whole
+from .figures import draw_curves, draw_spectra
+from .plan import FINAL, Study, chosen_rates, current_grid, load_study, planned_runs
+from .results import FAILED, Record, Results
+from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_difference, pool, seeds_for
+
+TEMPLATE = Path(__file__).with_name("report.html")
+POOLED = "pooled"
+"""Name of the part of docs/results.md about all studies."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def is_complete(study: Study, results: Results) -> bool:
+    """Whether every run that the study needs is finished or failed."""
+    scores = results.scores()
+    return chosen_rates(study, scores) is not None and all(run in scores for run in planned_runs(study, scores))
+
+
+def final_score(study: Study, record: Record) -> float:
+    """What a final run counts with: its score on the reported data, or the last one before it failed."""
+    return study.factor * record.reported.get(study.metric, record.score)
+
+
+def comparisons(study: Study, results: Results) -> dict[str, list[Comparison]]:
+    """Family -> comparisons; for a complete study alone."""
+    scores = {name: [final_score(study, record) for record in results.final(name)] for name in study.variants}
+    return {family: compare_family(scores, pairs, study.difference) for family, pairs in study.families.items()}
+
+
+def variant_table(study: Study, results: Results) -> Table:
+    """One row a variant: scores over the seeds so far, the rate that tuning chose, how soon it met the baseline."""
+    rates = chosen_rates(study, results.scores()) or {}
+    rows = []
+    target = _baseline_level(study, results)
+    for name in study.variants:
+        records = results.final(name)
+        values = [final_score(study, record) for record in records]
+        rows.append(
+            [
+                name,
+                f"{len(values)} of {len(study.seeds)}",
+                f"{mean_and_spread.mean(values):.2f}" if values else "",
+                f"{mean_and_spread.stdev(values):.2f}" if len(values) > 1 else "",
+                f"{rates[name]:g}" if name in rates else "",
+                _reaches(records, target),
+                str(sum(record.status == FAILED for record in records) or ""),
+            ]
+        )
+    header = [
+        "variant",
+        "seeds",
+        f"mean ({study.unit})",
+        "standard deviation",
+        "learning rate",
+        "meets baseline at",
+        "failed",
+    ]
+    return Table("Variants", header, rows)
+
+
+def _baseline_level(study: Study, results: Results) -> float | None:
+    """The baseline's mean score at its last evaluation, on the data that tune."""
+    scores = [record.score for record in results.final(study.baseline)]
+    return mean_and_spread.mean(scores) if scores else None
+
+
+def _reaches(records: Sequence[Record], target: float | None) -> str:
+    """The share of the training after which the mean curve first lies at the baseline's final level."""
+    curves = [record.curve for record in records if record.curve]
+    if not curves or target is None:
+        return ""
+    length = max(len(curve) for curve in curves)
+    for i in range(length):
+        at_step = [curve[min(i, len(curve) - 1)][1] for curve in curves]
+        if mean_and_spread.mean(at_step) >= target - 1e-12:
+            return f"{(i + 1) / length:.0%}"
+    return "not"
+
+
+def comparison_table(family: str, found: Sequence[Comparison], study: Study) -> Table:
+    """One row a comparison."""
+    rows = []
+    for one in found:
+        verdict = one.verdict
+        if verdict == "undecided":
+            seeds = seeds_for(study.difference, one.deviation, ALPHA / len(found))
+            verdict += f": could have seen {one.detectable:.2f}; {study.difference:g} would take {seeds} seeds"
+        rows.append(
+            [
+                f"{one.variant} - {one.reference}",
+                f"{one.difference:+.2f}",
+                f"{one.low:+.2f} to {one.high:+.2f}",
+                f"{one.p:.3g}",
+                f"{one.detectable:.2f}",
+                verdict,
+            ]
+        )
+    header = ["comparison", f"difference ({study.unit})", "95 % interval", "p", "detectable", "verdict"]
+    return Table(f"Family '{family}'", header, rows)
+
+
+def plan_table(study: Study, results: Results) -> Table:
+    """What was decided before the first run."""
+    header = results.header()
+    grid = current_grid(study, results.scores())
+    families = "; ".join(
+        f"{name}: {', '.join(f'{a} - {b}' for a, b in pairs)}" for name, pairs in study.families.items()
+    )
+    options = [[f"variant {name}", _options(options)] for name, options in study.variants.items()]
+    rows = [
+        ["question", study.title],
+        ["configuration", study.config.name + (f", with {_options(study.options)}" if study.options else "")],
+        ["score", f"{study.metric} in {study.unit}, at the last iteration, on images that are used once"],
+        ["difference that matters", f"{study.difference:g} {study.unit}"],
+        ["seeds", _numbers(study.seeds)],
+        ["tuning", f"{study.rate} of {', '.join(f'{r:g}' for r in study.grid)}, seeds {_numbers(study.tuning_seeds)}"],
+        ["families", families],
+        *options,
+        ["rates tried in the end", ", ".join(f"{rate:g}" for rate in grid)],
+        ["code", header["commit"] + "".join(f"; {text}" for text in header.get("verified", ()))],
+        ["packages", ", ".join(f"{name} {version}" for name, version in header["versions"].items())],
+    ]
+    return Table("Decided beforehand", ["", ""], rows)
+
+
+def _numbers(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _options(options: dict) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in options.items())
+
+
+def tables(study: Study, results: Results) -> tuple[list[Table], str]:
+    """All tables, and a sentence on how complete they are."""
+    scores = results.scores()
+    planned = planned_runs(study, scores)
+    done = sum(run in scores for run in planned)
+    if is_complete(study, results):
+        found = [comparison_table(name, family, study) for name, family in comparisons(study, results).items()]
+        status = f"Complete: {done} runs."
+    else:
+        found = []
+        finals = len(study.variants) * len(study.seeds)
+        total = sum(run.stage != FINAL for run in planned) + finals
+        status = f"Incomplete: {done} of {total} runs are finished; there are no comparisons before all of them are."
+    return [*found, variant_table(study, results), plan_table(study, results)], status
+
+
+NOTES = (
+    "Intervals and p are over seeds on one fixed split of the data, not over data. p is two-sided, of paired t tests, "
+    "with Holm's correction within the family; intervals hold for the whole family at once (Bonferroni), so that an "
+    "interval may contain 0 where Holm's less strict p is below 0.05. 'detectable' is the difference that a comparison "
+    f"with this spread finds in {POWER:.0%} of the cases. 'meets baseline at' is the first of the evenly spaced "
+    "evaluations, on the data that tune, at which the mean reaches the baseline's last one. Failed runs count with "
+    "their last score."
+)
+
+
+def write_report(study: Study, results: Results) -> list[Path]:
+    """Write report.md, table.csv, the figures and report.html beside the data.
+
+    Returns:
+        The files.
+    """
+    found, status = tables(study, results)
+    curves = draw_curves(study, results)
+    spectra = draw_spectra(study, results)
+    parts = [f"# {study.title}", status, NOTES]
+    parts += [f"## {table.title}\n\n{table.markdown()}" for table in found]
+    parts.append("## Learning curves\n\n![score on the data that tune, mean and standard deviation](curves.svg)")
+    if spectra:
+        parts.append("## Condition numbers and entropy\n\n![medians over attention sites](spectra.svg)")
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
+    contents = {
+        "report.md": "\n\n".join(parts) + "\n",
+        "table.csv": _csv(found),
+        "curves.svg": curves,
+        "report.html": page.render(
+            title=study.title, status=status, notes=NOTES, tables=found, curves=curves, spectra=spectra
+        )
+        + "\n",
+    }
+    if spectra:
+        contents["spectra.svg"] = spectra
+    return [_write(results.folder / name, text) for name, text in contents.items()]
+
+
+def _csv(found: Sequence[Table]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for table in found:
+        writer.writerows([[table.title], table.header, *table.rows, []])
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> Path:
+    write_whole(path, lambda part: part.write_text(text), overwrite=True)
+    return path
+
+
+def report_pilot(study: Study, results: Results) -> str:
+    """What the pilot says about the length of training, and about what the study can find."""
+    records = [r for run, r in sorted(results.records().items()) if run.stage == "pilot"]
+    if len(records) < 2:
+        return f"pilot of {study.name}: {len(records)} of {len(study.pilot_seeds)} runs"
+    curves = [[study.factor * value for _, value in record.curve] for record in records]
+    fifth = study.evaluations // 5
+    gain = mean_and_spread.mean(curve[-1] - curve[-1 - fifth] for curve in curves)
+    deviation = mean_and_spread.stdev(curve[-1] for curve in curves)
+    size = max(len(pairs) for pairs in study.families.values())
+    seeds = len(study.seeds)
+    visible = detectable_difference(math.sqrt(2) * deviation, seeds, ALPHA / size)
+    finals = ", ".join(f"{curve[-1]:.2f}" for curve in curves)
+    return (
+        f"pilot of {study.name}: {len(records)} seeds of {study.baseline}; final scores {finals} {study.unit}, "
+        f"standard deviation {deviation:.2f}; the last fifth of the training gains {gain:.2f}; with {seeds} seeds and a "
+        f"family of {size}, differences of {visible:.2f} are found in {POWER:.0%} of the cases, if seeds have nothing in "
+        "common between variants"
+    )
+
+
+def write_documents(root: Path) -> list[Path]:
+    """Write the tables of docs/results.md anew: what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+
+    Returns:
+        The file, if there is one.
+    """
+    path = root / "docs" / "results.md"
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    found = begun_studies(root)
+    for study, results in found:
+        text = _fill(text, study.name, _summary(study, results))
+    text = _fill(text, POOLED, pooled_table(found).markdown())
+    return [_write(path, text)]
+
+
+def _fill(text: str, name: str, content: str) -> str:
+    pattern = rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
+
+
+def begun_studies(root: Path) -> list[tuple[Study, Results]]:
+    """The studies of configs/studies, in all their sizes, that have results."""
+    found = []
+    for path in sorted((root / "configs" / "studies").glob("*.py")):
+        for size in Config.fromfile(path).get("sizes") or {"": {}}:
+            study = load_study(str(path), size)
+            results = Results(study, root)
+            if results.started and results.header():
+                found.append((study, results))
+    return found
+
+
+def _summary(study: Study, results: Results) -> str:
+    found, status = tables(study, results)
+    shown = [table for table in found if table.title != "Decided beforehand"]
+    parts = [f"{status} [Report](../results/{study.name}/report.md)", *(table.markdown() for table in shown)]
+    return "\n\n".join([*parts, f"![learning curves](../results/{study.name}/curves.svg)"])
+
+
+def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
+    """One row a method: its effect against the baseline over all complete studies that compare it."""
+    effects: dict[str, list[tuple[float, float]]] = {}
+    for study, results in found:
+        if not is_complete(study, results):
+            continue
+        first = {
+            c.variant: c
+            for family in comparisons(study, results).values()
+            for c in family
+            if c.reference == study.baseline
+        }
+        for name in ("pc", "sc"):
+            if name in first and first[name].deviation > 0:
+                effects.setdefault(name, []).append(
+                    (first[name].difference, first[name].deviation ** 2 / first[name].seeds)
+                )
+    rows = []
+    for name, values in effects.items():
+        if len(values) < 2:
+            rows.append([name, str(len(values)), "", "", "", ""])
+            continue
+        one = pool([effect for effect, _ in values], [variance for _, variance in values])
+        rows.append(
+            [
+                name,
+                str(one.studies),
+                f"{one.estimate:+.2f}",
+                f"{one.low:+.2f} to {one.high:+.2f}",
+                f"{one.p:.3g}",
+                f"{one.tau:.2f}",
+            ]
+        )
+    header = ["method", "complete studies", "difference (points)", "95 % interval", "p", "deviation between studies"]
+    return Table("All studies", header, rows)

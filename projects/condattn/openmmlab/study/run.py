@@ -1,0 +1,253 @@
+"""One run of a study: train and evaluate in a clean copy of the code, and keep what came out of it."""
+
+import fcntl
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from ...engine.errors import UserError
+from .plan import FINAL, RunId, Study
+from .results import FAILED, FINISHED, Record, Results, versions
+
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+DIVERGED = "is not finite"
+"""What ``FiniteLossHook`` says."""
+
+
+class RunError(Exception):
+    """A run that could not be finished, and is to be started again."""
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Output of git in the repository ``root``.
+
+    Raises:
+        UserError: If it fails.
+    """
+    result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    if result.returncode:
+        reason = " ".join(result.stderr.split()) or f"status {result.returncode}"
+        raise UserError(f"git {' '.join(arguments)} failed in {root}: {reason}")
+    return result.stdout.strip()
+
+
+def worktree(root: Path, commit: str) -> Path:
+    """A clean copy of the code at ``commit``, made once.
+
+    Raises:
+        UserError: If the repository does not have the commit.
+    """
+    folder = root / "work_dirs" / "studies" / "code" / commit
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (folder / ".git").exists():
+            git(root, "worktree", "prune")
+            git(root, "worktree", "add", "--force", "--detach", str(folder), commit)
+        elif changed := git(folder, "status", "--porcelain", "--untracked-files=no"):
+            raise UserError(f"{folder} is changed ({changed.splitlines()[0].strip()}); remove it, and it is made anew")
+    return folder
+
+
+def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
+    """The configuration of a run: the study's, its variant's, seed and rate, evaluations evenly spaced.
+
+    Args:
+        study: The study.
+        run: The run.
+        code: Folder of the code whose configuration is taken.
+        root: The repository, in which the study's file lies.
+
+    Raises:
+        UserError: If an option does not exist, or the training does not count in iterations.
+    """
+    path = code / study.config.resolve().relative_to(root.resolve())
+    cfg = Config.fromfile(path, import_custom_modules=False)
+    options = {**study.options, **study.variants[run.variant], study.rate: run.rate}
+    for key in options:
+        _check_key(cfg, key, study.path)
+    cfg.merge_from_dict(options)
+    iterations = cfg.train_cfg.get("max_iters")
+    if not iterations or iterations % study.evaluations:
+        raise UserError(
+            f"{path}: expected train_cfg.max_iters, a multiple of {study.evaluations} evaluations, found {iterations}"
+        )
+    interval = iterations // study.evaluations
+    cfg.train_cfg.val_interval = interval
+    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=interval, max_keep_ckpts=1)
+    for hook in cfg.get("custom_hooks") or ():
+        if hook["type"] == "SpectraHook":
+            hook["interval"] = interval
+    for loader in LOADERS:
+        cfg[loader].update(num_workers=0, persistent_workers=False)
+    cfg.randomness = {**(cfg.get("randomness") or {}), "seed": run.seed}
+    return cfg
+
+
+def _check_key(cfg: Config, key: str, where: Path) -> None:
+    """Check that all but the last part of an option is there; the last one too, unless it is of the model."""
+    *parents, last = key.split(".")
+    place: Any = cfg
+    for name in parents:
+        if not isinstance(place, dict | Config) or name not in place:
+            raise UserError(f"{where}: option {key}: the configuration has no {name!r} there")
+        place = place[name]
+    if last not in place and parents[:1] != ["model"]:
+        raise UserError(f"{where}: option {key}: the configuration has no {last!r} there")
+
+
+def execute(study: Study, results: Results, run: RunId, root: Path, commit: str, keep: bool = True) -> Record:
+    """Train, evaluate and keep a run; a run that was cut off goes on where it was.
+
+    Args:
+        study: The study.
+        results: Where it is kept.
+        run: The run.
+        root: The repository.
+        commit: Of the code that is run.
+        keep: Add the run to the results.
+
+    Raises:
+        RunError: If it could not be finished; run it again.
+    """
+    folder = results.work / "runs" / (str(run).replace("/", "_") + ("" if keep else f"_{commit[:12]}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder, run):
+        code = worktree(root, commit)
+        config = folder / "config.py"
+        cfg = training_config(study, run, code, root)
+        iterations = cfg.train_cfg.max_iters
+        cfg.dump(str(config))
+        error = _call(code, root, folder / "train.log", "train.py", config, "--work-dir", folder, "--resume")
+        curve, spectra = read_curves(folder, study.metric)
+        if error and DIVERGED not in error:
+            raise RunError(f"{run}: {error}; the log is {folder / 'train.log'}")
+        reported: dict[str, float] = {}
+        if not error:
+            if not curve or curve[-1][0] != iterations:
+                names = ", ".join(sorted(_metrics_of(folder))) or "none"
+                raise RunError(f"{run}: no {study.metric} at iteration {iterations}; the evaluator reports {names}")
+            if run.stage == FINAL:
+                reported = _evaluate(code, root, folder, config, study.metric)
+        record = Record(
+            run=run,
+            status=FAILED if error else FINISHED,
+            score=curve[-1][1] if curve else 0.0,
+            reported=reported,
+            curve=curve,
+            spectra=spectra,
+            error=error,
+            commit=commit,
+            versions=versions(),
+        )
+        if keep:
+            results.add(record)
+            for checkpoint in folder.rglob("*.pth"):
+                checkpoint.unlink()
+        else:
+            shutil.rmtree(folder)
+    return record
+
+
+@contextmanager
+def _alone(folder: Path, run: RunId) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{run} is being run by another process") from error
+        yield
+
+
+def _call(code: Path, root: Path, log: Path, tool: str, *arguments: str | Path) -> str:
+    """Run a tool of ``code`` with one thread; return its error, or an empty text."""
+    paths = [str(code / "projects"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    env = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    command = [sys.executable, str(code / "tools" / tool), *map(str, arguments)]
+    with log.open("a") as file:
+        process = subprocess.Popen(command, cwd=root, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if not status:
+        return ""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"{tool} ended with status {status}"])[-1].removeprefix("error: ")
+
+
+def _evaluate(code: Path, root: Path, folder: Path, config: Path, metric: str) -> dict[str, float]:
+    """Scores on the data that are reported."""
+    checkpoint = Path((folder / "last_checkpoint").read_text().strip())
+    log, work = folder / "test.log", folder / "test"
+    shutil.rmtree(work, ignore_errors=True)
+    if error := _call(code, root, log, "test.py", config, checkpoint, "--work-dir", work):
+        raise RunError(f"{error}; the log is {log}")
+    for path in work.glob("*/*.json"):
+        values = json.loads(path.read_text())
+        if metric in values:
+            kept = {name: value for name, value in values.items() if name not in ("time", "data_time")}
+            return {name: value for name, value in kept.items() if isinstance(value, int | float)}
+    raise RunError(f"no {metric} in what {log} reports")
+
+
+def _scalars(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged, in the order of time; it may have been cut off within a line."""
+    found = []
+    for path in sorted(folder.glob("*/vis_data/scalars.json")):
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+def _metrics_of(folder: Path) -> set[str]:
+    return {name for line in _scalars(folder) if "lr" not in line for name in line} - {"step", "time", "data_time"}
+
+
+def read_curves(folder: Path, metric: str) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
+    """Evaluations and spectra of a run, by iteration; where it went on after an interruption, what came later counts.
+
+    Returns:
+        (iteration, score) of each evaluation; quantity -> (iteration, median over the attention sites).
+    """
+    scores: dict[int, float] = {}
+    sites: dict[str, dict[int, list[float]]] = {}
+    for line in _scalars(folder):
+        step = line.get("step")
+        if metric in line:
+            scores[step] = line[metric]
+        spectra = {name: value for name, value in line.items() if name.startswith("spectra/")}
+        for quantity in {name.rpartition("/")[2] for name in spectra}:
+            values = [value for name, value in spectra.items() if name.rpartition("/")[2] == quantity]
+            sites.setdefault(quantity, {})[step] = values
+    medians = {
+        quantity: [[step, float(f"{statistics.median(values):.6g}")] for step, values in sorted(steps.items())]
+        for quantity, steps in sorted(sites.items())
+    }
+    return [[step, score] for step, score in sorted(scores.items())], medians
+
+
+def progress(folder: Path, run: RunId) -> float:
+    """How much of a run is done, between 0 and 1, by what it has logged."""
+    path = folder / (str(run).replace("/", "_"))
+    try:
+        iterations = Config.fromfile(path / "config.py", import_custom_modules=False).train_cfg.max_iters
+        return max((line.get("step", 0) for line in _scalars(path)), default=0) / iterations
+    except (OSError, SyntaxError, KeyError, AttributeError):
+        return 0.0

@@ -1,0 +1,159 @@
+"""Run a study: the same training under several conditionings, tuned alike, over seeds; then report it."""
+
+import os
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from mmengine.logging import MMLogger
+
+from condattn.engine.errors import UserError, run_tool
+from condattn.openmmlab.study.check import check_study
+from condattn.openmmlab.study.plan import FINAL, RunId, Study, load_study, missing_runs, pilot_runs
+from condattn.openmmlab.study.report import report_pilot, write_documents, write_report
+from condattn.openmmlab.study.results import Results, versions
+from condattn.openmmlab.study.run import RunError, execute, git
+from condattn.openmmlab.study.schedule import Pool, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("study", help="a file of configs/studies")
+    parser.add_argument("--size", help="one of the sizes of the study, such as gpu (default: its first, for a CPU)")
+    parser.add_argument("--data", help="folder of the data (default: the study's environment variable, or its default)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread or GPU each (default: 1)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants alone")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print one command for each run that is missing, and stop")
+    what.add_argument("--pilot", action="store_true", help="run the baseline on the pilot seeds, and report its length")
+    what.add_argument("--report-only", action="store_true", help="report what there is, and run nothing")
+    what.add_argument(
+        "--rerun",
+        metavar="VARIANT/SEED",
+        help="repeat a finished run with the code and packages of today; if it is the same bit for bit, they are used "
+        "for what is missing",
+    )
+    what.add_argument("--run", metavar="RUN", help="run this one, as --list names it")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Do what the command line asks for."""
+    args = parse_args()
+    study = load_study(args.study, args.size)
+    results = Results(study, ROOT)
+    if unknown := [name for name in args.only if name not in study.variants]:
+        raise UserError(f"--only: no variant {', '.join(unknown)} in {study.path}; it has {', '.join(study.variants)}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
+    if args.report_only:
+        results.header()
+        return report(study, results)
+    set_data(study, args.data)
+    MMLogger.get_current_instance().setLevel("ERROR")
+    if args.run:
+        return run_one(study, results, args.run)
+    begin(study, results, other_packages=bool(args.rerun))
+    if args.rerun:
+        return rerun(study, results, args.rerun)
+    runs = pilot_runs(study) if args.pilot else None
+    command = run_command(study, args.size, Path(__file__))
+    if args.list:
+        for run in missing_runs(study, results.scores(), args.only):
+            print(shlex.join([*command, str(run)]))
+        return 0
+    errors = Pool(study, results, command, args.jobs, args.only, runs).work()
+    if args.pilot:
+        print(report_pilot(study, results))
+    else:
+        report(study, results)
+    for run, reason in errors.items():
+        print(f"error: {run} is not finished: {reason}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def set_data(study: Study, folder: str | None) -> None:
+    """Let the configuration find the data."""
+    if folder and not study.data:
+        raise UserError(f"--data: {study.path} brings its own data")
+    if study.data:
+        os.environ[study.data["variable"]] = str(
+            Path(folder or os.environ.get(study.data["variable"]) or study.data["default"]).absolute()
+        )
+
+
+def begin(study: Study, results: Results, other_packages: bool = False) -> None:
+    """Check a study, and note the code that its runs use; once it has begun, that they still can.
+
+    Raises:
+        UserError: If the code has changes that are not committed, or the packages are others than at the beginning.
+    """
+    check_study(study, ROOT)
+    if not results.started:
+        if changed := git(ROOT, "status", "--porcelain", "--", "projects", "tools", "configs"):
+            raise UserError(f"a study runs the code of a commit; commit what is not: {changed.splitlines()[0].strip()}")
+        results.write_header(commit=git(ROOT, "rev-parse", "HEAD"), versions=versions())
+        return
+    header = results.header()
+    if header["versions"] != versions() and not other_packages:
+        changed = sorted(set(header["versions"].items()) ^ set(versions().items()))
+        names = ", ".join(sorted({name for name, _ in changed}))
+        raise UserError(
+            f"{study.name} began with other packages ({names}); install those of {results.folder / 'study.json'}, or "
+            "show that results are the same: --rerun VARIANT/SEED"
+        )
+
+
+def run_one(study: Study, results: Results, name: str) -> int:
+    """Run one run in this process."""
+    stage, variant, seed, rate = (name.split("/") + [""] * 4)[:4]
+    try:
+        run = RunId(stage, variant, int(seed), float(rate))
+    except ValueError as error:
+        raise UserError(f"--run: expected STAGE/VARIANT/SEED/RATE, got {name}") from error
+    known = [*missing_runs(study, results.scores()), *pilot_runs(study)]
+    if run not in known:
+        if run in results.records():
+            return 0
+        raise UserError(f"--run: {name} is no run that {study.name} needs now; --list prints those")
+    try:
+        execute(study, results, run, ROOT, results.header()["commit"])
+    except RunError as error:
+        raise UserError(error) from error
+    return 0
+
+
+def rerun(study: Study, results: Results, name: str) -> int:
+    """Repeat a final run with the code of today; adopt it if nothing differs."""
+    finished = {f"{run.variant}/{run.seed}": record for run, record in results.records().items() if run.stage == FINAL}
+    if name not in finished:
+        raise UserError(f"--rerun: expected a finished run such as {next(iter(finished), 'none yet')}, got {name}")
+    commit = git(ROOT, "rev-parse", "HEAD")
+    try:
+        record = execute(study, results, finished[name].run, ROOT, commit, keep=False)
+    except RunError as error:
+        raise UserError(error) from error
+    if not record.same_results(finished[name]):
+        raise UserError(
+            f"{name} gives {record.score!r} and {record.reported} with the code of {commit[:12]} and the packages of "
+            f"today, {finished[name].score!r} and {finished[name].reported} before; they are not used for this study"
+        )
+    verified = [*results.header().get("verified", []), f"{name} at {commit}"]
+    results.write_header(commit=commit, versions=versions(), verified=verified)
+    print(f"{name} is the same bit for bit; what is missing is run with {commit[:12]}")
+    return 0
+
+
+def report(study: Study, results: Results) -> int:
+    """Write the report, and the documentation that quotes it."""
+    for path in (*write_report(study, results), *write_documents(ROOT)):
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
