@@ -241,9 +241,9 @@ def report_pilot(study: Study, results: Results) -> str:
     finals = ", ".join(f"{curve[-1]:.2f}" for curve in curves)
     return (
         f"pilot of {study.name}: {len(records)} seeds of {study.baseline}; final scores {finals} {study.unit}, "
-        f"standard deviation {deviation:.2f}; the last fifth of the training gains {gain:.2f}; with {seeds} seeds and a "
-        f"family of {size}, differences of {visible:.2f} are found in {POWER:.0%} of the cases, if seeds have nothing in "
-        "common between variants"
+        f"standard deviation {deviation:.2f}; the last fifth of the training gains {gain:.2f}; with {seeds} seeds and "
+        f"a family of {size}, differences of {visible:.2f} are found in {POWER:.0%} of the cases, if seeds have "
+        "nothing in common between variants"
     )
 
 

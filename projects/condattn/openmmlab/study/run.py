@@ -73,9 +73,8 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
     path = code / study.config.resolve().relative_to(root.resolve())
     cfg = Config.fromfile(path, import_custom_modules=False)
     options = {**study.options, **study.variants[run.variant], study.rate: run.rate}
-    for key in options:
-        _check_key(cfg, key, study.path)
-    cfg.merge_from_dict(options)
+    for key, value in options.items():
+        _set(cfg, key, value, study.path)
     iterations = cfg.train_cfg.get("max_iters")
     if not iterations or iterations % study.evaluations:
         raise UserError(
@@ -93,16 +92,25 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
     return cfg
 
 
-def _check_key(cfg: Config, key: str, where: Path) -> None:
-    """Check that all but the last part of an option is there; the last one too, unless it is of the model."""
+def _set(cfg: Config, key: str, value: Any, where: Path) -> None:
+    """Replace an option, which must be there; the last part of an option of the model need not be."""
     *parents, last = key.split(".")
     place: Any = cfg
     for name in parents:
-        if not isinstance(place, dict | Config) or name not in place:
-            raise UserError(f"{where}: option {key}: the configuration has no {name!r} there")
-        place = place[name]
-    if last not in place and parents[:1] != ["model"]:
-        raise UserError(f"{where}: option {key}: the configuration has no {last!r} there")
+        place = place[_index(place, name, key, where)]
+    if parents[:1] == ["model"] and isinstance(place, dict):
+        place[last] = value
+    else:
+        place[_index(place, last, key, where)] = value
+
+
+def _index(place: Any, name: str, key: str, where: Path) -> str | int:
+    """``name``, as an index if ``place`` is a list."""
+    if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
+        return int(name)
+    if isinstance(place, dict | Config) and name in place:
+        return name
+    raise UserError(f"{where}: option {key}: the configuration has no {name!r} there")
 
 
 def execute(study: Study, results: Results, run: RunId, root: Path, commit: str, keep: bool = True) -> Record:
