@@ -157,8 +157,8 @@ def box_iou(a, b, offset=0) -> float:
 
 
 def suppress(scores, close) -> list[list[int]]:
-    """Greedy suppression: each one that is kept, with those that it took away."""
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    """Greedy suppression: each one that is kept, with those that it took away; the order of ties is PyTorch's."""
+    order = torch.tensor(scores).sort(descending=True).indices.tolist()
     groups, gone = [], set()
     for place, i in enumerate(order):
         if i not in gone:

@@ -16,6 +16,8 @@ LINE_OFFSETS = 72
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Indices of the boxes that no better one overlaps by more than ``iou_threshold``, best first.
 
+    Equal scores come in the order of ``scores.sort(descending=True)``, which is mmcv's, and no stable one.
+
     Args:
         boxes: (N, 4), x1, y1, x2, y2; widths are x2 - x1 + ``offset``.
         scores: (N,).
@@ -25,7 +27,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     boxes, scores = in_full_precision(boxes, scores)
     if offset:
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
-    return torchvision.ops.nms(boxes, scores, float(np.float32(iou_threshold)))
+    order = scores.sort(descending=True).indices
+    ranks = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
+    return order[torchvision.ops.nms(boxes[order], ranks, float(np.float32(iou_threshold)))]
 
 
 def softnms(
@@ -110,7 +114,7 @@ def _groups(scores: Tensor, suppressed: Callable[[Tensor, Tensor], Tensor]) -> l
     Returns:
         For each one that is kept, best first: its index and those of what it suppressed, by falling score.
     """
-    left = scores.argsort(descending=True, stable=True)
+    left = scores.sort(descending=True).indices
     groups = []
     while left.numel():
         taken = suppressed(left[0], left[1:])
