@@ -40,7 +40,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=200,
+    batch_size=500,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
@@ -53,7 +53,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = dict(
-    batch_size=200,
+    batch_size=500,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(type="IdxImages", data_root=root, split="test", test_mode=True, pipeline=[pack]),
@@ -61,7 +61,7 @@ test_dataloader = dict(
 val_evaluator = dict(type="Accuracy", topk=(1,))
 test_evaluator = val_evaluator
 
-iterations = 2000
+iterations = 3000
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations // 10)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

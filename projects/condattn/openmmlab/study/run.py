@@ -83,6 +83,7 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
     interval = iterations // study.evaluations
     cfg.train_cfg.val_interval = interval
     cfg.default_hooks.checkpoint.update(by_epoch=False, interval=interval, max_keep_ckpts=1)
+    cfg.default_hooks.logger.log_metric_by_epoch = False
     for hook in cfg.get("custom_hooks") or ():
         if hook["type"] == "SpectraHook":
             hook["interval"] = interval
@@ -142,8 +143,8 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         reported: dict[str, float] = {}
         if not error:
             if not curve or curve[-1][0] != iterations:
-                names = ", ".join(sorted(_metrics_of(folder))) or "none"
-                raise RunError(f"{run}: no {study.metric} at iteration {iterations}; the evaluator reports {names}")
+                last = f"the last one is of iteration {curve[-1][0]}" if curve else "there is none"
+                raise RunError(f"{run}: no {study.metric} of iteration {iterations}; {last}")
             if run.stage == FINAL:
                 reported = _evaluate(code, root, folder, config, study.metric)
         record = Record(
@@ -222,10 +223,6 @@ def _scalars(folder: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return found
-
-
-def _metrics_of(folder: Path) -> set[str]:
-    return {name for line in _scalars(folder) if "lr" not in line for name in line} - {"step", "time", "data_time"}
 
 
 def read_curves(folder: Path, metric: str) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
