@@ -106,10 +106,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power_of(difference: float, deviation: float, seeds: int, level: float) -> float:
-    """Probability that a two-sided paired t test at ``level`` rejects, by the noncentral t distribution."""
+    """Probability that a two-sided paired t test at ``level`` finds a positive ``difference`` (noncentral t)."""
     critical = stats.t.ppf(1 - level / 2, seeds - 1)
     shift = difference / deviation * math.sqrt(seeds)
-    return float(stats.nct.sf(critical, seeds - 1, shift) + stats.nct.cdf(-critical, seeds - 1, shift))
+    return float(stats.nct.sf(critical, seeds - 1, shift))
 
 
 def detectable_difference(deviation: float, seeds: int, level: float, power: float = POWER) -> float:

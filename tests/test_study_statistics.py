@@ -1,0 +1,226 @@
+"""The statistics of studies: against scipy, a published example, and by simulation with the tuning in it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mmengine")
+
+from scipy import stats as scipy_stats
+
+from condattn.openmmlab.study import statistics
+from condattn.openmmlab.study.plan import TUNING, RunId, Study, chosen_rates, current_grid, missing_runs, rates_on_grid
+
+BCG = [
+    *((4, 119, 11, 128), (6, 300, 29, 274), (3, 228, 11, 209), (62, 13536, 248, 12619), (33, 5036, 47, 5761)),
+    *((180, 1361, 372, 1079), (8, 2537, 10, 619), (505, 87886, 499, 87892), (29, 7470, 45, 7232)),
+    *((17, 1699, 65, 1600), (186, 50448, 141, 27197), (5, 2493, 3, 2338), (27, 16886, 29, 17825)),
+]
+"""Thirteen trials of a vaccine against tuberculosis (Colditz et al. 1994): cases and others, with and without it."""
+
+
+def a_study(variants=("none", "pc", "sc"), seeds=8, tuning=2) -> Study:
+    return Study(
+        name="study",
+        path=Path("study.py"),
+        title="",
+        config=Path("config.py"),
+        options={},
+        data={},
+        variants={name: {} for name in variants},
+        baseline="none",
+        metric="score",
+        factor=1.0,
+        unit="points",
+        difference=1.0,
+        families={"methods": [(name, "none") for name in variants[1:]]},
+        seeds=list(range(seeds)),
+        tuning_seeds=list(range(100, 100 + tuning)),
+        pilot_seeds=[200, 201],
+        rate="lr",
+        grid=[1e-3, 2e-3, 4e-3],
+    )
+
+
+def test_paired_tests_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    scores = {"none": rng.normal(70, 1, 8), "pc": rng.normal(71, 1, 8)}
+    (found,) = statistics.compare_family(scores, [("pc", "none")], 1.0)
+    want = scipy_stats.ttest_rel(scores["pc"], scores["none"])
+    interval = want.confidence_interval(0.95)
+    assert found.p == pytest.approx(want.pvalue) and found.seeds == 8
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.difference == pytest.approx(np.mean(scores["pc"] - scores["none"]))
+
+
+def test_intervals_hold_for_the_family():
+    rng = np.random.default_rng(1)
+    scores = {name: rng.normal(70, 1, 8) for name in ("none", "a", "b", "c")}
+    pairs = [(name, "none") for name in "abc"]
+    for one in statistics.compare_family(scores, pairs, 1.0):
+        differences = scores[one.variant] - scores["none"]
+        interval = scipy_stats.ttest_1samp(differences, 0).confidence_interval(1 - 0.05 / 3)
+        assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_holm():
+    """By its definition: the smallest p of m times m, the next times m - 1, never smaller than the one before."""
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.5, 0.6]) == [1.0, 1.0]
+    assert statistics.holm([0.02]) == [0.02]
+
+
+def test_holm_by_closed_testing():
+    """Holm's corrected p is the largest Bonferroni p of all subsets of the family that contain the hypothesis."""
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        p = rng.uniform(0, 0.3, 4)
+        subsets = [[i for i in range(4) if mask >> i & 1] for mask in range(1, 16)]
+        want = [max(min(1, len(s) * min(p[j] for j in s)) for s in subsets if i in s) for i in range(4)]
+        assert statistics.holm(p) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    "values, verdict",
+    [
+        ([2.0, 2.1, 1.9, 2.2, 2.0, 1.8], "helps"),
+        ([-2.0, -2.1, -1.9, -2.2, -2.0, -1.8], "hurts"),
+        ([0.1, -0.1, 0.2, -0.2, 0.05, -0.05], "no difference larger than 1"),
+        ([3.0, -3.0, 2.0, -2.0, 4.0, -3.5], "undecided"),
+        ([0.0] * 6, "no difference larger than 1"),
+    ],
+)
+def test_verdicts(values, verdict):
+    scores = {"none": np.full(6, 50.0), "pc": 50.0 + np.array(values)}
+    (found,) = statistics.compare_family(scores, [("pc", "none")], 1.0)
+    assert found.verdict == verdict
+
+
+def test_unequal_numbers_of_seeds_are_refused():
+    for scores in ({"none": [1, 2, 3], "pc": [1, 2]}, {"none": [1], "pc": [2]}):
+        with pytest.raises(ValueError, match="expected two or more pairs of seeds"):
+            statistics.compare_family(scores, [("pc", "none")], 1.0)
+
+
+def test_random_effects_of_a_published_example():
+    """Log relative risks; Paule and Mandel's variance between trials is published as 0.318 (metafor: 0.3181)."""
+    with_cases, with_others, cases, others = np.array(BCG, dtype=float).T
+    effects = np.log(with_cases / (with_cases + with_others)) - np.log(cases / (cases + others))
+    variances = 1 / with_cases - 1 / (with_cases + with_others) + 1 / cases - 1 / (cases + others)
+    found = statistics.pool(effects, variances)
+    assert found.tau**2 == pytest.approx(0.3181, abs=1e-4)
+    # Hartung and Knapp's variance, written out.
+    weights = 1 / (variances + found.tau**2)
+    mean = (weights * effects).sum() / weights.sum()
+    error = math.sqrt((weights * (effects - mean) ** 2).sum() / (12 * weights.sum()))
+    assert found.estimate == pytest.approx(mean) == pytest.approx(-0.715, abs=1e-3)
+    half = scipy_stats.t.ppf(0.975, 12) * error
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half), rel=1e-6)
+
+
+def test_random_effects_of_equal_studies():
+    found = statistics.pool([1.0, 1.0, 1.0], [0.04, 0.04, 0.04])
+    assert found.estimate == pytest.approx(1.0) and found.tau == 0
+    assert found.high - 1 == pytest.approx(scipy_stats.t.ppf(0.975, 2) * math.sqrt(0.04 / 3))
+    with pytest.raises(ValueError, match="two or more studies"):
+        statistics.pool([1.0], [0.1])
+
+
+class NoisyScores(dict):
+    """Scores of runs whose quality depends on the rate alone, with noise; drawn when they are asked for."""
+
+    def __init__(self, rng, quality):
+        super().__init__()
+        self.rng, self.quality = rng, quality
+
+    def get(self, run, default=None):
+        return self.setdefault(run, self.quality(run.rate) + self.rng.normal())
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize(
+    "variants",
+    [("none", "pc", "sc"), pytest.param(("none", *"abcdefgh"), marks=pytest.mark.slow)],
+    ids=["three", "nine"],
+)
+def test_a_family_without_effect_rarely_finds_one(slope, variants):
+    """2,000 families of two, with the tuning that comes before; a step of the grid costs ``slope`` deviations."""
+    rng, study, number = np.random.default_rng(3), a_study(variants), 2000
+
+    def quality(rate: float) -> float:
+        return -slope * abs(math.log2(rate / 2e-3))
+
+    found = 0
+    for _ in range(number):
+        rates = chosen_rates(study, NoisyScores(rng, quality))
+        finals = {name: quality(rates[name]) + rng.normal(0, 1, 8) for name in variants[:3]}
+        p_values = [statistics.paired_p(finals[name] - finals["none"]) for name in variants[1:3]]
+        found += min(statistics.holm(p_values)) <= 0.05
+    assert found / number <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / number)
+
+
+def test_without_tuning_error_the_level_is_kept():
+    rng, study, number = np.random.default_rng(4), a_study(), 2000
+    found = 0
+    for _ in range(number):
+        finals = {name: rng.normal(50, 1, 8) for name in study.variants}
+        found += any(one.p <= 0.05 for one in statistics.compare_family(finals, study.families["methods"], 1.0))
+    assert found / number <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / number)
+
+
+def test_the_power_stated_is_the_power_found():
+    rng, seeds, level = np.random.default_rng(5), 8, 0.05 / 2
+    difference = statistics.detectable_difference(1.0, seeds, level)
+    found = 0
+    for _ in range(2000):
+        sample = rng.normal(difference, 1.0, seeds)
+        found += scipy_stats.ttest_1samp(sample, 0).pvalue <= level
+    assert found / 2000 == pytest.approx(0.8, abs=3 * math.sqrt(0.8 * 0.2 / 2000))
+    assert statistics.seeds_for(difference, 1.0, level) == seeds
+
+
+def tuned(study, **scores):
+    """Tuning scores of each variant at the rates of the grid and above; the two seeds lie 0.1 apart."""
+    ratio = study.grid[1] / study.grid[0]
+    return {
+        RunId(TUNING, variant, seed, float(f"{study.grid[0] * ratio**i:.6g}")): value + 0.1 * n
+        for variant, values in scores.items()
+        for i, value in enumerate(values)
+        for n, seed in enumerate(study.tuning_seeds)
+    }
+
+
+def test_all_variants_take_the_rate_that_is_best_for_most():
+    study = a_study()
+    scores = tuned(study, none=(1.0, 3.0, 2.0), pc=(1.0, 3.0, 3.05), sc=(1.0, 3.0, 2.0))
+    assert chosen_rates(study, scores) == dict.fromkeys(study.variants, 2e-3)
+
+
+def test_a_variant_that_needs_another_rate_gets_it_and_the_grid_grows_for_all():
+    study = a_study()
+    scores = tuned(study, none=(1.0, 3.0, 2.0), pc=(1.0, 3.0, 6.0), sc=(1.0, 3.0, 2.0))
+    assert current_grid(study, scores) == [1e-3, 2e-3, 4e-3, 8e-3]
+    assert chosen_rates(study, scores) is None
+    assert {run.rate for run in missing_runs(study, scores)} == {8e-3}
+    assert {run.variant for run in missing_runs(study, scores)} == set(study.variants)
+    scores = tuned(study, none=(1.0, 3.0, 2.0, 1.0), pc=(1.0, 3.0, 6.0, 5.0), sc=(1.0, 3.0, 2.0, 1.0))
+    assert chosen_rates(study, scores) == {"none": 2e-3, "pc": 4e-3, "sc": 2e-3}
+    assert len(missing_runs(study, scores)) == len(study.variants) * len(study.seeds)
+    assert {run.variant for run in missing_runs(study, scores, only=["pc"])} == {"pc"}
+
+
+def test_a_grid_does_not_grow_for_ever():
+    study = a_study()
+    scores = tuned(study, none=range(20), pc=range(20), sc=range(20))
+    assert len(current_grid(study, scores)) == 7
+    assert set(chosen_rates(study, scores).values()) == {0.064}
+
+
+def test_diverged_runs_do_not_move_the_others():
+    study = a_study()
+    scores = tuned(study, none=(1.0, 3.0, 2.0), pc=(1.0, 3.0, 2.0), sc=(2.0, 0.0, 0.0))
+    scores[RunId(TUNING, "sc", 100, 1e-3)] = 5.0
+    rates = rates_on_grid(study, scores, study.grid)
+    assert rates["none"] == rates["pc"] == 2e-3 and rates["sc"] == 1e-3
