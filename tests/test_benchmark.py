@@ -29,7 +29,7 @@ def test_figures_of_every_kind(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["vit-b", "mask-rcnn", "attention"])
+@pytest.mark.parametrize("network", ["vit-b", "mask-rcnn", "attention", "demo"])
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_other_networks(tmp_path, network, mode):
     if network == "vit-b":

@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 
 from condattn.engine.errors import UserError, run_tool
 from condattn.openmmlab.study.check import check_study
-from condattn.openmmlab.study.plan import FINAL, RunId, Study, load_study, missing_runs, pilot_runs
+from condattn.openmmlab.study.plan import FINAL, PILOT, RunId, Study, load_study, missing_runs, pilot_runs
 from condattn.openmmlab.study.report import report_pilot, write_documents, write_report
 from condattn.openmmlab.study.results import Results, versions
 from condattn.openmmlab.study.run import RunError, execute, git
@@ -45,7 +45,7 @@ def main() -> int:
     """Do what the command line asks for."""
     args = parse_args()
     study = load_study(args.study, args.size)
-    results = Results(study, ROOT)
+    results = Results(study, ROOT, pilot=args.pilot or (args.run or "").startswith(PILOT))
     if unknown := [name for name in args.only if name not in study.variants]:
         raise UserError(f"--only: no variant {', '.join(unknown)} in {study.path}; it has {', '.join(study.variants)}")
     if args.jobs < 1:

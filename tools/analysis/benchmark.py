@@ -38,12 +38,16 @@ from condattn.kernels.switch import plain
 
 UPSTREAM = "upstream"
 STRENGTHS = {"sc": dict(type="SpectralCorrection", strength=1.0)}
-NETWORKS = {"swin-t": (512, 512), "vit-b": (1024, 1024), "mask-rcnn": (800, 1333), "attention": (512, 512)}
+NETWORKS = {
+    **{"swin-t": (512, 512), "vit-b": (1024, 1024), "mask-rcnn": (800, 1333), "attention": (512, 512)},
+    "demo": (96, 96),
+}
 """Networks, and the size of images that they are timed at."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEP, LARGEST = 256, 1536
 """Of the sizes of a sweep."""
-CONFIG = Path(__file__).parents[2] / "configs" / "mask_rcnn_swin_pc.py"
+CONFIGS = Path(__file__).parents[2] / "configs"
+DETECTORS = {"mask-rcnn": CONFIGS / "mask_rcnn_swin_pc.py", "demo": CONFIGS / "demo" / "mask_rcnn_swin_pc.py"}
 STEPS = 3
 """So many are enough for the peak of memory."""
 
@@ -62,8 +66,8 @@ def parse_args() -> argparse.Namespace:
         "--network",
         choices=NETWORKS,
         default="swin-t",
-        help="Swin-T as a backbone of mmdet, ViT-B of timm, Mask R-CNN with Swin-T, or the attention of Swin-T's first "
-        "blocks alone (default: %(default)s)",
+        help="Swin-T as a backbone of mmdet, ViT-B of timm, Mask R-CNN with Swin-T, the attention of Swin-T's first "
+        "blocks alone, or the demo's Mask R-CNN (default: %(default)s)",
     )
     parser.add_argument("--size", help="height x width of the images, e.g. 512 or 800x1333 (default: by the network)")
     parser.add_argument(
@@ -98,8 +102,8 @@ def build(name: str, network: str, size: tuple[int, int]) -> nn.Module:
         if name == UPSTREAM:
             backbone = dict(type="SwinTransformer")
         with DefaultScope.overwrite_default_scope("mmdet"):
-            if network == "mask-rcnn":
-                cfg = Config.fromfile(CONFIG).model
+            if network in DETECTORS:
+                cfg = Config.fromfile(DETECTORS[network]).model
                 for setting in ("init_cfg", "conditioning"):
                     cfg.backbone.pop(setting, None)
                 cfg.backbone.update(backbone)
@@ -143,7 +147,7 @@ class Variant:
 
     def _inputs(self, size: tuple[int, int]) -> tuple[Callable, tuple]:
         args, model = self.args, self.model
-        if args.network != "mask-rcnn":
+        if args.network not in DETECTORS:
             shape = (96, size[0] // 4, size[1] // 4) if args.network == "attention" else (3, *size)
             return model, (torch.randn(args.batch, *shape, device=self.device),)
         from mmdet.testing import demo_mm_inputs

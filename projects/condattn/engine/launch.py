@@ -6,7 +6,9 @@ configuration, the data, the model and the checkpoint have been found good.
 
 import copy
 import os
+import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
@@ -78,7 +80,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     if not path.endswith((".py", ".json", ".yaml", ".yml")):
         raise UserError(f"expected a configuration file (.py, .json, .yaml, .yml), got {path}")
     try:
-        cfg = Config.fromfile(path)
+        with redirect_stdout(sys.stderr):  # toolboxes print which of their optional packages are missing
+            cfg = Config.fromfile(path)
         cfg.merge_from_dict(options or {})
     except (FileNotFoundError, ImportError, SyntaxError, AssertionError) as error:  # toolboxes assert on versions
         raise UserError(f"cannot read the configuration {path}: {error}") from error
@@ -86,7 +89,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     if scope not in TOOLBOXES:
         raise UserError(f"{path}: expected default_scope to be one of {', '.join(TOOLBOXES)}, found {scope!r}")
     try:
-        import_module(scope)
+        with redirect_stdout(sys.stderr):
+            import_module(scope)
     except (ImportError, AssertionError) as error:
         advice = f"mmcv's operators here: {describe_operators()}" if "mmcv._ext" in str(error) else "see the README"
         raise UserError(f"{path} needs {scope}, which cannot be imported ({error}); {advice}") from error

@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ PILOT, TUNING, FINAL = "pilot", "tuning", "final"
 MARGIN = 2.0
 """Standard errors by which a variant's own best rate must be better than the common one to be taken."""
 LARGEST_GRID = 7
-"""A grid of learning rates that has grown to this size grows no further."""
+"""A grid of learning rates that has grown to this size grows no further, unless the study says otherwise."""
 KEYS = {
     *("config", "title", "data", "variants", "baseline", "metric", "factor", "unit", "difference", "families"),
     *("seeds", "tuning", "pilot_seeds", "evaluations", "sizes", "options"),
@@ -70,6 +70,7 @@ class Study:
         pilot_seeds: Of the runs that fix the length of training.
         rate: Option that is the learning rate.
         grid: Learning rates that are tried, ascending.
+        largest_grid: Number of rates at which the grid stops growing.
         evaluations: Number of evaluations in a training, evenly spaced.
     """
 
@@ -91,12 +92,13 @@ class Study:
     pilot_seeds: list[int]
     rate: str
     grid: list[float]
-    evaluations: int = field(default=10)
+    largest_grid: int = LARGEST_GRID
+    evaluations: int = 10
 
     def definition(self) -> dict[str, Any]:
         """All that was decided beforehand, as plain JSON values."""
         names = ("title", "options", "variants", "baseline", "metric", "factor", "unit", "difference", "families")
-        numbers = ("seeds", "tuning_seeds", "pilot_seeds", "rate", "grid", "evaluations")
+        numbers = ("seeds", "tuning_seeds", "pilot_seeds", "rate", "grid", "largest_grid", "evaluations")
         definition = {name: getattr(self, name) for name in (*names, *numbers)}
         return json.loads(json.dumps({"config": self.config.name, **definition}))
 
@@ -152,6 +154,7 @@ def load_study(path: str, size: str | None = None) -> Study:
         pilot_seeds=list(settings["pilot_seeds"]),
         rate=tuning["option"],
         grid=sorted(tuning["grid"]),
+        largest_grid=tuning.get("largest_grid", LARGEST_GRID),
         evaluations=settings.get("evaluations", 10),
     )
     _check(study)
@@ -217,14 +220,20 @@ def rates_on_grid(study: Study, scores: Scores, grid: Sequence[float]) -> dict[s
             return None
     means = {variant: [statistics.mean(cell) for cell in row] for variant, row in cells.items()}
     deficits = [statistics.median(row[i] - max(row) for row in means.values()) for i in range(len(grid))]
-    common = max(range(len(grid)), key=deficits.__getitem__)
+    common = _best(deficits)
     seeds = len(study.tuning_seeds)
     margin = MARGIN * _spread([cell for row in cells.values() for cell in row]) * math.sqrt(2 / seeds)
     chosen = {}
     for variant, row in means.items():
-        own = max(range(len(grid)), key=row.__getitem__)
+        own = _best(row)
         chosen[variant] = grid[own if row[own] - row[common] > margin else common]
     return chosen
+
+
+def _best(scores: Sequence[float]) -> int:
+    """Index of the largest score; of equal ones the nearest to the middle of the grid."""
+    middle = (len(scores) - 1) / 2
+    return max(range(len(scores)), key=lambda i: (scores[i], -abs(i - middle)))
 
 
 def _spread(cells: Sequence[Sequence[float]]) -> float:
@@ -240,7 +249,7 @@ def current_grid(study: Study, scores: Scores) -> list[float]:
     The grid grows by its own ratio, for all variants at once, when all of its runs are finished.
     """
     grid = list(study.grid)
-    while len(grid) < LARGEST_GRID and (rates := rates_on_grid(study, scores, grid)):
+    while len(grid) < study.largest_grid and (rates := rates_on_grid(study, scores, grid)):
         chosen = rates.values()
         longer = [float(f"{grid[0] ** 2 / grid[1]:.6g}")] if grid[0] in chosen else []
         longer += grid

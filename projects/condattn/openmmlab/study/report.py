@@ -171,6 +171,9 @@ def tables(study: Study, results: Results) -> tuple[list[Table], str]:
         finals = len(study.variants) * len(study.seeds)
         total = sum(run.stage != FINAL for run in planned) + finals
         status = f"Incomplete: {done} of {total} runs are finished; there are no comparisons before all of them are."
+    failed = [f"{run} ({record.error})" for run, record in results.records().items() if record.status == FAILED]
+    if failed:
+        status += f" Failed, and counted with their last score: {'; '.join(failed)}."
     return [*found, variant_table(study, results), plan_table(study, results)], status
 
 

@@ -79,11 +79,13 @@ class Results:
     Args:
         study: Whose results.
         root: The repository.
+        pilot: Those of the pilot, which lie in a folder of their own: after a pilot a study may still be changed.
     """
 
-    def __init__(self, study: Study, root: Path) -> None:
-        self.study, self.folder = study, root / "results" / study.name
-        self.work = root / "work_dirs" / "studies" / study.name
+    def __init__(self, study: Study, root: Path, pilot: bool = False) -> None:
+        name = f"{study.name}_pilot" if pilot else study.name
+        self.study, self.folder = study, root / "results" / name
+        self.work = root / "work_dirs" / "studies" / name
         self._lock = self.work / "lock"
 
     @property

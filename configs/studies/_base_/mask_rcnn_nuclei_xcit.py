@@ -1,0 +1,26 @@
+"""Mask R-CNN with a small XCiT, whose attention is between channels, on nuclei under the microscope."""
+
+_base_ = "mask_rcnn_nuclei.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="ConditionedTimmBackbone",
+        model_name="xcit_nano_12_p8_224",
+        conditioning="none",
+        embed_dim=96,
+        depth=6,
+        num_heads=4,
+        out_indices=(1, 3, 5),
+    ),
+    neck=[
+        dict(type="mmseg.Feature2Pyramid", embed_dim=96, rescales=[2, 1, 0.5], norm_cfg=dict(type="GN", num_groups=8)),
+        dict(
+            type="FPN",
+            in_channels=[96, 96, 96],
+            out_channels=64,
+            num_outs=3,
+            norm_cfg=dict(type="GN", num_groups=8),
+        ),
+    ],
+)

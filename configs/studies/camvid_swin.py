@@ -1,0 +1,41 @@
+"""UPerNet with a small Swin on street scenes (CamVid: 367 images train, 101 tune, 233 are reported; 11 classes)."""
+
+config = "_base_/upernet_camvid.py"
+title = "Does conditioning a small Swin help UPerNet to segment street scenes?"
+data = dict(
+    variable="CAMVID",
+    default="data/camvid",
+    source="expected a folder with images/ and annotations/, each with train, val and test",
+)
+metric = "mIoU"
+unit = "points of mIoU"
+difference = 1.0
+
+key = "model.backbone.conditioning"
+variants = {
+    "none": {key: "none"},
+    "pc": {key: "pc"},
+    "sc": {key: dict(type="SpectralCorrection", strength=1.0)},
+}
+del key
+baseline = "none"
+families = dict(methods=[("pc", "none"), ("sc", "none")])
+pilot_seeds = [201, 202, 203, 204]
+tuning = dict(option="optim_wrapper.optimizer.lr", grid=[1e-3, 2e-3, 4e-3], seeds=[101, 102])
+seeds = list(range(8))
+sizes = dict(
+    cpu={},
+    gpu={
+        "model.backbone.embed_dims": 96,
+        "model.backbone.depths": (2, 2, 6),
+        "model.backbone.num_heads": (3, 6, 12),
+        "model.decode_head.in_channels": [96, 192, 384],
+        "model.data_preprocessor.size": (512, 512),
+        "train_dataloader.dataset.pipeline.2.scale": (960, 720),
+        "train_dataloader.dataset.pipeline.3.crop_size": (512, 512),
+        "val_dataloader.dataset.pipeline.1.scale": (960, 720),
+        "test_dataloader.dataset.pipeline.1.scale": (960, 720),
+        "train_cfg.max_iters": 8000,
+        "param_scheduler.1.T_max": 8000,
+    },
+)

@@ -1,0 +1,32 @@
+"""Mask R-CNN with a small Swin on the built-in digit scenes, which anyone can run without data."""
+
+config = "_base_/mask_rcnn_digit_scenes.py"
+title = "Does conditioning a small Swin help Mask R-CNN to segment handwritten digits on photographs?"
+metric = "coco/segm_mAP"
+factor = 100.0
+unit = "points of mask AP"
+difference = 1.0
+
+key = "model.backbone.conditioning"
+variants = {
+    "none": {key: "none"},
+    "pc": {key: "pc"},
+    "sc": {key: dict(type="SpectralCorrection", strength=1.0)},
+}
+del key
+baseline = "none"
+families = dict(methods=[("pc", "none"), ("sc", "none")])
+pilot_seeds = [201, 202, 203, 204]
+tuning = dict(option="optim_wrapper.optimizer.lr", grid=[5e-4, 1e-3, 2e-3], seeds=[101, 102])
+seeds = list(range(8))
+sizes = dict(
+    cpu={},
+    gpu={
+        "model.backbone.embed_dims": 96,
+        "model.backbone.depths": (2, 2, 6),
+        "model.backbone.num_heads": (3, 6, 12),
+        "model.neck.in_channels": [96, 192, 384],
+        "train_cfg.max_iters": 6000,
+        "param_scheduler.1.T_max": 6000,
+    },
+)

@@ -1,0 +1,39 @@
+"""Mask R-CNN with a small Swin on nuclei under the microscope (535 images train and tune, 129 are reported)."""
+
+config = "_base_/mask_rcnn_nuclei.py"
+title = "Does conditioning a small Swin help Mask R-CNN to segment nuclei?"
+data = dict(
+    variable="NUCLEI",
+    default="data/nuclei",
+    source="expected a folder with annotations/instances_train.json, annotations/instances_val.json and images/",
+)
+metric = "coco/segm_mAP"
+factor = 100.0
+unit = "points of mask AP"
+difference = 1.0
+
+key = "model.backbone.conditioning"
+variants = {
+    "none": {key: "none"},
+    "pc": {key: "pc"},
+    "sc": {key: dict(type="SpectralCorrection", strength=1.0)},
+}
+del key
+baseline = "none"
+families = dict(methods=[("pc", "none"), ("sc", "none")])
+pilot_seeds = [201, 202, 203, 204]
+tuning = dict(option="optim_wrapper.optimizer.lr", grid=[5e-4, 1e-3, 2e-3], seeds=[101, 102])
+seeds = list(range(8))
+sizes = dict(
+    cpu={},
+    gpu={
+        "model.backbone.embed_dims": 96,
+        "model.backbone.depths": (2, 2, 6),
+        "model.backbone.num_heads": (3, 6, 12),
+        "model.neck.in_channels": [96, 192, 384],
+        "train_dataloader.dataset.pipeline.2.scale": (512, 512),
+        "train_dataloader.dataset.pipeline.3.crop_size": (256, 256),
+        "train_cfg.max_iters": 4000,
+        "param_scheduler.1.T_max": 4000,
+    },
+)
