@@ -257,3 +257,4 @@ def test_warnings():
     assert kappa == pytest.approx({"A(X)": 1.0, "C A(X)": 2.0})
     (line,) = find_warnings({"": measured})
     assert line.startswith("the preconditioner raises the condition number")
+    assert find_warnings({"": measured}, trained=False) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from condattn.engine.checkpoints import add_checkpoint_arguments
-from condattn.engine.errors import run_tool
+from condattn.engine.errors import UserError, run_tool
 from condattn.engine.inference import IMAGE_SUFFIXES, Predictor, find_images, is_readable, save_prediction
 from condattn.engine.launch import add_config_arguments, choose_device, load_config
 
@@ -54,6 +54,10 @@ def main() -> int:
     device = choose_device(args.device)
     images = find_images(args.source, args.out_dir)
     cfg = load_config(args.config, args.cfg_options)
+    if cfg.default_scope == "mmpretrain":
+        raise UserError(
+            f"{args.config} is of a classifier; predict.py is for detection and segmentation configurations"
+        )
     predictor = Predictor(cfg, args.checkpoint, device, args.other_conditioning, args.unsafe)
     unreadable = 0
     with tqdm(total=len(images), desc="predict", unit="image", dynamic_ncols=True, disable=None) as bar:

@@ -59,6 +59,10 @@ def main() -> None:
     args = parse_args()
     cfg = load_runner_config(args)
     detection = cfg.default_scope == "mmdet"
+    if cfg.default_scope == "mmpretrain" and (args.out or args.show or args.show_dir or args.tta):
+        raise UserError(
+            f"{args.config} is of a classifier; --out, --show, --show-dir and --tta are for detection and segmentation"
+        )
     if args.out and detection and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"--out: expected a pickle file (.pkl, .pickle) for a detection configuration, got {args.out}")
     if args.show or args.show_dir:

@@ -144,6 +144,7 @@ class Variant:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05)
         self.form = name.partition(":")[2]
         self.gradients: list[torch.Tensor] | None = None
+        self.steps = 0
 
     def _inputs(self, size: tuple[int, int]) -> tuple[Callable, tuple]:
         args, model = self.args, self.model
@@ -158,7 +159,9 @@ class Variant:
         return (lambda inputs, samples: model(inputs, samples, mode=mode)), (data["inputs"], data["data_samples"])
 
     def step(self) -> None:
-        """One training step (forward, backward, optimizer), or one forward pass."""
+        """One training step (forward, backward, optimizer), or one forward pass; random numbers are every variant's."""
+        self.steps += 1
+        torch.manual_seed(self.steps)
         dtype = DTYPES[self.args.dtype]
         half = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         with torch.set_grad_enabled(self.training), half:

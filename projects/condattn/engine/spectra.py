@@ -91,7 +91,7 @@ class SpectraHook(Hook):
         measurement = measure(model, run, self.quantities, spread(names, self.max_sites), max_heads=1)
         values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}
         runner.visualizer.add_scalars(values, step=runner.iter + 1)
-        for line in find_warnings({"": measurement}):
+        for line in find_warnings({"": measurement}, trained=runner.iter > 0):
             runner.logger.warning(line)
 
 

@@ -15,17 +15,19 @@ LOW_KAPPA = 2.0
 """... and they are above this one."""
 
 
-def find_warnings(measurements: Mapping[str, Measurement]) -> list[str]:
+def find_warnings(measurements: Mapping[str, Measurement], trained: bool = True) -> list[str]:
     """One line for each model and trouble: saturated attention, a preconditioner or a correction that does not help.
 
     Args:
         measurements: Label -> measurement; a single one has the label ''.
+        trained: Whether the models have been trained. Before that the rows of head outputs have nearly equal norms, and
+            that a preconditioner changes little, or raises a condition number, means nothing: it is not said.
     """
     lines = []
     for label, measurement in measurements.items():
         for sites, text in (
             (_saturated(measurement), _SATURATED),
-            (_raising(measurement), _RAISING),
+            (_raising(measurement) if trained else [], _RAISING),
             (_small(measurement), _SMALL),
         ):
             if sites:
