@@ -307,6 +307,7 @@ def study(root: Path, *arguments, status: int = 0, **env: str):
     return run(*command, cwd=root, status=status, PYTHONPATH=str(root / "projects"), **env)
 
 
+@pytest.mark.slow
 def test_from_the_first_run_to_the_report(repository):
     """Killed in between and started again; then reported, listed, repeated, and refused with other code."""
     root, folder = repository, repository / "results" / "tiny"
