@@ -1,5 +1,6 @@
 """UPerNet with a small Swin on street scenes (CamVid: 367 images train, 101 tune, 233 are reported; 11 classes)."""
 
+_base_ = "_base_/methods.py"
 config = "_base_/upernet_camvid.py"
 title = "Does conditioning a small Swin help UPerNet to segment street scenes?"
 data = dict(
@@ -9,20 +10,7 @@ data = dict(
 )
 metric = "mIoU"
 unit = "points of mIoU"
-difference = 1.0
-
-key = "model.backbone.conditioning"
-variants = {
-    "none": {key: "none"},
-    "pc": {key: "pc"},
-    "sc": {key: dict(type="SpectralCorrection", strength=1.0)},
-}
-del key
-baseline = "none"
-families = dict(methods=[("pc", "none"), ("sc", "none")])
-pilot_seeds = [201, 202, 203, 204]
 tuning = dict(option="optim_wrapper.optimizer.lr", grid=[1e-3, 2e-3, 4e-3], seeds=[101, 102])
-seeds = list(range(8))
 sizes = dict(
     cpu={},
     gpu={

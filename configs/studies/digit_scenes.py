@@ -1,24 +1,12 @@
 """Mask R-CNN with a small Swin on the built-in digit scenes, which anyone can run without data."""
 
+_base_ = "_base_/methods.py"
 config = "_base_/mask_rcnn_digit_scenes.py"
 title = "Does conditioning a small Swin help Mask R-CNN to segment handwritten digits on photographs?"
 metric = "coco/segm_mAP"
 factor = 100.0
 unit = "points of mask AP"
-difference = 1.0
-
-key = "model.backbone.conditioning"
-variants = {
-    "none": {key: "none"},
-    "pc": {key: "pc"},
-    "sc": {key: dict(type="SpectralCorrection", strength=1.0)},
-}
-del key
-baseline = "none"
-families = dict(methods=[("pc", "none"), ("sc", "none")])
-pilot_seeds = [201, 202, 203, 204]
 tuning = dict(option="optim_wrapper.optimizer.lr", grid=[5e-4, 1e-3, 2e-3], seeds=[101, 102])
-seeds = list(range(8))
 sizes = dict(
     cpu={},
     gpu={
