@@ -117,13 +117,17 @@ def comparison_table(family: str, found: Sequence[Comparison], study: Study) -> 
                 f"{one.variant} - {one.reference}",
                 f"{one.difference:+.2f}",
                 f"{one.low:+.2f} to {one.high:+.2f}",
-                f"{one.p:.3g}",
+                _p(one.p),
                 f"{one.detectable:.2f}",
                 verdict,
             ]
         )
     header = ["comparison", f"difference ({study.unit})", "95 % interval", "p", "detectable", "verdict"]
     return Table(f"Family '{family}'", header, rows)
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 1e-4 else "< 0.0001"
 
 
 def plan_table(study: Study, results: Results) -> Table:
@@ -193,6 +197,7 @@ def write_report(study: Study, results: Results) -> list[Path]:
     Returns:
         The files.
     """
+    results = results.snapshot()
     found, status = tables(study, results)
     curves = draw_curves(study, results)
     spectra = draw_spectra(study, results)
@@ -280,7 +285,7 @@ def begun_studies(root: Path) -> list[tuple[Study, Results]]:
             study = load_study(str(path), size)
             results = Results(study, root)
             if results.started and results.header():
-                found.append((study, results))
+                found.append((study, results.snapshot()))
     return found
 
 
@@ -320,7 +325,7 @@ def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
                 str(one.studies),
                 f"{one.estimate:+.2f}",
                 f"{one.low:+.2f} to {one.high:+.2f}",
-                f"{one.p:.3g}",
+                _p(one.p),
                 f"{one.tau:.2f}",
             ]
         )

@@ -1,5 +1,6 @@
 """The data of a study's runs: one folder in the repository, small enough to be committed."""
 
+import copy
 import fcntl
 import json
 import platform
@@ -87,6 +88,13 @@ class Results:
         self.study, self.folder = study, root / "results" / name
         self.work = root / "work_dirs" / "studies" / name
         self._lock = self.work / "lock"
+        self._snapshot: dict[RunId, Record] | None = None
+
+    def snapshot(self) -> "Results":
+        """These results as they are now, read once; for reports, which look at them often."""
+        results = copy.copy(self)
+        results._snapshot = self.records()
+        return results
 
     @property
     def started(self) -> bool:
@@ -125,6 +133,8 @@ class Results:
         Raises:
             UserError: If a line cannot be read.
         """
+        if self._snapshot is not None:
+            return self._snapshot
         path = self.folder / "runs.jsonl"
         found = {}
         for line in path.read_text().splitlines() if path.is_file() else ():

@@ -68,8 +68,11 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
         root: The repository, in which the study's file lies.
 
     Raises:
-        UserError: If an option does not exist, or the training does not count in iterations.
+        UserError: If an option does not exist, the training does not count in iterations, or the configuration lies
+            outside the repository.
     """
+    if not study.config.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{study.path}: expected a configuration in {root}, whose commits a study runs")
     path = code / study.config.resolve().relative_to(root.resolve())
     cfg = Config.fromfile(path, import_custom_modules=False)
     options = {**study.options, **study.variants[run.variant], study.rate: run.rate}
