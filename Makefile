@@ -13,7 +13,7 @@ TABLES := work_dirs/benchmark
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
 REQUIREMENTS := pyproject.toml $(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*)
 
-.PHONY: help setup demo test test-slow test-all test-stock test-newest test-transformers lint operators benchmark
+.PHONY: help setup demo test test-slow test-all test-stock test-newest test-transformers lint operators test-operators benchmark
 
 help:
 	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-newest  core tests and short trainings on the newest torch that pip offers, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
 	@echo "make lint        ruff"
+	@echo "make test-operators  compile mmcv's operators, and compare those on torchvision with them"
 	@echo "make operators   compile mmcv's operators, 15 to 20 minutes on two cores; not needed for anything here"
 	@echo "make benchmark   every table of docs/performance.md, for an idle machine; DTYPE=bfloat16 for a GPU"
 
@@ -42,6 +43,9 @@ $(NEWEST)/.installed: $(REQUIREMENTS)
 
 operators: setup
 	requirements/operators.sh $(VENV)
+
+test-operators: operators
+	$(PY) -m pytest tests/test_mmcv_ops.py tests/test_mmcv_ext.py
 
 demo: $(WORK)/metrics.txt
 	@echo

@@ -30,15 +30,18 @@ echo "[1/3] torch (several GB the first time)"
 "${pip[@]}" install -q --upgrade pip
 constraints=requirements/${prefix}torch.txt
 if [ "${2:-default}" = newest ]; then
-    "${pip[@]}" install torch torchvision numpy
+    "${pip[@]}" install --upgrade torch torchvision numpy
     constraints=$venv/torch.txt
-    "${pip[@]}" freeze | grep -E '^(torch|torchvision)==' >"$constraints"
+    "$venv/bin/python" -c 'from importlib.metadata import version
+for name in ("torch", "torchvision"): print(f"{name}=={version(name)}")' >"$constraints"
 else
     "${pip[@]}" install -r "$constraints"
 fi
 
 echo "[2/3] OpenMMLab"
-"${pip[@]}" install -q --no-cache-dir -c "$constraints" -r "requirements/${prefix}mmcv.txt"
+# A stock environment may have mmcv with compiled operators in the place of mmcv-lite.
+[ "$packages" = stock ] && "$venv/bin/python" -m pip show -q mmcv 2>/dev/null ||
+    "${pip[@]}" install -q --no-cache-dir -c "$constraints" -r "requirements/${prefix}mmcv.txt"
 "${pip[@]}" install -q -c "$constraints" -r "requirements/$packages.txt" -r "requirements/$packages-test.txt"
 
 echo "[3/3] condattn"
@@ -52,4 +55,8 @@ if [ -n "$opencv" ]; then
 fi
 
 "$venv/bin/python" -m condattn.stack
-"$venv/bin/python" -c 'import mmcv.ops, mmdet, mmseg'
+"$venv/bin/python" -c 'import mmcv.ops, mmdet, mmseg' || {
+    echo "error: $venv cannot import mmcv's operators. If they were compiled against another torch, compile them anew:" \
+        "requirements/operators.sh $venv; or start with another folder" >&2
+    exit 1
+}

@@ -89,5 +89,18 @@ def test_set_up_refuses_an_environment_with_the_other_stack(wanted, other, tmp_p
     assert f"has the other stack ({other})" in result.stderr
 
 
+def test_operators_need_a_stack(tmp_path):
+    """Nothing is compiled for an environment that is not there, or has no stack."""
+    script = Path(__file__).parents[1] / "requirements" / "operators.sh"
+    result = subprocess.run(["bash", script, tmp_path / "venv"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "no environment" in result.stderr
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexit 1\n")  # has no package
+    python.chmod(0o755)
+    result = subprocess.run(["bash", script, tmp_path / "venv"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "has neither onedl-mmengine nor mmengine" in result.stderr
+
+
 def test_this_environment():
     stack.check_stack()

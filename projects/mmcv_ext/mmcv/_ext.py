@@ -5,6 +5,6 @@ try:
     from condattn.openmmlab.mmcv_ops import __getattr__  # noqa: F401
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"mmcv has no compiled operators, and condattn's cannot take their place ({error}); install condattn, or "
-        "remove what is left of it with: pip uninstall condattn-mmcv-ext"
+        f"mmcv has no compiled operators, and condattn's cannot take their place: {error}; install {error.name}, or "
+        "remove what is left of condattn with: pip uninstall condattn-mmcv-ext"
     ) from error

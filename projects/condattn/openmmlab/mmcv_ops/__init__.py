@@ -4,8 +4,7 @@
 arguments: they write into the buffers that they are given. The distribution in ``projects/mmcv_ext`` puts a module of
 that name beside mmcv, whose content is this package. A compiled extension is found before it.
 
-All of them run on every device that PyTorch and torchvision support, and compute in single precision where the inputs
-are in half precision.
+They run on CPUs and on CUDA devices, and compute in single precision where the inputs are in half precision.
 """
 
 from collections.abc import Callable
@@ -97,8 +96,7 @@ def __getattr__(name: str) -> Callable:
     def missing(*args, **kwargs):
         raise RuntimeError(
             f"mmcv's operator {name} needs mmcv's compiled operators, and this environment has condattn's in their "
-            "place, which lack it; compile mmcv with `make operators`, or with `pip install --no-build-isolation "
-            "--no-cache-dir --force-reinstall --no-deps` and the mmcv of requirements/"
+            "place, which lack it; compile mmcv with requirements/operators.sh in condattn's repository"
         )
 
     missing.__name__ = missing.__qualname__ = name

@@ -1,6 +1,7 @@
 """What the operators share: the precision they compute in, and gradients of functions that PyTorch differentiates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,7 +24,22 @@ def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_ou
     leaves = [tensor.detach().requires_grad_() for tensor in in_full_precision(*inputs)]
     with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
         output = function(*leaves)
-    return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+    with not_deterministic():
+        return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+
+
+@contextmanager
+def not_deterministic() -> Iterator[None]:
+    """Let PyTorch warn in place of raising where a gradient is summed up in any order, as mmcv's operators do.
+
+    ``torch.use_deterministic_algorithms`` refuses such gradients of torchvision and of ``grid_sample`` on a GPU.
+    """
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(strict, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
 
 
 def write(function: Callable[..., Tensor], inputs: Sequence[Tensor], output: Tensor) -> None:

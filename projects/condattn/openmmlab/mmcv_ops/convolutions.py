@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from .common import in_full_precision, write
+from .common import in_full_precision, not_deterministic, write
 
 
 def _gradients(
@@ -16,7 +16,8 @@ def _gradients(
     mask = mask if use_mask else input.new_zeros(len(input), 1)
     bias = input.new_zeros(len(weight))
     grad_output, *tensors = in_full_precision(grad_output, input, weight, offset, mask, bias)
-    results = torch.ops.torchvision._deform_conv2d_backward(grad_output.contiguous(), *tensors, *settings, use_mask)
+    with not_deterministic():
+        results = torch.ops.torchvision._deform_conv2d_backward(grad_output.contiguous(), *tensors, *settings, use_mask)
     grad_input, grad_weight, grad_offset, grad_mask, grad_bias = results
     grad_offset = grad_offset * _inside(tensors[2], weight.shape[2:], input.shape[2:], settings).repeat_interleave(2, 1)
     return grad_input, grad_weight, grad_offset, grad_mask, grad_bias

@@ -1,12 +1,11 @@
 """Focal losses (arXiv 1708.02002, eq. 5) of a sigmoid and of a softmax."""
 
-from functools import partial
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from .common import gradients, write
+from .common import gradients, in_full_precision, write
 
 
 def sigmoid_loss(input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
@@ -43,6 +42,8 @@ def softmax_loss(probabilities: Tensor, target: Tensor, weight: Tensor, gamma: f
     Returns:
         (N,).
     """
+    if target.device.type == "cpu":  # where looking costs nothing
+        checked(target.clamp(min=0), probabilities[0] if len(probabilities) else weight)
     p = probabilities.gather(1, target.clamp(min=0)[:, None])[:, 0]
     loss = -alpha * (1 - p) ** gamma * p.clamp(min=torch.finfo(torch.float32).tiny).log()
     if weight.numel():
@@ -58,8 +59,8 @@ def checked(target: Tensor, weight: Tensor) -> Tensor:
     """
     if target.numel() and (target.min() < 0 or target.max() >= len(weight)):
         raise RuntimeError(
-            f"focal loss: expected targets of 0 to {len(weight) - 1}, since there are weights for {len(weight)} "
-            f"classes, got {int(target.min())} to {int(target.max())}"
+            f"focal loss: expected targets of 0 to {len(weight) - 1} for {len(weight)} classes, got "
+            f"{int(target.min())} to {int(target.max())}"
         )
     return target
 
@@ -74,9 +75,19 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Write the derivative of each element of :func:`sigmoid_loss` into ``grad_input``."""
-    function = partial(sigmoid_loss, target=target, weight=weight, gamma=gamma, alpha=alpha)
-    grad_input.copy_(gradients(function, (input,), torch.ones_like(input))[0])
+    """Write the derivative of each element of :func:`sigmoid_loss` into ``grad_input``.
+
+    By its closed form, which is finite where p is 0 or 1, whatever ``gamma``: for the target class
+    -alpha (1 - p)^gamma (1 - p - gamma p log p), for others (1 - alpha) p^gamma (p - gamma (1 - p) log(1 - p)).
+    """
+    (x,) = in_full_precision(input)
+    p = x.sigmoid()
+    own = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * F.logsigmoid(x))
+    other = (1 - alpha) * p**gamma * (p - gamma * (1 - p) * F.logsigmoid(-x))
+    result = torch.where(target[:, None] == torch.arange(x.shape[1], device=x.device), own, other)
+    if weight.numel():
+        result = result * weight.to(result)[checked(target, weight)][:, None]
+    grad_input.copy_(result)
 
 
 def softmax_focal_loss_forward(
@@ -95,5 +106,6 @@ def softmax_focal_loss_backward(
         return softmax_loss(logits.softmax(1), target, weight, gamma, alpha)
 
     # Up to a constant a row, the logarithm of its probabilities is the row's logits.
-    logits = input.float().clamp(min=torch.finfo(torch.float32).tiny).log()
-    grad_input.copy_(gradients(of_logits, (logits.to(grad_input),), buff.new_ones(buff.shape))[0])
+    (probabilities,) = in_full_precision(input)
+    logits = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
+    grad_input.copy_(gradients(of_logits, (logits,), buff.new_ones(buff.shape))[0])

@@ -4,12 +4,14 @@ Regions are rows (index of the image, x1, y1, x2, y2), in pixels of the image; `
 the feature map.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 
-from .common import in_full_precision, write
+from .common import in_full_precision, not_deterministic, write
 
 MAX = 0
 """``pool_mode`` of the largest of a bin's samples; their mean is 1."""
@@ -56,10 +58,14 @@ def roi_align_forward(
     start, extent = _extents(regions, spatial_scale, aligned)
     bins = extent / extent.new_tensor(size)
     # Regions with the same number of samples are pooled together: one sample is a bin of a finer RoIAlign.
-    samples = bins.ceil().long() if sampling_ratio <= 0 else torch.full_like(bins, sampling_ratio, dtype=torch.long)
+    samples = (
+        bins.nan_to_num(0).ceil().long()
+        if sampling_ratio <= 0
+        else torch.full_like(bins, sampling_ratio, dtype=torch.long)
+    )
     for counts in samples.unique(dim=0).tolist():
         chosen = (samples == samples.new_tensor(counts)).all(1).nonzero()[:, 0]
-        if 0 in counts:
+        if min(counts) <= 0:  # no sample: the value is 0, and lies nowhere
             output[chosen], argmax_y[chosen], argmax_x[chosen] = 0, -1, -1
             continue
         fine = [n * count for n, count in zip(size, counts, strict=True)]
@@ -90,11 +96,12 @@ def roi_align_backward(
     grad, regions = in_full_precision(grad_output, rois)
     if pool_mode != MAX:
         settings = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
-        grad_input.copy_(torch.ops.torchvision._roi_align_backward(grad, regions, *settings))
+        with not_deterministic():
+            grad_input.copy_(torch.ops.torchvision._roi_align_backward(grad, regions, *settings))
         return
     n, channels, height, width = grad_input.shape
     y, x = in_full_precision(argmax_y, argmax_x)
-    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    inside = (y != -1) & (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
     y0, x0 = y.floor(), x.floor()
     image = (
@@ -142,20 +149,25 @@ def roi_pool_forward(
         if not sound:
             continue
         width_of_bins = extent[i] / size
-        masks = []
+        masks, first = [], []
         for axis, number in enumerate((pooled_height, pooled_width)):
             bins = torch.arange(number, device=input.device)[:, None]
-            pixels = torch.arange(limits[axis], device=input.device)
+            start_of_region, end_of_region = start[i, axis].item(), (start[i, axis] + extent[i, axis]).item()
+            first.append(min(max(math.floor(start_of_region), 0), limits[axis] - 1))
+            pixels = torch.arange(first[axis], min(math.ceil(end_of_region) + 1, limits[axis]), device=input.device)
+            pixels = pixels if len(pixels) else torch.arange(first[axis], first[axis] + 1, device=input.device)
             low = (bins * width_of_bins[axis] + start[i, axis]).floor()
             high = ((bins + 1) * width_of_bins[axis] + start[i, axis]).ceil()
             masks.append((low <= pixels) & (pixels < high))
         rows, columns = masks
-        in_row, x = torch.where(columns[:, None, None], features[image], -torch.inf).max(-1)  # (bins, C, H)
+        part = features[image, :, first[0] : first[0] + rows.shape[1], first[1] : first[1] + columns.shape[1]]
+        in_row, x = torch.where(columns[:, None, None], part, -torch.inf).max(-1)  # (bins, C, rows)
         largest, y = torch.where(rows[:, None, None], in_row, -torch.inf).max(-1)  # (bins in y, in x, C)
         x = x.expand(pooled_height, *x.shape).gather(-1, y[..., None])[..., 0]
         there = (rows.any(1)[:, None] & columns.any(1))[..., None]
         output[i] = torch.where(there, largest, 0).permute(2, 0, 1).to(output)
-        argmax[i] = torch.where(there, y * limits[1] + x, -1).permute(2, 0, 1).to(argmax)
+        place = (y + first[0]) * limits[1] + x + first[1]
+        argmax[i] = torch.where(there, place, -1).permute(2, 0, 1).to(argmax)
 
 
 def roi_pool_backward(

@@ -76,7 +76,7 @@ def softnms(
         else:
             factor = torch.where(overlap >= threshold, (1 - overlap) * method, 1)
         scores[chosen:] *= factor
-        order = torch.cat([torch.arange(chosen), chosen + _replaced_by_last(scores[chosen:] >= min_score)])
+        order = torch.cat([torch.arange(chosen), chosen + _replaced_by_last(~(scores[chosen:] < min_score))])
         boxes, scores, index = boxes[order], scores[order], index[order]
     return index
 

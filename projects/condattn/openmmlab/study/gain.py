@@ -1,0 +1,86 @@
+"""A gain behind the preconditioner, under study: not a setting of ``RowPreconditioner`` unless it proves useful.
+
+PC is, up to a factor of the square root of d, RMS normalisation of each head's output without a gain. Registered where
+a configuration imports this module: ``custom_imports = dict(imports=['condattn.openmmlab.study.gain'])``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...methods.base import leave_out, register_method
+from ...methods.preconditioner import PLAIN_LINEAR, PreconditionedLinear, RowPreconditioner
+from ...sites import AttentionSite
+
+GAINS = ("sqrt", "initial", "learned")
+
+
+@register_method
+@dataclass(frozen=True)
+class GainedRowPreconditioner(RowPreconditioner):
+    """``RowPreconditioner``, whose normalised rows are multiplied by a gain.
+
+    Attributes:
+        gain: 'sqrt', the square root of a head's channels, so that the mean square of a row is 1; 'initial', each
+            head's mean norm in the first batch of the training, so that it starts with the scale of unconditioned
+            attention; or 'learned', a parameter for each head, which starts at 1.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+
+    alias: ClassVar[str] = "pc_gain"
+
+    gain: str = "sqrt"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gain not in GAINS:
+            raise ValueError(f"GainedRowPreconditioner: gain is {self.gain!r}; expected one of {', '.join(GAINS)}")
+
+    def check(self, site: AttentionSite) -> None:
+        """Raise unless a plain linear layer receives the head outputs of ``site``."""
+        super().check(site)
+        if type(site.out.owner) not in PLAIN_LINEAR or site.out.owner is not site.out.projection:
+            raise ValueError(f"{site}: a gain needs nn.Linear behind the heads; {leave_out(site)}")
+
+    def apply(self, site: AttentionSite) -> None:
+        """Put the preconditioner and its gain in front of the projection."""
+        super().apply(site)
+        owner = site.out.owner
+        owner.__class__ = GainedLinear
+        heads = owner.head_norm.num_heads
+        if self.gain == "learned":
+            owner.head_gain = nn.Parameter(torch.ones(heads))
+        else:
+            start = (owner.in_features / heads) ** 0.5 if self.gain == "sqrt" else torch.nan
+            owner.register_buffer("head_gain", torch.full((heads,), start))
+
+    @classmethod
+    def applied_to(cls, site: AttentionSite) -> GainedRowPreconditioner | None:
+        """The preconditioner of ``site`` if it has a gain, or None."""
+        found = RowPreconditioner.applied_to(site)
+        return found if isinstance(found, cls) else None
+
+
+class GainedLinear(PreconditionedLinear):
+    """An output projection whose normalised input is multiplied by a gain for each head.
+
+    Shape: input (..., num_heads * d), output (..., out features), as ``nn.Linear``.
+    """
+
+    head_gain: Tensor
+    """(num_heads,)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project the row-normalised head outputs, times the gain."""
+        if self.preconditioner.gain == "initial" and self.training and self.head_gain.isnan().any():
+            with torch.no_grad():
+                self.head_gain.copy_(self.head_norm.row_norms(input))
+        gain = self.head_gain.repeat_interleave(self.in_features // len(self.head_gain)).to(input.dtype)
+        return F.linear(self.head_norm.normalize(input) * gain, self.weight, self.bias)

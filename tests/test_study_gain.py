@@ -1,0 +1,55 @@
+"""A gain behind the preconditioner, against its definition."""
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+import timm
+
+import condattn
+from condattn.openmmlab.study.gain import GAINS, GainedRowPreconditioner
+
+
+def projection(gain: str):
+    model = timm.create_model("test_vit", img_size=32)
+    condattn.condition(model, dict(type="GainedRowPreconditioner", gain=gain))
+    return model, model.blocks[0].attn.proj
+
+
+@pytest.mark.parametrize("gain", GAINS)
+def test_the_gain_multiplies_normalised_rows(gain):
+    _, layer = projection(gain)
+    heads, d = layer.head_norm.num_heads, layer.in_features // layer.head_norm.num_heads
+    x = torch.randn(2, 5, heads * d)
+    output = layer.train()(x)
+    norms = x.double().unflatten(-1, (heads, d)).norm(dim=-1)
+    want = {"sqrt": torch.full((heads,), d**0.5), "initial": norms.mean((0, 1)), "learned": torch.ones(heads)}[gain]
+    rows = x.double().unflatten(-1, (heads, d)) / norms[..., None] * want.double()[:, None]
+    expected = rows.flatten(-2) @ layer.weight.double().T + layer.bias.double()
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.head_gain.double(), want.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_first_batch_fixes_an_initial_gain():
+    model, layer = projection("initial")
+    layer.train()(torch.randn(2, 5, layer.in_features))
+    before = layer.head_gain.clone()
+    layer(10 * torch.randn(2, 5, layer.in_features))
+    assert torch.equal(layer.head_gain, before)
+    other, _ = projection("initial")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.blocks[0].attn.proj.head_gain, before)
+
+
+def test_a_learned_gain_is_trained():
+    model, _ = projection("learned")
+    model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert dict(model.named_parameters())["blocks.0.attn.proj.head_gain"].grad.abs().sum() > 0
+    record = condattn.conditioning_of(model)["blocks.0.attn"]
+    assert GainedRowPreconditioner(gain="learned").to_dict() in record
+
+
+def test_an_unknown_gain():
+    with pytest.raises(ValueError, match="gain is 'twice'; expected one of sqrt, initial, learned"):
+        GainedRowPreconditioner(gain="twice")
