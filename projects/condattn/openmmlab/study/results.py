@@ -13,7 +13,7 @@ from typing import Any
 
 from ...checkpoints.files import write_whole
 from ...engine.errors import UserError
-from .plan import FINAL, TUNING, RunId, Scores, Study
+from .plan import FINAL, RunId, Scores, Study
 
 FINISHED, FAILED = "finished", "failed"
 PACKAGES = (
@@ -171,10 +171,6 @@ class Results:
         """The final runs of a variant, in the order of the study's seeds."""
         records = {run.seed: r for run, r in self.records().items() if (run.stage, run.variant) == (FINAL, variant)}
         return [records[seed] for seed in self.study.seeds if seed in records]
-
-    def tuning(self, variant: str) -> list[Record]:
-        """The tuning runs of a variant."""
-        return [r for run, r in self.records().items() if (run.stage, run.variant) == (TUNING, variant)]
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
