@@ -38,8 +38,7 @@ options = {
     "model.backbone.module.arch": dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16),
     "model.head.in_channels": 16,
     "train_dataloader.batch_size": 4,
-    "train_dataloader.dataset.indices": list(range(0, 40)),
-    "val_dataloader.dataset.indices": list(range(40, 60)),
+    "val_dataloader.dataset.held_out": True,
     "train_cfg.max_iters": 4,
     "param_scheduler.0.end": 1,
     "param_scheduler.1.T_max": 4,
@@ -129,7 +128,7 @@ def test_a_study_that_contradicts_itself(study_file, change, message):
         (('conditioning": "pc"', 'conditioning": "pcc"'), "variant pc: .*unknown conditioning 'pcc'"),
         (('conditioning": "pc"', 'colour": "pc"'), "variant pc: .*unexpected keyword argument 'colour'"),
         (('metric = "accuracy/top1"', 'metric = "accuracy/top3"'), "no metric 'accuracy/top3'.*accuracy/top1"),
-        (('indices": list(range(40, 60))', 'indices": list(range(39, 60))'), "1 images serve training and tuning.*39"),
+        (('held_out": True', 'held_out": None'), "48 images serve training and tuning, such as training/0"),
     ],
 )
 def test_a_study_that_cannot_run(study_file, images, change, message):

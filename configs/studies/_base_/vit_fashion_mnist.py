@@ -26,7 +26,6 @@ model = dict(
 
 root = "{{$FASHION_MNIST:/usr/share/datasets/fashion-mnist}}"
 pack = dict(type="PackInputs")
-images = 60000
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,
@@ -35,7 +34,7 @@ train_dataloader = dict(
         type="IdxImages",
         data_root=root,
         split="training",
-        indices=[i for i in range(images) if i % 5 != 4],
+        held_out=False,
         pipeline=[dict(type="RandomFlip", prob=0.5), pack],
     ),
 )
@@ -47,7 +46,7 @@ val_dataloader = dict(
         type="IdxImages",
         data_root=root,
         split="training",
-        indices=list(range(4, images, 5)),
+        held_out=True,
         test_mode=True,
         pipeline=[pack],
     ),
