@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from runs import CONFIGS, DEMO, LOADERS, NOWHERE, TOOLS, error_lines, run
 
 pytest.importorskip("mmdet")
@@ -51,12 +52,21 @@ def test_missing_test_data(refuse):
 
 
 def own_data(folder: Path, categories: list[str]) -> list[str]:
-    for name in ("train", "val"):
+    """Write a small data set, whose training data have these categories; return options that lead to it."""
+    for name, names in (("train", categories), ("val", ["cat", "dog"])):
         (folder / "images" / name).mkdir(parents=True)
         (folder / "annotations").mkdir(exist_ok=True)
-        content = {"categories": [{"name": category} for category in categories]}
+        Image.new("RGB", (64, 48)).save(folder / "images" / name / "1.png")
+        polygon = [8, 8, 40, 8, 40, 40, 8, 40]
+        entry = dict(image_id=1, bbox=[8, 8, 32, 32], area=1024, iscrowd=0, segmentation=[polygon])
+        content = {
+            "categories": [dict(id=i, name=category) for i, category in enumerate(names, 1)],
+            "images": [dict(id=1, file_name="1.png", width=64, height=48)],
+            "annotations": [dict(entry, id=i, category_id=i) for i, _ in enumerate(names, 1)],
+        }
         (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
-    return [f"{loader}_dataloader.dataset.data_root={folder}" for loader in LOADERS]
+    evaluators = [f"{name}_evaluator.ann_file={folder}/annotations/val.json" for name in ("val", "test")]
+    return [*(f"{loader}_dataloader.dataset.data_root={folder}" for loader in LOADERS), *evaluators]
 
 
 def test_classes_that_the_annotations_do_not_have(refuse, tmp_path):
@@ -76,8 +86,7 @@ def test_classes_in_a_file_of_their_own(call, tmp_path):
     options = own_data(tmp_path / "own", ["cat", "dog"])
     (tmp_path / "classes.txt").write_text("cat\ndog")
     files = [f"{loader}_dataloader.dataset.metainfo.classes=classes.txt" for loader in LOADERS]
-    evaluators = [f"{name}_evaluator.ann_file={tmp_path}/own/annotations/val.json" for name in ("val", "test")]
-    options += [*files, *evaluators, *NOWHERE]
+    options += [*files, *NOWHERE]
     status, _, errors = call("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options)
     assert status == 2
     assert "nowhere.pth" in errors

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on the test data of its configuration."""
 
+import copy
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 from mmengine.config import Config
 
 from condattn.engine.checkpoints import add_checkpoint_arguments, check_fit, drop_pretrained, read_checkpoint
-from condattn.engine.data_check import check_data
 from condattn.engine.errors import UserError, run_tool
 from condattn.engine.guard import check_conditioning
 from condattn.engine.launch import (
@@ -20,6 +20,7 @@ from condattn.engine.launch import (
 from condattn.engine.processes import leave_processes, local_rank
 from condattn.engine.sharding import is_sharded
 from condattn.engine.tta import add_tta
+from condattn.openmmlab.data_check import check_data
 
 
 def parse_args() -> Namespace:
@@ -71,6 +72,8 @@ def main() -> None:
         save_label_maps(cfg, args.out)
     if args.tta and is_sharded(cfg):
         raise UserError("--tta expects a model that is not sharded; evaluate the checkpoint in one process")
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    given = copy.deepcopy(cfg)
     check_data(cfg, "test")
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     model = build_model(cfg)
@@ -80,17 +83,24 @@ def main() -> None:
         check_conditioning(checkpoint, args.checkpoint, model)
     if first and cfg.launcher != "none" and (args.show or args.show_dir):
         print("warning: the first process alone draws, its share of the images; run test.py for all", file=sys.stderr)
-    cfg.load_from, cfg.resume = args.checkpoint, False
     if args.tta:
         add_tta(cfg, model)
+        add_tta(given, model)
     del checkpoint, model
-    test(cfg, args, replaced=loaded)
+    test(cfg, args, loaded, given)
     leave_processes()
 
 
-def test(cfg: Config, args: Namespace, replaced: set[str]) -> None:
-    """Test; ``replaced`` are the keys of the weights that the checkpoint provides."""
-    runner = build_runner(cfg, args.other_conditioning)
+def test(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> None:
+    """Test.
+
+    Args:
+        cfg: The configuration.
+        args: The command line.
+        replaced: Keys of the weights that the checkpoint provides.
+        given: The configuration before it was adapted to the data.
+    """
+    runner = build_runner(cfg, args.other_conditioning, given)
     drop_pretrained(runner.model, replaced)
     if args.out and cfg.default_scope == "mmdet":
         from mmdet.evaluation import DumpDetResults

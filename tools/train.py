@@ -1,5 +1,6 @@
 """Train a detector or a segmenter from a configuration file."""
 
+import copy
 from argparse import ArgumentParser, Namespace
 
 import torch
@@ -16,7 +17,6 @@ from condattn.engine.checkpoints import (
     find_resumable,
     read_checkpoint,
 )
-from condattn.engine.data_check import check_data
 from condattn.engine.errors import UserError, run_tool
 from condattn.engine.guard import check_conditioning
 from condattn.engine.launch import (
@@ -28,6 +28,7 @@ from condattn.engine.launch import (
 )
 from condattn.engine.processes import leave_processes, local_rank
 from condattn.engine.sharding import check_shardable, is_sharded
+from condattn.openmmlab.data_check import check_data
 
 
 def parse_args() -> Namespace:
@@ -84,8 +85,9 @@ def main() -> None:
     resume = args.resume or ("auto" if cfg.get("resume") and not cfg.get("load_from") else None)
     if checkpoint := find_resumable(cfg.work_dir, args.unsafe) if resume == "auto" else resume:
         cfg.resume, cfg.load_from = True, checkpoint
+    given = copy.deepcopy(cfg)
     check_data(cfg, "train", "val")
-    train(cfg, args, replaced=check_weights(cfg, args))
+    train(cfg, args, check_weights(cfg, args), given)
     leave_processes()
 
 
@@ -108,9 +110,16 @@ def enable_lr_scaling(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def train(cfg: Config, args: Namespace, replaced: set[str]) -> None:
-    """Train; ``replaced`` are the keys of the weights that a checkpoint will provide."""
-    runner = build_runner(cfg, args.other_conditioning)
+def train(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> None:
+    """Train.
+
+    Args:
+        cfg: The configuration.
+        args: The command line.
+        replaced: Keys of the weights that a checkpoint will provide.
+        given: The configuration before it was adapted to the data.
+    """
+    runner = build_runner(cfg, args.other_conditioning, given)
     drop_pretrained(runner.model, replaced)
     if args.compile:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

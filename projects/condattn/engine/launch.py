@@ -150,14 +150,15 @@ def innermost(dataset: ConfigDict) -> ConfigDict:
     return dataset
 
 
-def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
+def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:
     """Join the other processes, if any, and build the runner, with a progress bar and the hooks that guard a run.
 
     Args:
         cfg: The configuration.
         other_conditioning: Whether checkpoints of a model that is conditioned otherwise are loaded.
+        given: The configuration that is left in the work directory, where ``cfg`` was adapted to the data.
     """
-    given = copy.deepcopy(cfg)
+    given = given or copy.deepcopy(cfg)
     start_processes(cfg)
     checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     if checkpoints.get("type") == "CheckpointHook":

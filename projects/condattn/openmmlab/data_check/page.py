@@ -1,0 +1,76 @@
+"""A page that shows what a check of data has found: counts, sizes, and samples with their annotations drawn."""
+
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from mmengine.config import Config
+from mmengine.registry import DATASETS, VISUALIZERS
+from PIL import Image
+
+from .check import Checked
+
+TEMPLATE = Path(__file__).with_name("page.html")
+WIDTH = 480
+"""Of the pictures, in pixels, at most."""
+PARTS = {
+    "mmdet": ("DetLocalVisualizer", [{"type": "LoadAnnotations", "with_bbox": True}, {"type": "PackDetInputs"}]),
+    "mmseg": ("SegLocalVisualizer", [{"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]),
+}
+"""Toolbox -> its visualizer, and what loads annotations for it."""
+
+
+def write_page(cfg: Config, checked: list[Checked], folder: Path) -> Path:
+    """Write ``index.html`` and pictures of samples into ``folder``; return the path of the page.
+
+    Args:
+        cfg: The configuration, adapted to what was found.
+        checked: What was found.
+        folder: Made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = [{} if entry.findings.errors else _draw_samples(cfg, entry, folder) for entry in checked]
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
+    path = folder / "index.html"
+    path.write_text(page.render(config=Path(cfg.filename).name, entries=list(zip(checked, samples, strict=True))))
+    return path
+
+
+def _draw_samples(cfg: Config, entry: Checked, folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """Name of a class -> paths of pictures, below ``folder``, and names of the images that they show."""
+    kind, annotations = PARTS[cfg.default_scope]
+    settings: dict[str, Any] = entry.settings
+    if cfg.default_scope == "mmdet" and entry.findings.with_masks:
+        annotations = [{**annotations[0], "with_mask": True}, *annotations[1:]]
+    loading = next(
+        (t for t in settings.get("pipeline") or [] if "LoadImage" in t["type"]), {"type": "LoadImageFromFile"}
+    )
+    with redirect_stdout(None):  # pycocotools says that it is loading
+        dataset = DATASETS.build({**settings, "pipeline": [loading, *annotations]})
+    places = {dataset.get_data_info(i)["img_path"]: i for i in range(len(dataset))}
+    visualizer = VISUALIZERS.build({"type": kind, "name": f"{entry.label} of the data check"})
+    visualizer.dataset_meta = dataset.metainfo
+    pictures: dict[str, str] = {}
+    for path in sorted({path for counted in entry.findings.classes for path in counted.examples}):
+        sample = dataset[places[path]]
+        name = f"{entry.loader}_{places[path]}.png"
+        image = sample["inputs"].numpy().transpose(1, 2, 0)
+        if cfg.default_scope == "mmdet":
+            gt = sample["data_samples"].gt_instances
+            gt.bboxes = getattr(gt.bboxes, "tensor", gt.bboxes)
+        image = np.ascontiguousarray(image[..., ::-1])
+        with warnings.catch_warnings():  # of boxes and texts that reach beyond the image
+            warnings.simplefilter("ignore", UserWarning)
+            visualizer.add_datasample(name, image, sample["data_samples"], draw_pred=False, out_file=str(folder / name))
+        with Image.open(folder / name) as picture:
+            picture.load()
+        picture.thumbnail((WIDTH, 2 * WIDTH))
+        picture.save(folder / name)
+        pictures[path] = name
+    return {
+        counted.name: [(pictures[path], Path(path).name) for path in counted.examples]
+        for counted in entry.findings.classes
+    }

@@ -1,0 +1,78 @@
+"""The files and folders that a configuration names: are they there, and if not, where do they come from?"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from ...engine.errors import UserError
+
+SOURCES = {
+    "coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
+    "https://cocodataset.org/#download into data/coco/ (train2017/, val2017/, annotations/)",
+    "ade": "ADE20K: unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip into "
+    "data/ade/ (ADEChallengeData2016/images/ and annotations/, each with training/ and validation/)",
+}
+"""Folder below data/ -> where the data set comes from and the layout that is expected."""
+
+
+def leaves(dataset: dict) -> Iterator[dict]:
+    """The data sets in ``dataset`` that read files, below wrappers such as RepeatDataset."""
+    inner = [dataset[key] for key in ("dataset", "datasets") if key in dataset]
+    if not inner:
+        yield dataset
+    for child in inner:
+        for item in as_list(child):
+            yield from leaves(item)
+
+
+def is_local(dataset: dict) -> bool:
+    """Whether a data set reads from a disk."""
+    if (dataset.get("backend_args") or {}).get("backend", "local") != "local":
+        return False
+    return not any("://" in path for path in named_paths(dataset))
+
+
+def named_paths(dataset: dict) -> Iterator[str]:
+    """What a data set reads, joined to its data_root as mmengine joins it."""
+    root = dataset.get("data_root") or ""
+    for path in (dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()):
+        if isinstance(path, str) and path:
+            yield path if "://" in path else str(Path(root, path))
+
+
+def check_paths(cfg: Config, loader: str) -> None:
+    """Check that the files and folders that a data loader and its evaluators name are there.
+
+    Data sets that know their own files, as the built-in ones do, and remote data are left alone.
+
+    Raises:
+        UserError: If one is missing; the message says how to get it.
+    """
+    found = False
+    for dataset in leaves(cfg[f"{loader}_dataloader"]["dataset"]):
+        if is_local(dataset):
+            for path in named_paths(dataset):
+                found = True
+                _check_path(path, f"{loader}_dataloader", cfg)
+    for evaluator in as_list(cfg.get(f"{loader}_evaluator")):
+        if found and evaluator.get("ann_file"):
+            _check_path(evaluator["ann_file"], f"{loader}_evaluator", cfg)
+
+
+def _check_path(path: str, where: str, cfg: Config) -> None:
+    if "://" in path or Path(path).exists():
+        return
+    folders = Path(path).parts
+    source = next((text for folder, text in SOURCES.items() if folder in folders), None)
+    advice = source or "put the data there, or set data_root, ann_file and data_prefix to where it is"
+    raise UserError(
+        f"no data at {path} ({where} of {cfg.filename}); {advice}; the configurations in configs/demo/ run "
+        "without any download"
+    )
+
+
+def as_list(value: Any) -> list:
+    """``value`` as a list; nothing is an empty one."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
