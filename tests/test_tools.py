@@ -20,17 +20,23 @@ pytest.importorskip("mmseg")
 # ------------------------------------------------------------------------------------------- the chain
 
 
+def assert_no_warning(output: str) -> None:
+    """But that four scenes do not show every digit."""
+    lines = [line for line in output.splitlines() if line.startswith("warning:")]
+    assert all(re.match(r"warning: val: no (object|pixel) of class", line) for line in lines), lines
+
+
 def test_detection_trains_and_evaluates(detection):
     assert "Epoch(train) [1][2/2]" in detection.output
     assert re.search(r"Epoch\(val\) \[1\]\[1/1\].*coco/bbox_mAP: .*coco/segm_mAP: ", detection.output)
-    assert "warning:" not in detection.output
+    assert_no_warning(detection.output)
     assert detection.checkpoint.is_file()
 
 
 def test_segmentation_trains_and_evaluates(segmentation):
     assert "Iter(train) [2/2]" in segmentation.output
     assert re.search(r"Iter\(val\) \[1/1\].*mIoU: ", segmentation.output)
-    assert "warning:" not in segmentation.output
+    assert_no_warning(segmentation.output)
     assert segmentation.checkpoint.is_file()
 
 
