@@ -443,6 +443,12 @@ def test_classes_in_a_string(coco):
     assert "write classes = ('cat',)" in error
 
 
+def test_a_data_set_that_nobody_has_registered(coco):
+    coco.cfg.train_dataloader.dataset.type = "CocoDatasett"
+    (error,) = coco.check().errors
+    assert "no data set CocoDatasett is registered" in error
+
+
 def test_heads_with_another_number_of_classes(coco):
     coco.cfg.model = dict(rpn_head=dict(num_classes=1), roi_head=dict(bbox_head=[dict(num_classes=80)]))
     (error,) = coco.check().errors

@@ -101,6 +101,8 @@ def report(checked: list[Checked]) -> None:
 
 def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool) -> Findings:
     """Check one data set."""
+    if _class(leaf) is None:
+        return Findings(errors=[f"no data set {leaf['type']} is registered; import its module with custom_imports"])
     kind = _kind(leaf)
     if kind is None or not is_local(leaf):
         return Findings(
