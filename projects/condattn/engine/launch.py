@@ -26,6 +26,7 @@ from .errors import UserError
 from .guard import ConditioningGuardHook
 from .processes import LAUNCHERS, start_processes
 from .progress import ProgressHook
+from .schedule import ScheduleHook
 from .sharding import check_sharding
 from .survival import ExactResumeHook, FiniteLossHook
 
@@ -170,7 +171,7 @@ def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
     runner.dump_config()
     runner.logger.info(f"mmcv's operators: {describe_operators()}")
     guard = ConditioningGuardHook(other_conditioning)
-    for hook in (ProgressHook(), guard, FiniteLossHook(), ExactResumeHook()):
+    for hook in (ProgressHook(), guard, ScheduleHook(), FiniteLossHook(), ExactResumeHook()):
         if not any(isinstance(own, type(hook)) for own in runner.hooks):
             runner.register_hook(hook)
     return runner
