@@ -140,7 +140,7 @@ def test_weights(tmp_path):
     nn.init.zeros_(backbone.model.blocks[3].attn.qkv.weight)
     backbone.init_weights()
     assert torch.equal(backbone.model.blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
-    with pytest.raises(ValueError, match=r"there is no file nowhere\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
         build("vit_tiny_patch16_224", checkpoint_path="nowhere.pth").init_weights()
     random = build("vit_tiny_patch16_224")
     before = random.model.blocks[3].attn.qkv.weight.clone()

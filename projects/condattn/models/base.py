@@ -1,13 +1,15 @@
 """What the conditioned faces of upstream backbones share."""
 
+import logging
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
 
 from ..checkpoints.convert import LoadReport, load_pretrained
-from ..checkpoints.files import read_file
+from ..checkpoints.files import describe_wrong_hash, read_file
 from ..condition import condition
 from ..methods.base import Conditioning
 from .loading import ENTRY, difference, guard_loading
@@ -75,10 +77,13 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
             f"init_cfg of type 'Pretrained' has {', '.join(sorted(unknown))}; its settings are "
             f"{', '.join(known_settings)}"
         )
-    path = settings.pop("checkpoint")
+    if not isinstance(path := settings.pop("checkpoint", None), str | Path):
+        raise ValueError(f"init_cfg of type 'Pretrained' expects checkpoint=FILE_OR_ADDRESS, found {path!r}")
     if not settings.pop("other_conditioning", False):
         check_record(model, read_file(path, settings.get("unsafe", False)), path, settings.get("load", "raw"))
     report = load_pretrained(model, path, known=known, **settings)
+    if wrong := describe_wrong_hash(path):
+        print_log(wrong, logger="current", level=logging.WARNING)
     print_log(f"pretrained weights {report}", logger="current")
     return report
 

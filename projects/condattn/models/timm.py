@@ -13,6 +13,7 @@ from timm.models import group_parameters
 from torch import Tensor
 
 from ..checkpoints.convert import load_weights
+from ..checkpoints.files import DownloadError
 from ..condition import condition
 from ..methods.base import Conditioning
 from .base import TIMM, is_pretrained, load_as_configured
@@ -135,7 +136,7 @@ class ConditionedTimmBackbone(BaseModule):
         Raises:
             ValueError: If the weights cannot be downloaded or read, or are of another model.
         """
-        if is_pretrained(self.init_cfg) and self.init_cfg["checkpoint"].startswith(TIMM):
+        if is_pretrained(self.init_cfg) and str(self.init_cfg.get("checkpoint")).startswith(TIMM):
             self._download(**{name: value for name, value in self.init_cfg.items() if name != "type"})
         elif is_pretrained(self.init_cfg):
             load_as_configured(self.model, self.init_cfg, known=self._names)
@@ -189,13 +190,14 @@ def pretrained_weights(model_name: str, **settings: Any) -> dict[str, Tensor]:
     """The weights that timm has for a model built with these settings.
 
     Raises:
-        ValueError: If there are none, or they cannot be downloaded.
+        ValueError: If there are none, or they cannot be downloaded; where that is an ``OSError``, it is one as well.
     """
     try:
         return _create(model_name, {**settings, "pretrained": True}).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ValueError(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
+        failure = DownloadError if isinstance(error, OSError) else ValueError
+        raise failure(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
 
 
 def _registered(model_name: str, pretrained_cfg: Any = None) -> str:
