@@ -206,6 +206,18 @@ def test_a_number_for_out_indices():
     assert (backbone.out_indices, backbone.out_channels, backbone.strides) == ([3], [256], [32])
 
 
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    """They are an OSError, as with timm itself."""
+    backbone = build("vit_tiny_patch16_224", pretrained=True)
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match="cannot be downloaded: ConnectionError no network"):
+        backbone.init_weights()
+
+
 @pytest.mark.parametrize("prefix", ["timm/", "hf_hub:timm/", "hf-hub:timm/"])
 def test_names_of_the_hub(prefix, monkeypatch):
     """They are names of timm's registry, and so are their weights."""

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -105,6 +105,18 @@ class Predictor:
     def predict(self, paths: Iterable[Path]) -> list[BaseDataElement]:
         """Predict a batch of image files; one data sample an image, on the CPU."""
         return self.run(paths)
+
+    def predict_each(self, paths: Sequence[Path]) -> list[BaseDataElement | Exception]:
+        """:meth:`predict`, but in the place of an image whose prediction fails there is the error that it fails with.
+
+        If a batch fails, its images are predicted one by one.
+        """
+        try:
+            return self.predict(paths) if paths else []
+        except Exception as error:  # whatever a model or a transform raises of an image
+            if len(paths) == 1:
+                return [error]
+            return [result for path in paths for result in self.predict_each([path])]
 
     def run(self, paths: Iterable[Path]) -> list[BaseDataElement]:
         """:meth:`predict`, in the caller's mode of gradients."""

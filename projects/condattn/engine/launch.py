@@ -8,6 +8,7 @@ import copy
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -144,11 +145,19 @@ def build_model(cfg: Config) -> nn.Module:
         raise UserError(f"the model of {cfg.filename} cannot be built: {message}") from error
 
 
+def leaves(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The configurations of the data sets in ``dataset``, below wrappers such as RepeatDataset and ConcatDataset."""
+    inner = [dataset[key] for key in ("dataset", "datasets") if key in dataset]
+    if not inner:
+        yield dataset
+    for child in inner:
+        for one in child if isinstance(child, list | tuple) else [child]:
+            yield from leaves(one)
+
+
 def innermost(dataset: ConfigDict) -> ConfigDict:
-    """The configuration of the data set in ``dataset``, below wrappers such as RepeatDataset."""
-    while "dataset" in dataset:
-        dataset = dataset["dataset"]
-    return dataset
+    """The first of :func:`leaves`."""
+    return next(leaves(dataset))
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False) -> Runner:
