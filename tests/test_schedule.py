@@ -18,7 +18,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import FlexibleRunner, Runner
 
 from condattn.engine import schedule
-from condattn.engine.checkpoints import read_safely
+from condattn.engine.checkpoints import read_checkpoint, read_safely
 from condattn.engine.config_text import settings_of
 from condattn.engine.schedule import ScheduleHook
 from condattn.engine.survival import WholeCheckpointHook
@@ -348,7 +348,19 @@ def test_the_state_of_weights_of_another_shape_is_not_loaded(tmp_path):
     run(tmp_path / "old", settings)
     found, _, (line,) = run(tmp_path / "new", settings, resume=tmp_path / "old" / "iter_5.pth", model=Line(width=3))
     assert list(found) == [5, 6, 7]
-    assert "after iteration 5: the parameters that it trains; the optimizer does not fit" in line
+    assert "after iteration 5: the kind of the optimizer, or the parameters that it trains; the optimizer" in line
+
+
+def test_another_optimizer_than_that_of_a_checkpoint_without_its_configuration(tmp_path):
+    settings = steps(8, schedule=by_step("PolyLR"))
+    run(tmp_path / "old", settings)
+    checkpoint = read_checkpoint(str(tmp_path / "old" / "iter_5.pth"))
+    del checkpoint["meta"]["cfg"]
+    torch.save(checkpoint, tmp_path / "unknown.pth")
+    new = settings | dict(optim_wrapper=ADAM)
+    found, _, (line,) = run(tmp_path / "new", new, resume=tmp_path / "unknown.pth")
+    assert [rate[0][0] for rate in found.values()] == pytest.approx([0.01 * (7 - step) / 7 for step in (5, 6, 7)])
+    assert "starts with an empty one" in line
 
 
 def test_settings_are_read_and_not_executed(tmp_path):

@@ -17,9 +17,10 @@ from torch import Tensor
 # Where the weights lie in a file, and what may stand before their names. Averages first, as timm's loader takes them;
 # but mmengine's EMAHook keeps the average in state_dict, and what was averaged in ema_state_dict.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "model_state", "ema_state_dict", "ema")
+PREFIXES = ("module.", "model.", "backbone.", "encoder.")
+# The start of a SHA-256 at the end of a file's name, and what is a date there.
 NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|safetensors)$")
 DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{4}|\d{6})?")
-PREFIXES = ("module.", "model.", "backbone.", "encoder.")
 
 
 class BadFileError(ValueError):
@@ -111,8 +112,10 @@ def describe_wrong_hash(path: str | Path) -> str:
         path: The file, or the address that it was downloaded from.
     """
     named = NAMED_HASH.search(Path(urlparse(str(path)).path).name)
+    if not named or DATE.fullmatch(named[1]):
+        return ""
     file = _downloaded(str(path)) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
-    if not named or DATE.fullmatch(named[1]) or not file.is_file():
+    if not file.is_file():
         return ""
     digest = hashlib.sha256()
     with file.open("rb") as content:

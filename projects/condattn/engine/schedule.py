@@ -14,9 +14,7 @@ from torch import Tensor
 from .config_text import settings_of
 
 PROGRESS = ("last_step", "_global_step", "_last_value", "verbose", "best", "num_bad_epochs", "cooldown_counter")
-"""Attributes of mmengine's schedulers that change while they run; the others are settings."""
-STATE_SWITCHES = ("amsgrad", "centered", "momentum")
-"""Settings of optimizers that decide, by being zero or not, what is kept of each parameter."""
+"""Attributes of mmengine's schedulers that change while they run, or only print; the others are settings."""
 
 
 @HOOKS.register_module()
@@ -63,13 +61,18 @@ class ScheduleHook(Hook):
         self._tell(runner, checkpoint, changes, fits)
 
     def _tell(self, runner: Runner, checkpoint: dict, changes: list[str], fits: bool) -> None:
-        unit = "epoch" if isinstance(runner.train_loop, EpochBasedTrainLoop) else "iter"
-        unknown = "the length of an epoch, or a scheduler" if fits else "the parameters that it trains"
+        in_epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        position = f"epoch {checkpoint['meta']['epoch']}" if in_epochs else f"iteration {checkpoint['meta']['iter']}"
+        if changes:
+            told = ", ".join(changes)
+        elif fits:
+            told = "the length of an epoch, or a scheduler"
+        else:
+            told = "the kind of the optimizer, or the parameters that it trains"
         state = "" if fits else "; the optimizer does not fit the state in the checkpoint, and starts with an empty one"
         runner.logger.warning(
             "the schedule or the optimizer differs from the checkpoint's, and the configuration's is used after "
-            f"{'epoch' if unit == 'epoch' else 'iteration'} {checkpoint['meta'][unit]}: "
-            f"{', '.join(changes) or unknown}{state}"
+            f"{position}: {told}{state}"
         )
 
 
@@ -129,9 +132,8 @@ def _one_fits(state: dict, wrapper: OptimWrapper) -> bool:
     ours, theirs = wrapper.optimizer.param_groups, state["param_groups"]
     if [len(group["params"]) for group in ours] != [len(group["params"]) for group in theirs]:
         return False
-    for own, group in zip(ours, theirs, strict=True):
-        if any(bool(own[name]) != bool(group[name]) for name in STATE_SWITCHES if name in own and name in group):
-            return False
+    if list(map(_what_is_kept, ours)) != list(map(_what_is_kept, theirs)):
+        return False
     parameters = [parameter for group in ours for parameter in group["params"]]
     return all(
         value.shape == parameters[index].shape
@@ -139,6 +141,13 @@ def _one_fits(state: dict, wrapper: OptimWrapper) -> bool:
         for value in values.values()
         if isinstance(value, Tensor) and value.dim() == parameters[index].dim() > 0
     )
+
+
+def _what_is_kept(group: dict) -> list[bool]:
+    """The settings of torch's optimizers that decide, by being zero or not, what is kept of each parameter."""
+    adam = bool(group.get("betas"))
+    momentum = bool(group.get("momentum")) and not adam  # of Adam mmengine's schedulers keep one there
+    return [adam, momentum, bool(group.get("amsgrad")), bool(group.get("centered"))]
 
 
 def _same_settings(checkpoint: dict, wrapper: OptimWrapper, schedulers: list[_ParamScheduler]) -> bool:
