@@ -285,6 +285,8 @@ def test_the_runner_executes_nothing_in_a_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"evil\.pth holds more than weights .*mkdir"):
         load_checkpoint(nn.Linear(2, 2), "evil.pth")
     assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
+        load_checkpoint(nn.Linear(2, 2), "nowhere.pth")
     read_safely(unsafe=True)
     load_checkpoint(nn.Linear(2, 2), "evil.pth")
     assert (tmp_path / "executed").is_dir()

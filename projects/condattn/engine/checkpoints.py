@@ -31,6 +31,10 @@ HUBS = {
 """Collections of weights -> mmengine's table of their addresses."""
 
 
+class MissingCheckpointError(UserError, FileNotFoundError):
+    """There is no such checkpoint, which callers of mmengine's reader expect as a ``FileNotFoundError``."""
+
+
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     """Add what every tool that loads a checkpoint takes."""
     parser.add_argument(
@@ -63,7 +67,8 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict:
     try:
         checkpoint = read_file(_address(path), unsafe)
     except BadFileError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+        failure = MissingCheckpointError if isinstance(error, FileNotFoundError) else UserError
+        raise failure(f"cannot read the checkpoint {path}: {error}") from error
     if path.startswith("mmcls://"):  # classifiers, of which detectors and segmenters take the backbone
         weights, _, _ = weights_of(checkpoint, path)
         checkpoint = {"state_dict": weights}
