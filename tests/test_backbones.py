@@ -359,3 +359,43 @@ def test_the_face_is_the_scopes_own_class():
 def test_unknown_conditioning_names_the_known():
     with pytest.raises(ValueError, match="unknown conditioning 'pcc'. Known: 'pc'"):
         build("mmdet", "ConditionedSwinTransformer", conditioning="pcc", **SMALL)
+
+
+def test_pretrained_weights_as_mmsegs_own_test_of_its_vit_asks_for_them():
+    """Its cases: the settings that its ``test_vit_init`` gives to the class, and the errors that it expects."""
+    path = "PATH_THAT_DO_NOT_EXIST"
+    missing = dict(type="Pretrained", checkpoint=path)
+
+    def vit(**settings):
+        return build("mmseg", "ConditionedVisionTransformer", **VIT, **settings)
+
+    model = vit(pretrained=None, init_cfg=None)
+    assert model.init_cfg is None
+    model.init_weights()
+    for settings in (dict(pretrained=None, init_cfg=missing), dict(pretrained=path, init_cfg=None)):
+        model = vit(**settings)
+        assert model.init_cfg == missing
+        with pytest.raises(OSError, match="there is no file PATH_THAT_DO_NOT_EXIST"):
+            model.init_weights()
+    with pytest.raises(TypeError):
+        vit(pretrained=None, init_cfg=123).init_weights()
+    with pytest.raises(TypeError):
+        vit(pretrained=123, init_cfg=None)
+    for pretrained in (path, 123):
+        for init_cfg in (missing, 123):
+            with pytest.raises(AssertionError):
+                vit(pretrained=pretrained, init_cfg=init_cfg)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_missing_file_is_the_error_that_upstream_raises(scope):
+    settings = dict(**SMALL, init_cfg=dict(type="Pretrained", checkpoint="nowhere.pth"))
+    for type in ("SwinTransformer", "ConditionedSwinTransformer"):
+        with pytest.raises(FileNotFoundError):
+            build(scope, type, **settings).init_weights()
+
+
+def test_pretrained_weights_of_no_file():
+    model = build("mmseg", "ConditionedVisionTransformer", **VIT, init_cfg=dict(type="Pretrained"))
+    with pytest.raises(ValueError, match="expects checkpoint=FILE_OR_ADDRESS, found None"):
+        model.init_weights()

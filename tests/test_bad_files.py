@@ -1,9 +1,11 @@
 """Files that are no good: each is refused in one line, nothing is executed, and the model stays as it was."""
 
+import hashlib
 import io
 import os
 import pickle
 import zipfile
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from runs import Malice
 from torch import nn
 
 from condattn.checkpoints.convert import ConversionError, load_pretrained
-from condattn.checkpoints.files import BadFileError, read_file, write_whole
+from condattn.checkpoints.files import BadFileError, describe_wrong_hash, read_file, write_whole
 
 timm = pytest.importorskip("timm")
 SETTINGS = dict(img_size=32, depth=3, embed_dim=24, num_heads=3, num_classes=5)
@@ -107,12 +109,12 @@ FILES = {
 }
 
 
-def check_refused(path, message):
+def check_refused(path, message, kind=ValueError):
     model = vit()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises((BadFileError, ConversionError), match=message) as caught:
         load_pretrained(model, path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, kind)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -126,8 +128,8 @@ def test_bad_files(name, tmp_path):
 
 
 def test_no_file(tmp_path):
-    check_refused(tmp_path / "nowhere.pth", "there is no file .*nowhere.pth")
-    check_refused(tmp_path, "is a folder; expected a file")
+    check_refused(tmp_path / "nowhere.pth", "there is no file .*nowhere.pth", kind=FileNotFoundError)
+    check_refused(tmp_path, "is a folder; expected a file", kind=IsADirectoryError)
     (tmp_path / "dangling.pth").symlink_to("nowhere")
     check_refused(tmp_path / "dangling.pth", "there is no file")
 
@@ -146,7 +148,7 @@ def test_a_refused_read_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(torch, "load", deny)
-    check_refused(tmp_path / "secret.pth", "may not be read: Permission denied")
+    check_refused(tmp_path / "secret.pth", "may not be read: Permission denied", kind=PermissionError)
 
 
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "old"])
@@ -189,6 +191,43 @@ def test_addresses_are_cached_apart(tmp_path, monkeypatch):
     for number in (1, 2, 1):
         content = read_file(f"https://example.org/{number}/model.pth?download=true")
         assert content["weight"] == number
+
+
+def test_what_cannot_be_downloaded_is_an_os_error(tmp_path, monkeypatch):
+    def offline(address, path):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    check_refused("https://example.org/model.pth", "cannot be downloaded; is there a network", kind=OSError)
+
+
+HASH = hashlib.sha256(b"weights").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        (f"swin-{HASH[:8]}.pth", False),
+        (f"swin_20210526-{HASH[:8]}.pth", False),
+        (f"swin-{HASH}.safetensors", False),
+        ("swin-0a1b2c3d.pth", True),
+        ("swin_20210526_132952-0a1b2c3d.pth", True),
+        (f"swin-{HASH[:-1]}x.pth", False),
+        ("swin-20210526.pth", False),
+        ("swin-20210526132952.pth", False),
+        ("swin-20219926.pth", True),
+        ("swin-0a1b2c.pth", False),
+        ("swin.pth", False),
+        ("0a1b2c3d.pth", False),
+    ],
+)
+def test_the_hash_in_a_name(name, wrong, tmp_path):
+    (tmp_path / name).write_bytes(b"weights")
+    told = describe_wrong_hash(tmp_path / name)
+    assert bool(told) == wrong
+    if wrong:
+        assert f"its SHA-256 starts with {HASH[:8]}, not with {name.split('-')[-1][:8]}" in told
 
 
 def test_a_whole_model_is_more_than_weights(tmp_path):

@@ -1,6 +1,8 @@
 """Bad input: one clear line, an exit status that is not zero, and nothing written."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from condattn.engine import launch
+from condattn.engine.checkpoints import read_checkpoint
 from condattn.engine.errors import UserError, run_tool
 
 
@@ -222,6 +225,19 @@ def bad_checkpoints(detection, tmp_path) -> Path:
     (tmp_path / "empty.pth").touch()
     torch.save({"state_dict": {"encoder.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
     torch.save([1, 2], tmp_path / "list.pth")
+    weights = read_checkpoint(str(detection.checkpoint))["state_dict"]
+    name = next(name for name in weights if name.endswith("blocks.1.attn.w_msa.proj.weight"))
+    contents = {
+        "numbered.pth": {"state_dict": dict(enumerate(weights.values()))},
+        "bare and numbered.pth": dict(enumerate(weights.values())),
+        "flat.pth": {"state_dict": {name: value.reshape(-1, 1, 1) for name, value in weights.items() if value.dim()}},
+        "listed.pth": {"state_dict": list(weights.values())},
+        "no metadata.pth": {"state_dict": weights, "meta": [1]},
+        "not a number.pth": {"state_dict": {**weights, name: torch.full_like(weights[name], float("nan"))}},
+        "infinite.pth": {"state_dict": {**weights, name: torch.full_like(weights[name], float("-inf"))}},
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
     return tmp_path
 
 
@@ -231,15 +247,51 @@ CHECKPOINTS = {
     "empty.pth": ("cannot read the checkpoint empty.pth",),
     "foreign.pth": ("no weight of the checkpoint foreign.pth fits", "encoder.weight", "backbone.patch_embed"),
     "list.pth": ("list.pth is no checkpoint",),
+    "numbered.pth": ("numbered.pth: expected weights with names, found the key 0, of type int",),
+    "bare and numbered.pth": ("expected weights with names, found the key 0, of type int",),
+    "flat.pth": (
+        "no weight of the checkpoint flat.pth fits",
+        "have another shape",
+        "there, 32 x 3 x 4 x 4 in the model",
+    ),
+    "listed.pth": ("listed.pth: expected state_dict to be a dictionary of weights, found a list",),
+    "no metadata.pth": ("expected meta to be a dictionary, found a list",),
+    "not a number.pth": ("is damaged", "1 weights", "not finite", "blocks.1.attn.w_msa.proj.weight"),
+    "infinite.pth": ("is damaged", "1 weights", "not finite", "blocks.1.attn.w_msa.proj.weight"),
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "name", [name if " " not in name else pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTS]
+)
 def test_bad_checkpoints(refuse, bad_checkpoints, detection_options, scenes, name):
     config, parts = DEMO / "mask_rcnn_swin_pc.py", CHECKPOINTS[name]
     refuse("test", config, name, "--cfg-options", *detection_options, parts=parts)
     refuse("train", config, "--cfg-options", *detection_options, f"load_from={name}", parts=parts)
     refuse("predict", scenes, config, name, "--out-dir", "out", parts=parts)
+
+
+def test_a_checkpoint_without_a_part_of_the_model_is_predicted_with_a_warning(call, detection, scenes, tmp_path):
+    checkpoint = read_checkpoint(str(detection.checkpoint))
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name: value for name, value in weights.items() if not name.startswith("roi_head.")}
+    torch.save(checkpoint, tmp_path / "headless.pth")
+    image = sorted((scenes / "images" / "validation").iterdir())[0]
+    status, _, errors = call("predict", image, detection.config, "headless.pth", "--out-dir", "out")
+    assert status == 0
+    (line,) = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    missing = len(weights) - len(checkpoint["state_dict"])
+    assert f"{missing} are not in it and keep their initial values (all of roi_head)" in line
+
+
+def test_a_file_that_is_not_what_its_name_says_is_predicted_with_a_warning(call, detection, scenes, tmp_path):
+    shutil.copy(detection.checkpoint, tmp_path / "swin-0a1b2c3d.pth")
+    found = hashlib.sha256(detection.checkpoint.read_bytes()).hexdigest()[:8]
+    image = sorted((scenes / "images" / "validation").iterdir())[0]
+    status, _, errors = call("predict", image, detection.config, "swin-0a1b2c3d.pth", "--out-dir", "out")
+    assert status == 0
+    (line,) = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    assert f"swin-0a1b2c3d.pth is another file than its name says: its SHA-256 starts with {found}, not with" in line
 
 
 def test_training_that_cannot_be_resumed(refuse, detection, tmp_path):

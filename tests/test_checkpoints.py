@@ -1,5 +1,6 @@
 """Warm starts, folding, publishing and the guard: the mathematics, and the tools on a trained demo."""
 
+import copy
 import hashlib
 import os
 import re
@@ -17,9 +18,11 @@ from condattn.checkpoints.calibrate import calibrate
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-from condattn.engine.checkpoints import read_safely
+from condattn.engine.checkpoints import read_checkpoint, read_safely
 from condattn.engine.errors import UserError
 from condattn.engine.guard import ConditioningGuardHook, check_conditioning, record_of
+from condattn.models.factory import Conditioned
+from condattn.models.loading import drop_record, with_record
 
 SWIN = DEMO / "mask_rcnn_swin_pc.py"
 SC = "model.backbone.conditioning=sc"
@@ -132,7 +135,7 @@ def test_the_hook_records_and_refuses():
     class Runner:
         model = checkpoint_of("pc")[1]
 
-    checkpoint = {"meta": {}}
+    checkpoint = {"meta": {}, "state_dict": Runner.model.state_dict()}
     ConditioningGuardHook().before_save_checkpoint(Runner, checkpoint)
     assert checkpoint["meta"]["conditioning"]["self_attn"][0]["type"] == "RowPreconditioner"
     ConditioningGuardHook().after_load_checkpoint(Runner, checkpoint)
@@ -157,6 +160,37 @@ def test_tools_load_it_where_they_are_told_to(call, detection, scenes):
     assert call(*command, *options)[0] == 0
 
 
+@pytest.mark.parametrize("toolbox", ["mmdet", "mmseg"])
+def test_inferencers_of_the_toolboxes_refuse_it_too(toolbox, request, tmp_path):
+    from mmdet.apis import DetInferencer, init_detector
+    from mmseg.apis import MMSegInferencer, init_model
+
+    run = request.getfixturevalue({"mmdet": "detection", "mmseg": "segmentation"}[toolbox])
+    build, infer = {"mmdet": (init_detector, DetInferencer), "mmseg": (init_model, MMSegInferencer)}[toolbox]
+    cfg, weights = Config.fromfile(run.work_dir / run.config.name), str(run.checkpoint)
+    model = infer(copy.deepcopy(cfg), weights, device="cpu").model
+    name = "backbone.patch_embed.projection.weight"
+    assert torch.equal(model.state_dict()[name], read_checkpoint(weights)["state_dict"][name])
+    cfg.model.backbone.conditioning = "sc"
+    message = "weights of backbone were trained with conditioning=.*RowPreconditioner.* this backbone has .*Spectral"
+    for load in (build, infer):
+        with pytest.raises(ValueError, match=message):
+            load(copy.deepcopy(cfg), weights, device="cpu")
+
+
+def test_a_whole_conditioned_model_refuses_the_weights_of_another():
+    def build(conditioning):
+        return Conditioned(nn.TransformerEncoderLayer(8, 2, 16), conditioning)
+
+    saved = with_record(build("pc").state_dict(), build("pc"))
+    build("pc").load_state_dict(saved)
+    with pytest.raises(ValueError, match="weights of the model were trained with conditioning=.* at self_attn"):
+        build("none").load_state_dict(saved)
+    drop_record(saved)
+    build("none").load_state_dict(saved)
+    build("none").load_state_dict(build("pc").state_dict())
+
+
 # ---------------------------------------------------------------- the tools
 
 
@@ -166,6 +200,7 @@ def vanilla(detection, tmp_path_factory):
     path = tmp_path_factory.mktemp("vanilla") / "vanilla.pth"
     checkpoint = torch.load(detection.checkpoint, weights_only=False)
     del checkpoint["meta"]["conditioning"]
+    checkpoint["state_dict"] = dict(checkpoint["state_dict"])
     torch.save(checkpoint, path)
     return path
 
@@ -250,6 +285,8 @@ def test_the_runner_executes_nothing_in_a_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"evil\.pth holds more than weights .*mkdir"):
         load_checkpoint(nn.Linear(2, 2), "evil.pth")
     assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
+        load_checkpoint(nn.Linear(2, 2), "nowhere.pth")
     read_safely(unsafe=True)
     load_checkpoint(nn.Linear(2, 2), "evil.pth")
     assert (tmp_path / "executed").is_dir()

@@ -18,7 +18,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 
@@ -311,9 +311,49 @@ def test_own_coco_data_trains_heads_of_another_kind(base, tmp_path):
     check_training(shrink(own_coco(base, tmp_path)))
 
 
-def own_coco(base, folder):
+def rates(cfg, batches):
+    """The share of the configured rate in each iteration of a training with so many batches an epoch."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    defaults = dict(optimizer=optimizer, epoch_length=batches)
+    schedulers = [PARAM_SCHEDULERS.build(scheduler, default_args=defaults) for scheduler in cfg.param_scheduler]
+    found = []
+    length = cfg.train_cfg.max_epochs * batches if "max_epochs" in cfg.train_cfg else cfg.train_cfg.max_iters
+    for iteration in range(1, length + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or iteration % batches == 0:
+                scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 24, 50])
+def test_own_coco_data_reaches_its_rate_in_every_length(epochs, tmp_path):
+    cfg = own_coco("mask_rcnn_swin_pc.py", tmp_path, max_epochs=epochs)
+    for batches in (1, 2, 3, 24, 49):
+        found = rates(cfg, batches)
+        warm_up = max(round(min(1, epochs / 24) * batches), 1)
+        assert found[0] == pytest.approx(0.01 if warm_up > 1 else 1)
+        assert found[warm_up - 1] == pytest.approx(1)
+        assert found[-1] == pytest.approx({1: 1, 2: 0.1, 3: 0.1}.get(epochs, 0.01))
+
+
+@pytest.mark.parametrize("length", [1, 9, 10, 39, 40, 79, 80, 8000])
+def test_own_label_maps_reach_their_rate_in_every_length(length, tmp_path):
+    text = (CONFIGS / "own_data/png_labels.py").read_text().replace('"../', f'"{CONFIGS}/')
+    (tmp_path / "mine.py").write_text(text.replace("max_iters = 8000", f"max_iters = {length}"))
+    cfg = Config.fromfile(tmp_path / "mine.py")
+    found = rates(cfg, batches=7)
+    assert found[0] == pytest.approx(0.01 if length >= 80 else 1)
+    assert found[length // 40 - 1 if length >= 80 else 0] == pytest.approx(1)
+    assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == max(length // 10, 1)
+
+
+def own_coco(base, folder, max_epochs=24):
     text = (CONFIGS / "own_data/coco.py").read_text()
     text = text.replace("../mask_rcnn_swin_pc.py", str(CONFIGS / base)).replace('"dog"]', '"dog", "owl"]')
+    text = text.replace("max_epochs = 24", f"max_epochs = {max_epochs}")
     (folder / "mine.py").write_text(text)
     return Config.fromfile(folder / "mine.py")
 

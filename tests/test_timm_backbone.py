@@ -140,7 +140,7 @@ def test_weights(tmp_path):
     nn.init.zeros_(backbone.model.blocks[3].attn.qkv.weight)
     backbone.init_weights()
     assert torch.equal(backbone.model.blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
-    with pytest.raises(ValueError, match=r"there is no file nowhere\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
         build("vit_tiny_patch16_224", checkpoint_path="nowhere.pth").init_weights()
     random = build("vit_tiny_patch16_224")
     before = random.model.blocks[3].attn.qkv.weight.clone()
@@ -151,6 +151,19 @@ def test_weights(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        (
+            dict(model_name="vit_tiny_patch16_224.no"),
+            "vit_tiny_patch16_224 has no weights with the tag no; it has augreg",
+        ),
+        (dict(model_name="vit_tiny_patch16_224", pretrained_cfg="no"), "no weights with the tag no; it has augreg"),
+        (dict(model_name="hf-hub:somebody/vit"), "'hf-hub:somebody/vit'; expected a model of timm itself"),
+        (dict(model_name="local-dir:/tmp"), "'local-dir:/tmp'; expected a model of timm itself"),
+        (dict(model_name="pvt_v2_b0", features_only=True), "features_only: .* leave the setting out"),
+        (dict(model_name="pvt_v2_b0", out_indices=4), r"out_indices is \[4\]; pvt_v2_b0 has 4 features"),
+        (dict(model_name="pvt_v2_b0", out_indices=()), r"out_indices is \[\]; pvt_v2_b0 has 4 features"),
+        (dict(model_name="pvt_v2_b0", out_indices=("3",)), r"out_indices is \['3'\]; pvt_v2_b0 has 4 features"),
+        (dict(model_name="pvt_v2_b0", frozen_stages="all"), "frozen_stages is all; pvt_v2_b0 has 4 stages"),
+        (dict(model_name="vit_tiny_patch16_224", embed_dim=7), "vit_tiny_patch16_224: dim should be divisible"),
         (dict(model_name="vit_tiny_patch_16"), "timm has no model vit_tiny_patch_16; it has .*vit"),
         (dict(model_name="pvt_v2_b0", out_indices=(0, 4)), r"out_indices is \[0, 4\]; pvt_v2_b0 has 4 features"),
         (dict(model_name="pvt_v2_b0", out_indices=(1, 1)), r"out_indices is \[1, 1\].* ascending"),
@@ -167,6 +180,56 @@ def test_weights(tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         ConditionedTimmBackbone(**settings)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pvt_v2_b0"])
+def test_images_of_other_channels(name, channels, tmp_path):
+    model = timm.create_model(name, in_chans=channels)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    path = str(tmp_path / "weights.pth")
+    backbone = build(name, in_chans=channels, conditioning="none", checkpoint_path=path).eval()
+    backbone.init_weights()
+    image = torch.randn(1, channels, 64, 64)
+    want = timm.create_model(name, in_chans=channels, **({"dynamic_img_size": True} if "vit" in name else {}))
+    want.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        maps = want.eval().forward_intermediates(image, norm=False, output_fmt="NCHW", intermediates_only=True)
+        assert torch.equal(backbone(image)[-1], maps[-1])
+    with pytest.raises(ValueError, match=f"x 3 x .* there, .* x {channels} x .* in the model"):
+        torch.save(timm.create_model(name).state_dict(), path)
+        backbone.init_weights()
+
+
+def test_a_number_for_out_indices():
+    backbone = build("pvt_v2_b0", out_indices=-1)
+    assert (backbone.out_indices, backbone.out_channels, backbone.strides) == ([3], [256], [32])
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    """They are an OSError, as with timm itself."""
+    backbone = build("vit_tiny_patch16_224", pretrained=True)
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match="cannot be downloaded: ConnectionError no network"):
+        backbone.init_weights()
+
+
+@pytest.mark.parametrize("prefix", ["timm/", "hf_hub:timm/", "hf-hub:timm/"])
+def test_names_of_the_hub(prefix, monkeypatch):
+    """They are names of timm's registry, and so are their weights."""
+    create, asked = timm.create_model, []
+
+    def offline(name, pretrained=False, **settings):
+        asked.append((name, pretrained))
+        return create(name, **settings)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    build(f"{prefix}vit_tiny_patch16_224.augreg_in21k", pretrained=True).init_weights()
+    assert {name for name, _ in asked} == {"vit_tiny_patch16_224.augreg_in21k"} and asked[-1][1]
 
 
 def test_simple_feature_pyramid():

@@ -68,6 +68,7 @@ def test_segmentation_resumes_from_a_named_checkpoint(segmentation, tmp_path):
     assert "resumed epoch: 0, iter: 2" in output
     assert "Iter(train) [3/4]" in output
     assert "Iter(train) [2/4]" not in output
+    assert "the configuration's is used after iteration 2: train_cfg.max_iters 2 -> 4" in output
     default_work_dir = tmp_path / "work_dirs" / "demo" / "upernet_swin_pc"
     assert_went_on(segmentation.checkpoint, default_work_dir / "iter_4.pth", iterations=2)
 
@@ -236,6 +237,56 @@ def test_segmentation_predicts_images(segmentation, album):
     sizes = {path.name: Image.open(path).size for path in predictions.glob("*.png")}
     assert sizes == {"a.jpg.png": (192, 192), "a.png.png": (160, 96)}
     assert np.array(Image.open(predictions / "sub" / "a.jpg.png")).max() < 11
+
+
+@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+def test_an_image_that_cannot_be_predicted_costs_no_other_its_prediction(kind, request, call, scenes, tmp_path):
+    """Of an image of one pixel a label map can be predicted, but not drawn."""
+    trained = request.getfixturevalue(kind)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(min((scenes / "images" / "validation").glob("*.jpg")), folder / "b.jpg")
+    Image.new("RGB", (5000, 1)).save(folder / "a.png")
+    Image.new("RGB", (1, 1)).save(folder / "c.png")
+    command = ["predict", folder, trained.config, trained.checkpoint, "--out-dir", "out", "--batch-size", 3]
+    status, output, errors = call(*command)
+    assert status == 1
+    drawn = kind == "detection"
+    first, *others = error_lines(errors)
+    assert f"the prediction of {folder / 'a.png'} fails (error: OpenCV" in first
+    if drawn:
+        assert others == []
+    else:
+        (other,) = others
+        assert f"the prediction of {folder / 'c.png'} is saved, but cannot be drawn (IndexError" in other
+    assert f"{2 if drawn else 1} of 3 images predicted" in output
+    suffix = ".json" if drawn else ".png"
+    assert {path.name for path in (tmp_path / "out" / "preds").iterdir()} == {f"b.jpg{suffix}", f"c.png{suffix}"}
+    assert {path.name for path in (tmp_path / "out" / "vis").iterdir()} == ({"b.jpg", "c.png"} if drawn else {"b.jpg"})
+
+
+CONCATENATED = """
+_base_ = {base!r}
+test_dataloader = dict(
+    dataset=dict(
+        _delete_=True,
+        type="ConcatDataset",
+        datasets=[{{{{_base_.test_dataloader.dataset}}}}, {{{{_base_.test_dataloader.dataset}}}}],
+    )
+)
+"""
+
+
+def test_data_sets_in_a_wrapper(segmentation, call, scenes, tmp_path):
+    """Whose pipeline and classes are those of the first, and which are all augmented in a test."""
+    (tmp_path / "two.py").write_text(CONCATENATED.format(base=str(segmentation.work_dir / segmentation.config.name)))
+    image = min((scenes / "images" / "validation").glob("*.jpg"))
+    status, _, errors = call("predict", image, "two.py", segmentation.checkpoint, "--out-dir", "out")
+    assert status == 0, errors
+    assert np.array(Image.open(tmp_path / "out" / "preds" / f"{image.name}.png")).shape == (192, 192)
+    status, output, errors = call("test", "two.py", segmentation.checkpoint, "--tta", "--out", "labels")
+    assert status is None, errors
+    assert re.search(r"Iter\(test\) \[2/2\].*mIoU: ", output + errors)
 
 
 def test_results_of_an_earlier_prediction_are_no_input(album):

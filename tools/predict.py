@@ -2,6 +2,7 @@
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> int:
-    """Predict every image; the status is 1 if some could not be read."""
+    """Predict every image; the status is 1 if some could not be read, predicted or drawn."""
     args = parse_args()
     device = choose_device(args.device)
     images = find_images(args.source, args.out_dir)
@@ -59,23 +60,48 @@ def main() -> int:
             f"{args.config} is of a classifier; predict.py is for detection and segmentation configurations"
         )
     predictor = Predictor(cfg, args.checkpoint, device, args.other_conditioning, args.unsafe)
-    unreadable = 0
+    done = 0
     with tqdm(total=len(images), desc="predict", unit="image", dynamic_ncols=True, disable=None) as bar:
         for start in range(0, len(images), args.batch_size):
             batch = images[start : start + args.batch_size]
-            good = []
-            for path, name in batch:
-                if is_readable(path):
-                    good.append((path, name))
+            for problem in predict(predictor, batch, args.out_dir, args.score_thr):
+                if problem:
+                    bar.write(f"error: {problem}", file=sys.stderr)
                 else:
-                    bar.write(f"error: {path} cannot be read as an image; left out", file=sys.stderr)
-            for (_, name), sample in zip(good, predictor.predict(path for path, _ in good), strict=True):
-                predictor.draw(sample, args.out_dir / "vis" / name, args.score_thr)
-                save_prediction(sample, args.out_dir / "preds" / name)
-            unreadable += len(batch) - len(good)
-            bar.update(len(batch))
-    print(f"{len(images) - unreadable} of {len(images)} images predicted; see {args.out_dir}/vis and preds")
-    return 1 if unreadable else 0
+                    done += 1
+                bar.update()
+    print(f"{done} of {len(images)} images predicted; see {args.out_dir}/vis and preds")
+    return 0 if done == len(images) else 1
+
+
+def predict(
+    predictor: Predictor, images: list[tuple[Path, Path]], out_dir: Path, score_thr: float
+) -> Iterator[str | None]:
+    """Predict, save and draw a batch of images, given as path and name; of each, what went wrong, or None."""
+    good = []
+    for path, name in images:
+        if is_readable(path):
+            good.append((path, name))
+        else:
+            yield f"{path} cannot be read as an image; left out"
+    for (path, name), sample in zip(good, predictor.predict_each([path for path, _ in good]), strict=True):
+        if isinstance(sample, Exception):
+            yield f"the prediction of {path} fails ({in_short(sample)}); left out"
+            continue
+        save_prediction(sample, out_dir / "preds" / name)
+        try:
+            predictor.draw(sample, out_dir / "vis" / name, score_thr)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a toolbox raises of an image that it cannot draw
+            yield f"the prediction of {path} is saved, but cannot be drawn ({in_short(error)})"
+        else:
+            yield None
+
+
+def in_short(error: Exception) -> str:
+    """The kind and the beginning of the message of an error, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 if __name__ == "__main__":

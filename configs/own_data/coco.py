@@ -64,14 +64,14 @@ optim_wrapper = dict(
 )
 auto_scale_lr = dict(base_batch_size=batch_size)
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=max_epochs)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
+param_scheduler = [  # the rate rises for an epoch, or in a short training for a twenty-fourth of it
+    dict(type="WarmUpLR", start_factor=0.01, end=min(1, max_epochs / 24), by_epoch=True, convert_to_iter_based=True),
     dict(
         type="MultiStepLR",
         by_epoch=True,
         begin=0,
         end=max_epochs,
-        milestones=[max_epochs * 2 // 3, max_epochs * 11 // 12],
+        milestones=sorted({max_epochs * 2 // 3, max_epochs * 11 // 12} - {0}),
         gamma=0.1,
     ),
 ]

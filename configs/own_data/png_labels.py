@@ -45,13 +45,13 @@ test_dataloader = val_dataloader
 # 6e-5 belongs to 16 images a batch; Adam's rate follows the square root of the batch.
 optim_wrapper = dict(optimizer=dict(lr=6e-5 * (batch_size / 16) ** 0.5))
 auto_scale_lr = dict(base_batch_size=batch_size)
-interval = max_iters // 10
-warm_up = max_iters // 40
+interval = max(max_iters // 10, 1)
+warm_up = max_iters // 40 if max_iters >= 80 else 0  # a warm-up of one step would stay at its start factor
 train_cfg = dict(max_iters=max_iters, val_interval=interval)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=warm_up, end=max_iters),
-]
+decay = dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=warm_up, end=max_iters)
+param_scheduler = [decay]
+if warm_up:
+    param_scheduler.insert(0, dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warm_up))
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(interval=interval, max_keep_ckpts=2, save_best="mIoU"),

@@ -10,7 +10,8 @@ from .stack import check_stack
 
 MODULES = (
     *("models.factory", "models.pyramid", "openmmlab.datasets.idx_images"),
-    *("engine.progress", "engine.guard", "engine.calibration", "engine.survival", "engine.sharding", "engine.spectra"),
+    *("engine.progress", "engine.guard", "engine.calibration", "engine.schedule", "engine.warm_up"),
+    *("engine.survival", "engine.sharding", "engine.spectra"),
 )
 LIBRARY_MODULES = {
     "timm": ("models.timm",),

@@ -18,10 +18,29 @@ from torch import Tensor
 # but mmengine's EMAHook keeps the average in state_dict, and what was averaged in ema_state_dict.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "model_state", "ema_state_dict", "ema")
 PREFIXES = ("module.", "model.", "backbone.", "encoder.")
+# The start of a SHA-256 at the end of a file's name, and what is a date there.
+NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|safetensors)$")
+DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{4}|\d{6})?")
 
 
 class BadFileError(ValueError):
     """A file is not what it should be; the message says what it is, in one line."""
+
+
+class MissingFileError(BadFileError, FileNotFoundError):
+    """There is no such file."""
+
+
+class FolderError(BadFileError, IsADirectoryError):
+    """A folder is where a file is expected."""
+
+
+class UnreadableFileError(BadFileError, PermissionError):
+    """A file may not be read."""
+
+
+class DownloadError(BadFileError, OSError):
+    """What an address names cannot be downloaded."""
 
 
 def read_file(path: str | Path, unsafe: bool = False) -> Any:
@@ -33,15 +52,15 @@ def read_file(path: str | Path, unsafe: bool = False) -> Any:
             read alone, and what mmengine's runner puts beside them.
 
     Raises:
-        BadFileError: If the file cannot be read.
+        BadFileError: If the file cannot be read; an ``OSError`` as well where that of ``open`` would be.
     """
     if str(path).startswith(("http://", "https://")):
         return _read_download(str(path), unsafe)
     path = Path(path).expanduser()
     if not path.exists():
-        raise BadFileError(f"there is no file {path}")
+        raise MissingFileError(f"there is no file {path}")
     if path.is_dir():
-        raise BadFileError(f"{path} is a folder; expected a file")
+        raise FolderError(f"{path} is a folder; expected a file")
     try:
         size = path.stat().st_size
         if not size:
@@ -50,7 +69,7 @@ def read_file(path: str | Path, unsafe: bool = False) -> Any:
             return _read_safetensors(path)
         return _read_torch(path, unsafe)
     except PermissionError as error:
-        raise BadFileError(f"{path} may not be read: {error.strerror}") from error
+        raise UnreadableFileError(f"{path} may not be read: {error.strerror}") from error
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         if isinstance(error, BadFileError):
             raise
@@ -80,8 +99,31 @@ def _downloaded(address: str) -> Path:
             try:
                 torch.hub.download_url_to_file(address, str(path))
             except OSError as error:
-                raise BadFileError(f"{address} cannot be downloaded; is there a network? ({error})") from error
+                raise DownloadError(f"{address} cannot be downloaded; is there a network? ({error})") from error
     return path
+
+
+def describe_wrong_hash(path: str | Path) -> str:
+    """Whether a file is another than its name says, as text; or ''.
+
+    Names of published files end with the start of their SHA-256, as in ``swin-0a1b2c3d.pth``; a date is none.
+
+    Args:
+        path: The file, or the address that it was downloaded from.
+    """
+    named = NAMED_HASH.search(Path(urlparse(str(path)).path).name)
+    if not named or DATE.fullmatch(named[1]):
+        return ""
+    file = _downloaded(str(path)) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
+    if not file.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    if (found := digest.hexdigest()[: len(named[1])]) == named[1]:
+        return ""
+    return f"{path} is another file than its name says: its SHA-256 starts with {found}, not with {named[1]}"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

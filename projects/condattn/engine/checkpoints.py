@@ -3,8 +3,9 @@
 import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import CheckpointLoader
@@ -16,7 +17,7 @@ from mmengine.runner.checkpoint import (
 )
 from torch import Tensor, nn
 
-from ..checkpoints.files import BadFileError, read_file, weights_of
+from ..checkpoints.files import BadFileError, describe_wrong_hash, read_file, weights_of
 from ..models.base import is_pretrained
 from .errors import UserError
 
@@ -28,6 +29,10 @@ HUBS = {
     "mmcls://": get_mmcls_models,
 }
 """Collections of weights -> mmengine's table of their addresses."""
+
+
+class MissingCheckpointError(UserError, FileNotFoundError):
+    """There is no such checkpoint, which callers of mmengine's reader expect as a ``FileNotFoundError``."""
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
@@ -62,14 +67,29 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict:
     try:
         checkpoint = read_file(_address(path), unsafe)
     except BadFileError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+        failure = MissingCheckpointError if isinstance(error, FileNotFoundError) else UserError
+        raise failure(f"cannot read the checkpoint {path}: {error}") from error
     if path.startswith("mmcls://"):  # classifiers, of which detectors and segmenters take the backbone
         weights, _, _ = weights_of(checkpoint, path)
         checkpoint = {"state_dict": weights}
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is no checkpoint: expected a dictionary of weights, got {type(checkpoint).__name__}")
-    bare = checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values())
-    return {"state_dict": checkpoint} if bare else checkpoint
+    if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        checkpoint = {"state_dict": checkpoint}
+    _check_form(checkpoint, path)
+    return checkpoint
+
+
+def _check_form(checkpoint: dict, path: str) -> None:
+    """Check that weights are named by text, and that what the tools read beside them is what they expect."""
+    weights = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{path}: expected state_dict to be a dictionary of weights, found a {type(weights).__name__}")
+    if strange := [key for key in weights if not isinstance(key, str)]:
+        kind = type(strange[0]).__name__
+        raise UserError(f"{path}: expected weights with names, found the key {strange[0]!r}, of type {kind}")
+    if not isinstance(checkpoint.get("meta", {}), Mapping):
+        raise UserError(f"{path}: expected meta to be a dictionary, found a {type(checkpoint['meta']).__name__}")
 
 
 def read_safely(unsafe: bool = False) -> None:
@@ -151,33 +171,44 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
         checkpoint: What was read.
         path: From where.
         model: The model that is to load it.
-        warn: Print a warning if it fits in part.
+        warn: Print a warning if it fits in part, or is another file than its name says.
 
     Returns:
         The keys of the weights that the model will load from it.
 
     Raises:
-        UserError: If it fits no weight of the model.
+        UserError: If it fits no weight of the model, or has values that are not finite.
     """
     weights = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
     expected = model.state_dict()
-    common = weights.keys() & expected.keys()
+    common = [key for key in expected if key in weights]
     fitting = {key for key in common if getattr(weights[key], "shape", None) == expected[key].shape}
-    if not fitting:
+    misshapen = [key for key in common if key not in fitting]
+    if not any(expected[key].dim() for key in fitting):  # counters fit every model
+        if misshapen:
+            one = misshapen[0]
+            sizes = f"{_size(weights[one])} there, {_size(expected[one])} in the model"
+            reason = f"all {len(misshapen)} that have a name of the model have another shape ({one} is {sizes})"
+        else:
+            reason = f"the checkpoint has {_some(weights)}; the model expects {_some(expected)}"
         raise UserError(
-            f"no weight of the checkpoint {path} fits the model: the checkpoint has {_some(weights)}; "
-            f"the model expects {_some(expected)}; use the configuration that the checkpoint was trained with"
+            f"no weight of the checkpoint {path} fits the model: {reason}; use the configuration that the checkpoint "
+            "was trained with"
+        )
+    if damaged := [key for key in common if key in fitting and _is_damaged(weights[key], expected[key])]:
+        raise UserError(
+            f"{path} is damaged, or its training diverged: {len(damaged)} weights have values that are not finite "
+            f"({_some(damaged)}); use an earlier checkpoint"
         )
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected]
-    misshapen = sorted(common - fitting)
     if warn and (missing or unexpected or misshapen):
         parts = [
-            f"{len(keys)} {what} ({_some(keys)})"
-            for keys, what in (
-                (missing, "are not in it and keep their initial values"),
-                (misshapen, "have another shape there and keep their initial values"),
-                (unexpected, "are only in it and are ignored"),
+            f"{len(keys)} {what} ({_some(names)})"
+            for keys, names, what in (
+                (missing, _whole_parts(missing, expected), "are not in it and keep their initial values"),
+                (misshapen, misshapen, "have another shape there and keep their initial values"),
+                (unexpected, unexpected, "are only in it and are ignored"),
             )
             if keys
         ]
@@ -186,7 +217,33 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
             f"are loaded; {'; '.join(parts)}",
             file=sys.stderr,
         )
+    if warn and (wrong := describe_wrong_hash(_address(path))):
+        print(f"warning: {wrong}", file=sys.stderr)
     return fitting
+
+
+def _is_damaged(value: Tensor, own: Tensor) -> bool:
+    """Whether a weight has values that are not finite, where the model's own are."""
+    return value.is_floating_point() and not value.isfinite().all() and bool(own.isfinite().all())
+
+
+def _whole_parts(missing: list[str], expected: Mapping[str, Tensor]) -> list[str]:
+    """Names for what is missing: those of modules all of whose weights are, then those of single weights."""
+    present = {prefix for key in expected.keys() - set(missing) for prefix in _prefixes(key)}
+    names = dict.fromkeys(next((p for p in _prefixes(key) if p not in present), key) for key in missing)
+    return sorted((name if name in expected else f"all of {name}" for name in names), key=lambda name: " " not in name)
+
+
+def _prefixes(key: str) -> list[str]:
+    """The names of the modules around a weight, the outermost first."""
+    parts = key.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _size(value: Any) -> str:
+    return (
+        " x ".join(map(str, value.shape)) or "one number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    )
 
 
 def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False) -> None:
@@ -219,7 +276,7 @@ def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False)
                 raise UserError(f"none fits: the file has {_some(weights)}, the model expects {_some(before)}")
         except (UserError, ValueError) as error:
             raise UserError(
-                f"the pretrained weights {init_cfg['checkpoint']} cannot be loaded; train from a file with "
+                f"the pretrained weights {init_cfg.get('checkpoint')} cannot be loaded; train from a file with "
                 f"--cfg-options {place}.{setting}=FILE or from scratch with --cfg-options "
                 f"{' '.join(f'{place}.{option}' for option in nothing)} ({error})"
             ) from error

@@ -1,18 +1,14 @@
 """A checkpoint knows its conditioning, and is not loaded into a model that is conditioned otherwise."""
 
-from typing import Any
-
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from ..condition import conditioning_of, same_conditioning
+from ..models.loading import ENTRY, Record, drop_record, with_record
 from .checkpoints import unwrapped
 from .errors import UserError
-
-Record = dict[str, list[dict[str, Any]]]
-ENTRY = "conditioning"
 
 
 def record_of(model: nn.Module) -> Record:
@@ -66,8 +62,9 @@ class ConditioningGuardHook(Hook):
         self.allow_other = allow_other
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the record."""
+        """Add the record, for the tools and for whatever loads the weights by itself."""
         checkpoint.setdefault("meta", {})[ENTRY] = record_of(runner.model)
+        checkpoint["state_dict"] = with_record(checkpoint["state_dict"], unwrapped(runner.model))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare, before the weights are loaded.
@@ -75,5 +72,7 @@ class ConditioningGuardHook(Hook):
         Raises:
             UserError: If the model is conditioned otherwise.
         """
-        if not self.allow_other:
+        if self.allow_other:
+            drop_record(checkpoint.get("state_dict", {}))
+        else:
             check_conditioning(checkpoint, "the checkpoint", runner.model)

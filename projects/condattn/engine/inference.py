@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -90,11 +90,11 @@ class Predictor:
             model.init_weights()
         else:
             state = read_checkpoint(checkpoint, unsafe)
-            check_fit(state, checkpoint, model)
+            fitting = check_fit(state, checkpoint, model)
             if not other_conditioning:
                 check_conditioning(state, checkpoint, model)
-            weights = state.get("state_dict", state).items()
-            model.load_state_dict({name.removeprefix("module."): value for name, value in weights}, strict=False)
+            weights = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+            model.load_state_dict({name: weights[name] for name in fitting}, strict=False)
         meta = state.get("meta", {}).get("dataset_meta")
         self.model = revert_sync_batchnorm(model).to(device).eval()
         self._segments = cfg.default_scope == "mmseg"
@@ -105,6 +105,18 @@ class Predictor:
     def predict(self, paths: Iterable[Path]) -> list[BaseDataElement]:
         """Predict a batch of image files; one data sample an image, on the CPU."""
         return self.run(paths)
+
+    def predict_each(self, paths: Sequence[Path]) -> list[BaseDataElement | Exception]:
+        """:meth:`predict`, but in the place of an image whose prediction fails there is the error that it fails with.
+
+        If a batch fails, its images are predicted one by one.
+        """
+        try:
+            return self.predict(paths) if paths else []
+        except Exception as error:  # whatever a model or a transform raises of an image
+            if len(paths) == 1:
+                return [error]
+            return [result for path in paths for result in self.predict_each([path])]
 
     def run(self, paths: Iterable[Path]) -> list[BaseDataElement]:
         """:meth:`predict`, in the caller's mode of gradients."""

@@ -8,6 +8,7 @@ import copy
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,7 @@ from .errors import UserError
 from .guard import ConditioningGuardHook
 from .processes import LAUNCHERS, start_processes
 from .progress import ProgressHook
+from .schedule import ScheduleHook
 from .sharding import check_sharding
 from .survival import ExactResumeHook, FiniteLossHook
 
@@ -143,11 +145,19 @@ def build_model(cfg: Config) -> nn.Module:
         raise UserError(f"the model of {cfg.filename} cannot be built: {message}") from error
 
 
+def leaves(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The configurations of the data sets in ``dataset``, below wrappers such as RepeatDataset and ConcatDataset."""
+    inner = [dataset[key] for key in ("dataset", "datasets") if key in dataset]
+    if not inner:
+        yield dataset
+    for child in inner:
+        for one in child if isinstance(child, list | tuple) else [child]:
+            yield from leaves(one)
+
+
 def innermost(dataset: ConfigDict) -> ConfigDict:
-    """The configuration of the data set in ``dataset``, below wrappers such as RepeatDataset."""
-    while "dataset" in dataset:
-        dataset = dataset["dataset"]
-    return dataset
+    """The first of :func:`leaves`."""
+    return next(leaves(dataset))
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:
@@ -171,7 +181,7 @@ def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | 
     runner.dump_config()
     runner.logger.info(f"mmcv's operators: {describe_operators()}")
     guard = ConditioningGuardHook(other_conditioning)
-    for hook in (ProgressHook(), guard, FiniteLossHook(), ExactResumeHook()):
+    for hook in (ProgressHook(), guard, ScheduleHook(), FiniteLossHook(), ExactResumeHook()):
         if not any(isinstance(own, type(hook)) for own in runner.hooks):
             runner.register_hook(hook)
     return runner

@@ -8,6 +8,7 @@ from mmengine.config import Config
 from torch import nn
 
 from ..checkpoints.files import write_whole
+from ..models.loading import with_record
 from ..spectra.measure import spread
 from .checkpoints import add_unsafe_argument, read_checkpoint
 from .errors import UserError
@@ -49,6 +50,6 @@ def refuse_existing(path: Path) -> None:
 
 def write_checkpoint(path: Path, model: nn.Module, meta: dict) -> None:
     """Write the weights of ``model``, its conditioning and other metadata."""
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    weights = with_record({name: value.cpu() for name, value in model.state_dict().items()}, model)
     content = {"meta": {**meta, ENTRY: record_of(model)}, "state_dict": weights}
     write_whole(path, lambda part: torch.save(content, part))

@@ -6,7 +6,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from .errors import UserError
-from .launch import innermost
+from .launch import leaves
 
 _MODELS = {
     "mmdet": {
@@ -36,8 +36,10 @@ def add_tta(cfg: Config, model: nn.Module) -> None:
             "without --tta, or its boxes alone: --cfg-options model.roi_head.mask_head=None "
             "test_evaluator.metric=bbox"
         )
-    dataset = innermost(cfg.test_dataloader.dataset)
-    dataset.pipeline = cfg.get("tta_pipeline") or _flip_pipeline(dataset.pipeline)
+    datasets = list(leaves(cfg.test_dataloader.dataset))  # one of them may stand there twice
+    pipelines = [cfg.get("tta_pipeline") or _flip_pipeline(dataset.pipeline) for dataset in datasets]
+    for dataset, pipeline in zip(datasets, pipelines, strict=True):
+        dataset.pipeline = pipeline
     cfg.model = ConfigDict(**cfg.get("tta_model", _MODELS[cfg.default_scope]), module=cfg.model)
 
 

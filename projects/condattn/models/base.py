@@ -1,15 +1,18 @@
 """What the conditioned faces of upstream backbones share."""
 
+import logging
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
 
 from ..checkpoints.convert import LoadReport, load_pretrained
-from ..checkpoints.files import read_file
-from ..condition import condition, conditioning_of, same_conditioning
+from ..checkpoints.files import describe_wrong_hash, read_file
+from ..condition import condition
 from ..methods.base import Conditioning
+from .loading import ENTRY, difference, guard_loading
 
 TIMM = "timm:"
 """In front of a model's name: its public weights, which timm downloads."""
@@ -36,6 +39,7 @@ class ConditionedBackbone:
     def __init__(self, *args, conditioning: Conditioning = "pc", **kwargs) -> None:
         super().__init__(*args, **kwargs)
         report = condition(self, conditioning)
+        guard_loading(self)
         print_log(f"{type(self).__name__}: {report}", logger="current")
 
     def init_weights(self) -> None:
@@ -73,10 +77,13 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
             f"init_cfg of type 'Pretrained' has {', '.join(sorted(unknown))}; its settings are "
             f"{', '.join(known_settings)}"
         )
-    path = settings.pop("checkpoint")
+    if not isinstance(path := settings.pop("checkpoint", None), str | Path):
+        raise ValueError(f"init_cfg of type 'Pretrained' expects checkpoint=FILE_OR_ADDRESS, found {path!r}")
     if not settings.pop("other_conditioning", False):
         check_record(model, read_file(path, settings.get("unsafe", False)), path, settings.get("load", "raw"))
     report = load_pretrained(model, path, known=known, **settings)
+    if wrong := describe_wrong_hash(path):
+        print_log(wrong, logger="current", level=logging.WARNING)
     print_log(f"pretrained weights {report}", logger="current")
     return report
 
@@ -90,16 +97,11 @@ def check_record(model: nn.Module, content: Any, path: str, load: str) -> None:
         ValueError: If the file records another conditioning; or one with corrections, and ``load`` is 'effective'.
     """
     meta = content.get("meta") if isinstance(content, Mapping) else None
-    record = (meta.get("conditioning") if isinstance(meta, Mapping) else None) or {}
+    record = (meta.get(ENTRY) if isinstance(meta, Mapping) else None) or {}
     if not any(record.values()):
         return
     override = "other_conditioning=True in the init_cfg loads them all the same"
     if load == "effective" and "SpectralCorrection" in str(record):
         raise ValueError(f"{path} was trained with spectral correction; load='effective' is for weights that were not")
-    for name, methods in conditioning_of(model).items():
-        theirs = next((record[site] for site in record if f".{site}".endswith(f".{name}")), [])
-        if not same_conditioning(theirs, methods):
-            raise ValueError(
-                f"{path} was trained with conditioning={theirs or 'none'} at {name}, where this backbone has "
-                f"{methods or 'none'}; condition it alike, or {override}"
-            )
+    if different := difference(record, model):
+        raise ValueError(f"{path} was trained with {different}; condition it alike, or {override}")

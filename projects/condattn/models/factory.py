@@ -10,6 +10,7 @@ from torch import nn
 
 from ..condition import condition
 from ..methods.base import Conditioning
+from .loading import guard_loading
 
 
 @MODELS.register_module()
@@ -44,5 +45,6 @@ def Conditioned(
         inherited = {} if data_preprocessor is None else dict(data_preprocessor=data_preprocessor)
         module = MODELS.build(ConfigDict({**inherited, **module}))
     report = condition(module, conditioning, include, exclude)
+    guard_loading(module)
     print_log(f"{type(module).__name__}: {report}", logger="current")
     return module

@@ -26,7 +26,7 @@ class ImageSizes:
     fixed: bool = False
 
     def pad(self, images: Tensor) -> Tensor:
-        """Pad images (B, 3, H, W) with zeros, on the right and below, to the next size that the model takes.
+        """Pad images (B, C, H, W) with zeros, on the right and below, to the next size that the model takes.
 
         Raises:
             ValueError: If there is none.
@@ -47,6 +47,7 @@ def find_image_sizes(
     native: tuple[int, int],
     indices: Sequence[int],
     strides: Sequence[int],
+    channels: int = 3,
 ) -> ImageSizes:
     """Try multiples of the largest stride, then multiples of the size that the model was made for, then that alone.
 
@@ -56,6 +57,7 @@ def find_image_sizes(
         native: The size that the model was made for, in pixels.
         indices: The features that are wanted, in ascending order.
         strides: Their strides.
+        channels: Number of channels of an image.
 
     Raises:
         ValueError: If the model gives no such features for any of these.
@@ -67,22 +69,24 @@ def find_image_sizes(
     except (NotImplementedError, RuntimeError):  # it computes with values, which the meta device does not have
         candidates = [model]
     for candidate in candidates:
-        if not _problem(candidate, (2 * step, 3 * step), indices, strides):
+        if not _problem(candidate, (2 * step, 3 * step), indices, strides, channels):
             return ImageSizes((step, step))
-        if not _problem(candidate, (native[0], 2 * native[1]), indices, strides):
+        if not _problem(candidate, (native[0], 2 * native[1]), indices, strides, channels):
             return ImageSizes(native)
-        if not (problem := _problem(candidate, native, indices, strides)):
+        if not (problem := _problem(candidate, native, indices, strides, channels)):
             return ImageSizes(native, fixed=True)
     raise ValueError(f"gives no feature maps of images of {native[0]} x {native[1]} pixels: {problem}")
 
 
 @torch.no_grad()
-def _problem(model: nn.Module, size: tuple[int, int], indices: Sequence[int], strides: Sequence[int]) -> str:
+def _problem(
+    model: nn.Module, size: tuple[int, int], indices: Sequence[int], strides: Sequence[int], channels: int
+) -> str:
     """Why ``model`` does not take images of this size, or ''."""
     training = model.training
     model.eval()
     try:
-        maps = features(model, torch.zeros(1, 3, *size, device=next(model.parameters()).device), indices)
+        maps = features(model, torch.zeros(1, channels, *size, device=next(model.parameters()).device), indices)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:  # what timm's models raise then
         return str(error).split("\n")[0]
     finally:

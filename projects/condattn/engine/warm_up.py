@@ -1,0 +1,24 @@
+"""A warm-up that ends at the full rate, however short it is."""
+
+from mmengine.optim import LinearLR
+from mmengine.registry import PARAM_SCHEDULERS
+
+
+@PARAM_SCHEDULERS.register_module()
+class WarmUpLR(LinearLR):
+    """mmengine's ``LinearLR``, which with a single step would stay at its start factor: that step has the full rate.
+
+    Converted from epochs, which may be fractions here, a warm-up has one step at least.
+    """
+
+    @classmethod
+    def build_iter_from_epoch(cls, *args, epoch_length: int, begin: float = 0, end: float, **kwargs):
+        """Build the scheduler that counts iterations from the settings of one that counts epochs."""
+        first = round(begin * epoch_length)
+        kwargs.update(begin=first, end=max(round(end * epoch_length), first + 1), by_epoch=False)
+        return cls(*args, **kwargs)
+
+    def _get_value(self) -> list[float]:
+        if self.total_iters == 0:
+            return [group[self.param_name] for group in self.optimizer.param_groups]
+        return super()._get_value()
