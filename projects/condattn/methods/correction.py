@@ -10,8 +10,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cache import WeightCache
-from ..kernels.switch import is_compiling
 from ..sites import indices
 
 
@@ -100,8 +98,6 @@ class CorrectedModule(nn.Module):
     lent: Mapping[str, Tensor] = MappingProxyType({})
     """The weights W in whose place W + C stands at the moment, see :class:`Lender`."""
     unsettled: frozenset[str] = frozenset()
-    effective: Mapping[str, WeightCache] = MappingProxyType({})
-    """W + C of the weights that have one, kept between forwards without gradients."""
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
         """Correct the weight called ``parameter`` from now on."""
@@ -132,25 +128,11 @@ class CorrectedModule(nn.Module):
         constant = getattr(self, f"{parameter}_correction")
         if parameter in self.unsettled:
             self._settle(parameter, matrix, constant)
-
-        def correct() -> Tensor:
-            if correction.svd:
-                corrected = matrix + constant
-            else:
-                columns = getattr(self, f"{parameter}_columns")
-                corrected = matrix.scatter_add(1, columns[:, None], constant[:, None])
-            return corrected.T if self.transposed else corrected.view_as(weight)
-
-        if is_compiling():
-            return correct()
-        if parameter not in self.effective:
-            self.effective = {**self.effective, parameter: WeightCache()}
-        return self.effective[parameter].get(correct, weight, constant)
-
-    def train(self, mode: bool = True):
-        """Set the training mode and return self."""
-        self.effective = {}
-        return super().train(mode)
+        if correction.svd:
+            corrected = matrix + constant
+        else:
+            corrected = matrix.scatter_add(1, getattr(self, f"{parameter}_columns")[:, None], constant[:, None])
+        return corrected.T if self.transposed else corrected.view_as(weight)
 
     @torch.no_grad()
     def merge_corrections(self) -> None:
@@ -161,8 +143,7 @@ class CorrectedModule(nn.Module):
             if not correction.svd:
                 delattr(self, f"{parameter}_columns")
         del self.corrections
-        for name in ("unsettled", "effective"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("unsettled", None)
 
     @torch.no_grad()
     def subtract_corrections(self) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.cache import WeightCache
 from ..kernels.feed_forward import feed_forward
 from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_ordinary, is_upstream
 from ..kernels.window_attention import window_attention
@@ -28,9 +27,6 @@ class FastShiftWindowMSA:
     are, whatever they are.
     """
 
-    cache: WeightCache | None = None
-    """Of the relative position bias."""
-
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H * W, C) to the same shape; see upstream."""
         msa = self.w_msa
@@ -46,23 +42,10 @@ class FastShiftWindowMSA:
         x = F.linear(heads, proj.weight, proj.bias) if inside else proj(heads)
         return drop_path(msa.proj_drop(x), self.drop)
 
-    def train(self, mode: bool = True):
-        """Set the training mode and return self."""
-        self.cache = None
-        return super().train(mode)
-
     def _bias(self) -> Tensor:
         """The relative position bias, (heads, N, N)."""
-        table, index = self.w_msa.relative_position_bias_table, self.w_msa.relative_position_index
-
-        def gather() -> Tensor:
-            return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
-
-        if is_compiling():
-            return gather()
-        if self.cache is None:
-            self.cache = WeightCache()
-        return self.cache.get(gather, table)
+        msa = self.w_msa
+        return F.embedding(msa.relative_position_index, msa.relative_position_bias_table).permute(2, 0, 1).contiguous()
 
 
 class FastSwinBlock:
