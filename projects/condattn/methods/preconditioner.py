@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters import inner
 from ..kernels.row_norm import normalize_rows, normalized_linear
 from ..kernels.switch import is_ordinary, is_plain
 from ..sites import AttentionSite
-from .base import Method, become, check_can_become, leave_out, register_method
-from .multihead import ConditionedMultiheadAttention
+from .base import Method, Unscriptable, become, check_can_become, leave_out, refuse_scripting, register_method
+from .lending import Postponement
+from .multihead import ConditionedMultiheadAttention, become_conditioned
 
 
 @register_method
@@ -57,6 +59,8 @@ class RowPreconditioner(Method):
             raise ValueError(f"{site}: cannot be preconditioned: {site.obstacle}; {leave_out(site)}")
         if isinstance(out.owner, nn.MultiheadAttention):
             check_can_become(out.owner, ConditionedMultiheadAttention, site)
+        if out.reader is not None:
+            check_can_become(inner(out.owner), PreconditionedLinear, site)
         channels, heads = _channels(site), out.num_heads or site.num_heads
         if channels and channels % heads:
             raise ValueError(
@@ -66,20 +70,23 @@ class RowPreconditioner(Method):
 
     def apply(self, site: AttentionSite) -> None:
         """Put the preconditioner in front of what receives the head outputs."""
-        owner = site.out.owner
+        owner = inner(site.out.owner)
         owner.preconditioner = self
         owner.head_norm = HeadNorm(self, site)
         if isinstance(owner, nn.MultiheadAttention):
-            become(owner, ConditionedMultiheadAttention)
+            become_conditioned(owner)
         elif type(owner) in PLAIN_LINEAR and owner is site.out.projection:
             become(owner, PreconditionedLinear)
         else:
             owner.register_forward_pre_hook(owner.head_norm)
+            owner.__prepare_scriptable__ = refuse_scripting
+        if site.out.reader is not None:
+            Postponement(site.out.reader, owner)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> RowPreconditioner | None:
         """The preconditioner of ``site``, or None."""
-        return getattr(site.out and site.out.owner, "preconditioner", None)
+        return getattr(site.out and inner(site.out.owner), "preconditioner", None)
 
 
 class HeadNorm:
@@ -150,7 +157,7 @@ class HeadNorm:
         return x.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1)), axis
 
 
-class PreconditionedLinear(nn.Linear):
+class PreconditionedLinear(Unscriptable, nn.Linear):
     """An output projection that normalises each head's part of its input first.
 
     Shape: input (..., num_heads * d), output (..., out features), as ``nn.Linear``.

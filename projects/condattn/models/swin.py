@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..first_forward import FirstForward, count_hooks
 from ..kernels.feed_forward import feed_forward
 from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_ordinary, is_upstream
 from ..kernels.window_attention import window_attention
@@ -40,6 +41,8 @@ class FastShiftWindowMSA:
         attention = grid, msa.num_heads, msa.scale, normalize
         heads = window_attention(msa.qkv(query), msa.qkv.bias, self._bias(), *attention)
         x = F.linear(heads, proj.weight, proj.bias) if inside else proj(heads)
+        if not is_compiling():
+            FirstForward.forget(msa)
         return drop_path(msa.proj_drop(x), self.drop)
 
     def _bias(self) -> Tensor:
@@ -138,9 +141,9 @@ def _pad(x: Tensor, *pad: int) -> Tensor:
 def is_watched(module: nn.Module) -> bool:
     """Whether someone wants to see the calls of a module itself, by hooks or by a forward of its own."""
     every = nn.modules.module
-    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    own = module._backward_hooks, module._backward_pre_hooks
     of_all = every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks
-    return any((*own, *of_all)) or "forward" in module.__dict__
+    return count_hooks(module) > 0 or any((*own, *of_all)) or "forward" in module.__dict__
 
 
 def is_usual(layer: nn.Module, name: str) -> bool:

@@ -1,0 +1,95 @@
+"""Adapters (LoRA) around conditioned layers: what they add is added to the layer as it is conditioned.
+
+Around an output projection W an adapter is given the normalised head outputs n(x), so that it computes (W + BA) n(x),
+as it does when it is merged: normalising them again in the layer itself changes nothing. Around an input projection
+it computes (W + BA + C) x.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..adapters import INSIDE, inner, is_adapter
+from ..classes import look_up, qualified_name
+from ..hooks import remove_hooks
+from .correction import CorrectedModule
+from .preconditioner import PreconditionedLinear
+
+ADDITIVE = {"peft.tuners.lora.layer.LoraLayer": True, "mmpretrain.models.peft.lora.LoRALinear": True}
+"""Adapters that compute what their layer computes of their own input, plus something."""
+
+
+def is_conditioned(layer: nn.Module) -> bool:
+    """Whether a method is applied to ``layer`` itself."""
+    return getattr(layer, "preconditioner", None) is not None or getattr(layer, "spectral", None) is not None
+
+
+def check_adapter(adapter: nn.Module, layer: nn.Module) -> None:
+    """Raise unless ``adapter`` can be around a conditioned ``layer``.
+
+    Raises:
+        ValueError: If it is no LoRA, or the layer has more than a preconditioner and corrections.
+    """
+    problem = None
+    if not look_up(ADDITIVE, type(adapter)):
+        problem = "adapters other than LoRA"
+    elif isinstance(layer, PreconditionedLinear) and type(layer) is not PreconditionedLinear:
+        problem = f"adapters around a {type(layer).__name__}"
+    if problem:
+        raise ValueError(
+            f"{qualified_name(type(adapter))} is around a layer of conditioned attention; {problem} are not supported: "
+            "leave the layer out of the adapter's targets, or its site out of the conditioning"
+        )
+
+
+def follow(adapter: nn.Module, layer: nn.Module) -> None:
+    """See to it that ``adapter``, around a conditioned ``layer``, computes what it would if it were merged.
+
+    Corrections that are made of the weights are fixed now, before anything is merged into them.
+
+    Raises:
+        ValueError: As :func:`check_adapter`.
+    """
+    check_adapter(adapter, layer)
+    if isinstance(layer, CorrectedModule):
+        layer.settle()
+    if prepare not in adapter._forward_pre_hooks.values():
+        adapter.register_forward_pre_hook(prepare)
+
+
+def prepare(adapter: nn.Module, args: tuple) -> tuple | None:
+    """As a forward pre-hook of an adapter: normalise the head outputs that an output projection is given.
+
+    Raises:
+        RuntimeError: If a variant of LoRA that is a function of the weight (DoRA) is around a corrected layer.
+    """
+    layer = inner(adapter)
+    if isinstance(layer, CorrectedModule) and layer.corrections:
+        if getattr(adapter, "lora_variant", None):
+            raise RuntimeError(
+                f"a variant of LoRA ({', '.join(type(v).__name__ for v in adapter.lora_variant.values())}) is around a "
+                "projection with spectral correction, whose weight W + C it does not see; use plain LoRA, or leave the "
+                "layer out of its targets"
+            )
+        layer.settle()
+    norm = getattr(layer, "head_norm", None)
+    return None if norm is None or isinstance(layer, nn.MultiheadAttention) else norm(adapter, args)
+
+
+def follow_all(model: nn.Module) -> None:
+    """:func:`follow` every adapter in ``model`` that is around a conditioned layer, and leave the others."""
+    for module in model.modules():
+        if is_adapter(module):
+            if is_conditioned(inner(module)):
+                follow(module, inner(module))
+            else:
+                remove_hooks(module, prepare.__eq__)
+
+
+def _registered(module: nn.Module, name: str, layer: nn.Module | None) -> None:
+    """Called by PyTorch before a module becomes an attribute of another."""
+    if name in INSIDE.values() and is_adapter(module) and layer is not None and is_conditioned(inner(layer)):
+        follow(module, inner(layer))
+
+
+nn.modules.module.register_module_module_registration_hook(_registered)
