@@ -301,6 +301,21 @@ def test_around_the_output_projection_of_multihead_attention_alone(conditioning)
     case.check()
 
 
+@pytest.mark.parametrize("conditioning", ["pc", "sc"])
+def test_inference_fast_path_around_an_adapter(conditioning):
+    """In eval mode nn.TransformerEncoderLayer would read in_proj_weight itself."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(WIDTH, HEADS, 16, dropout=0.0, batch_first=True))
+    condattn.condition(model, CONDITIONINGS[conditioning])
+    config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    x = torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        trained = model.train()(x)
+        torch.testing.assert_close(model.eval()(x), trained, **CLOSE)
+        with model.disable_adapter():
+            assert (model(x) - trained).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("order", ["conditioned first", "adapted first"])
 @pytest.mark.parametrize("target", ["qkv", "proj"])
 def test_other_adapters_are_refused(order, target):

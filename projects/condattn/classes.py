@@ -11,4 +11,7 @@ def qualified_name(cls: type) -> str:
 
 def look_up(table: Mapping[str, Any], cls: type) -> Any:
     """What ``table`` has for the class or, if nothing, for the nearest of its bases; None if it knows none of them."""
-    return next((table[name] for base in cls.__mro__ if (name := qualified_name(base)) in table), None)
+    for base in cls.__mro__:  # as torch.compile can trace
+        if qualified_name(base) in table:
+            return table[qualified_name(base)]
+    return None

@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters import INSIDE, inner, is_adapter
 from ..classes import look_up, qualified_name
 from ..hooks import remove_hooks
+from ..kernels.switch import is_compiling
 from .correction import CorrectedModule
 from .preconditioner import PreconditionedLinear
 
@@ -88,7 +89,9 @@ def follow_all(model: nn.Module) -> None:
 
 def _registered(module: nn.Module, name: str, layer: nn.Module | None) -> None:
     """Called by PyTorch before a module becomes an attribute of another."""
-    if name in INSIDE.values() and is_adapter(module) and layer is not None and is_conditioned(inner(layer)):
+    if is_compiling() or layer is None or name not in INSIDE.values() or not is_adapter(module):
+        return  # slices of nn.ModuleList are made while a model is compiled
+    if is_conditioned(inner(layer)):
         follow(module, inner(layer))
 
 

@@ -96,7 +96,7 @@ class CorrectedModule(Unscriptable, nn.Module):
     transposed = False
     """Whether the weight is kept as (in features, out features)."""
     corrections: Mapping[str, Correction] = MappingProxyType({})
-    lent: Mapping[str, Tensor] = MappingProxyType({})
+    lent: Mapping[str, Tensor] | None = None
     """The weights W in whose place W + C stands at the moment, see :class:`condattn.methods.lending.Lender`."""
     unsettled: frozenset[str] = frozenset()
 
@@ -121,7 +121,7 @@ class CorrectedModule(Unscriptable, nn.Module):
 
     def effective_weight(self, parameter: str = "weight") -> Tensor:
         """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
-        weight = self.lent[parameter] if parameter in self.lent else getattr(self, parameter)
+        weight = self.lent[parameter] if self.lent and parameter in self.lent else getattr(self, parameter)
         matrix = self._matrix(weight)
         correction = self.corrections.get(parameter)
         if correction is None:

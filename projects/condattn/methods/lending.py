@@ -35,18 +35,16 @@ class Lender(ABC):
         layer = reader.get_submodule(self.path)
         owner = inner(layer)
         others = self.parameters(layer, owner)
-        owner.lent = {**getattr(owner, "lent", {}), **{name: getattr(owner, name) for name in others}}
+        owner.lent = {**(getattr(owner, "lent", None) or {}), **{name: getattr(owner, name) for name in others}}
         for name, other in others.items():
-            object.__setattr__(owner, name, other)
+            _put(owner, name, other)
 
     def take_back(self, reader: nn.Module, args: tuple, output: Any) -> Any:
         """Put the parameters in their places again."""
         owner = inner(reader.get_submodule(self.path))
-        for name, parameter in owner.__dict__.pop("lent", {}).items():
-            if name in owner._parameters:
-                owner.__dict__.pop(name, None)
-            else:  # a replica has no parameters
-                object.__setattr__(owner, name, parameter)
+        for name, parameter in (getattr(owner, "lent", None) or {}).items():
+            _put(owner, name, parameter)
+        owner.lent = None
 
     @classmethod
     def detach(cls, reader: nn.Module) -> None:
@@ -97,3 +95,11 @@ class Postponement(Lender):
         """Put the parameters in their places again, and call the layer."""
         super().take_back(reader, args, output)
         return None if output is None else reader.get_submodule(self.path)(output)
+
+
+def _put(owner: nn.Module, name: str, value: Tensor | None) -> None:
+    """Let ``value``, perhaps no parameter, be what ``owner`` has under the name of a parameter."""
+    if name in owner._parameters:
+        owner._parameters[name] = value
+    else:  # a replica has no parameters
+        object.__setattr__(owner, name, value)
