@@ -335,6 +335,50 @@ def test_other_adapters_are_refused(order, target):
         assert [type(m) for m in case.model.modules()] == classes
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_layers_that_peft_copies(conditioning):
+    """``modules_to_save``: its copies are conditioned if the layers are; its wrappers, which go again, are not."""
+    config = peft.LoraConfig(target_modules=["other"], modules_to_save=["qkv", "proj"])
+    for order in ("conditioned first", "copied first"):
+        case = Case(Block(), CONDITIONINGS[conditioning])
+        parts = nn.ModuleDict(dict(attention=case.model[0], other=nn.Linear(1, 1)))
+        if order == "conditioned first":
+            condattn.condition(parts, case.conditioning)
+            model = peft.get_peft_model(parts, config)
+            case.delta = lambda name: 0.0
+            case.check(parts["attention"])
+            model.merge_and_unload()
+            case.check(parts["attention"])
+        else:
+            peft.get_peft_model(parts, config)
+            with pytest.raises(ValueError, match="cannot .* ModulesToSaveWrapper"):
+                condattn.condition(parts, case.conditioning)
+            assert condattn.conditioning_of(parts) == {"attention": []}
+
+
+def test_parametrized_weights():
+    """As another LoRA may be made: merged by its user, not by fold."""
+    case = Case(Block(), [GENTLE], "qkv")
+    case.condition()
+    block = case.model[0]
+
+    class Plus(nn.Module):
+        def forward(self, weight):
+            return weight + 0.5
+
+    case.delta = lambda name: 0.5 * (name == "qkv")
+    nn.utils.parametrize.register_parametrization(block.qkv, "weight", Plus())
+    case.check()
+    with pytest.raises(ValueError, match="cannot be merged .* remove_parametrizations first"):
+        condattn.fold(case.model)
+    case.check()
+    nn.utils.parametrize.remove_parametrizations(block.qkv, "weight")
+    case.check()
+    condattn.fold(case.model)
+    with torch.no_grad():
+        torch.testing.assert_close(case.model(case.x), case.want(), **CLOSE)
+
+
 def test_variants_that_depend_on_the_weight():
     config = peft.LoraConfig(target_modules=["qkv", "proj"], r=2, use_dora=True, init_lora_weights=False)
     case = Case(Block(), [GENTLE], "qkv")

@@ -12,10 +12,18 @@ INSIDE = {
 }
 """Classes of adapters -> the name under which they hold the layer that they are around."""
 
+COPYING = {"peft.utils.other.AuxiliaryTrainingWrapper": True}
+"""Classes that train a copy of the layer that they are around, and are taken away with their hooks in the end."""
+
 
 def is_adapter(module: nn.Module) -> bool:
     """Whether ``module`` is an adapter around a layer."""
     return look_up(INSIDE, type(module)) is not None
+
+
+def is_copying(module: nn.Module) -> bool:
+    """Whether ``module`` trains a copy of a layer (``modules_to_save`` of PEFT)."""
+    return look_up(COPYING, type(module)) is not None
 
 
 def inner(layer: nn.Module) -> nn.Module:

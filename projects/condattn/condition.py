@@ -118,8 +118,17 @@ def fold(model: nn.Module) -> int:
 
     Returns:
         The number of modules whose weights were merged.
+
+    Raises:
+        ValueError: If a weight to be merged is parametrized; nothing is merged then.
     """
     foldable = [m for m in model.modules() if isinstance(m, CorrectedModule) and m.corrections]
+    for module in foldable:
+        if nn.utils.parametrize.is_parametrized(module):
+            raise ValueError(
+                f"the weight of a {type(module).__name__} cannot be merged with its correction; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
     for module in foldable:
         module.fold()
     for module in model.modules():

@@ -4,6 +4,9 @@ A *rule* describes the site of one host class. Rules are matched by the qualifie
 included), so describing a class never imports the library it belongs to::
 
     register_rule('my.models.Attention', lambda m: dict(num_heads=m.heads, out=into(m.proj), **thirds(m.qkv)))
+
+It names the layers that the forward of the class calls. A weight that the forward uses without calling its layer has a
+reader: ``**read_by(m, thirds(m.qkv))``, ``out=into(m.proj, reader=m)``.
 """
 
 import re

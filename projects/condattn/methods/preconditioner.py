@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters import inner
+from ..adapters import inner, is_copying
 from ..kernels.row_norm import normalize_rows, normalized_linear
 from ..kernels.switch import is_ordinary, is_plain
 from ..sites import AttentionSite
@@ -57,6 +57,11 @@ class RowPreconditioner(Method):
         out = site.out
         if out is None:
             raise ValueError(f"{site}: cannot be preconditioned: {site.obstacle}; {leave_out(site)}")
+        if is_copying(out.owner):
+            raise ValueError(
+                f"{site}: cannot be preconditioned: a {type(out.owner).__name__} of PEFT is around its "
+                "output projection; condition the model before get_peft_model"
+            )
         if isinstance(out.owner, nn.MultiheadAttention):
             check_can_become(out.owner, ConditionedMultiheadAttention, site)
         if out.reader is not None:
