@@ -193,6 +193,24 @@ def test_readers_that_are_named():
         sites._RULES[f"{__name__}.Calling"] = describe
 
 
+def test_a_reader_that_multiplies_otherwise():
+    class Odd(Calling):
+        def forward(self, x):
+            return x @ self.proj.weight.T
+
+    module = Odd()
+    describe = lambda m: dict(num_heads=2, out=into(m.proj, reader=m))  # noqa: E731
+    name = f"{__name__}.test_a_reader_that_multiplies_otherwise.<locals>.Odd"
+    condattn.register_rule(name, describe)
+    try:
+        condattn.condition(module, "pc")
+        with pytest.raises(RuntimeError, match="was given the weight of a preconditioned projection"):
+            module(x())
+        assert isinstance(module.proj.weight, nn.Parameter)
+    finally:
+        del sites._RULES[name]
+
+
 SWIN = dict(embed_dims=12, depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
 
 

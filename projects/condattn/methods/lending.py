@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..adapters import inner, is_at_work
 from ..hooks import remove_methods
+from ..kernels.switch import is_plain
 
 
 class Lender(ABC):
@@ -80,16 +82,38 @@ class WeightLender(Lender):
         return {self.parameter: owner.effective_weight(self.parameter)}
 
 
+class Identity(Tensor):
+    """The identity as the weight of a linear layer: the product with it is the input itself, without computing it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """What PyTorch's functions do with it.
+
+        Raises:
+            RuntimeError: For a product that is not ``F.linear``.
+        """
+        if function is F.linear:
+            return args[0]
+        if function.__name__ == "__get__":  # its shape and the like
+            return super().__torch_function__(function, types, args, kwargs)
+        raise RuntimeError(
+            f"{function.__name__} was given the weight of a preconditioned projection that a rule says to be read by "
+            "F.linear alone; leave the reader out of the rule, and name a module that is called"
+        )
+
+
 class Postponement(Lender):
     """Postpones a linear layer that a module computes itself to the end of the module's forward, and calls it there.
 
-    The module multiplies by the identity meanwhile. Hooks, norms and adapters of the layer see its input.
+    The module has the identity in its place meanwhile. Hooks, norms and adapters of the layer see its input.
     """
 
     def parameters(self, layer: nn.Module, owner: nn.Module) -> Mapping[str, Tensor | None]:
         """The identity as the weight, and no bias."""
-        weight = owner.weight
-        return {"weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device), "bias": None}
+        weight = owner.weight.detach()
+        if is_plain():  # for what does not know our class
+            return {"weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device), "bias": None}
+        return {"weight": weight.as_subclass(Identity), "bias": None}
 
     def take_back(self, reader: nn.Module, args: tuple, output: Any) -> Any:
         """Put the parameters in their places again, and call the layer."""
