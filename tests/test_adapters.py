@@ -23,7 +23,15 @@ pytestmark = [
 
 WIDTH, HEADS = 8, 2
 GENTLE, EXACT = SpectralCorrection(1.0), SpectralCorrection(form="svd")
-CONDITIONINGS = {"pc": ["pc"], "sc": [GENTLE], "svd": [EXACT], "sc+pc": [GENTLE, "pc"], "svd+pc": [EXACT, "pc"]}
+LARGE = RowPreconditioner(eps=1.5)  # above the norms of some rows
+CONDITIONINGS = {
+    "pc": ["pc"],
+    "large-eps-pc": [LARGE],
+    "sc": [GENTLE],
+    "svd": [EXACT],
+    "sc+pc": [GENTLE, "pc"],
+    "svd+pc": [EXACT, "pc"],
+}
 CLOSE = dict(rtol=0, atol=1e-10)
 
 
@@ -46,6 +54,18 @@ class Reader(Block):
         return F.linear(rows, self.proj.weight, self.proj.bias)
 
 
+class Convolutions(nn.Module):
+    """Attention whose layers are convolutions of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x):
+        rows = heads(self.qkv(x.mT[..., None]).flatten(2).mT)
+        return self.proj(rows.mT[..., None]).flatten(2).mT
+
+
 class SelfAttention(nn.Module):
     """PyTorch's own."""
 
@@ -64,18 +84,19 @@ def heads(qkv):
 
 @pytest.fixture(autouse=True)
 def rules():
-    names = [f"{__name__}.Block", f"{__name__}.Reader"]
-    condattn.register_rule(names[0], lambda m: dict(num_heads=HEADS, out=into(m.proj), **thirds(m.qkv)))
+    names = [f"{__name__}.Block", f"{__name__}.Convolutions", f"{__name__}.Reader"]
+    for name in names[:2]:
+        condattn.register_rule(name, lambda m: dict(num_heads=HEADS, out=into(m.proj), **thirds(m.qkv)))
     condattn.register_rule(
-        names[1], lambda m: dict(num_heads=HEADS, out=into(m.proj, reader=m), **read_by(m, thirds(m.qkv)))
+        names[2], lambda m: dict(num_heads=HEADS, out=into(m.proj, reader=m), **read_by(m, thirds(m.qkv)))
     )
     yield
     for name in names:
         del sites._RULES[name]
 
 
-def unit_rows(rows):
-    return rows / rows.square().sum(-1, keepdim=True).sqrt()
+def norms(rows):
+    return rows.square().sum(-1, keepdim=True).sqrt()
 
 
 class Case:
@@ -90,7 +111,7 @@ class Case:
         self.names = ("in_proj_weight", "in_proj_bias") if whole else ("qkv.weight", "qkv.bias")
         self.names += ("out_proj.weight", "out_proj.bias") if whole else ("proj.weight", "proj.bias")
         layer = model.attention if whole else model
-        self.weights = [layer.get_parameter(name).detach().clone() for name in self.names]
+        self.weights = [_matrix(layer.get_parameter(name)).detach().clone() for name in self.names]
         self.constant = None
 
     def condition(self):
@@ -109,7 +130,7 @@ class Case:
         a, b = (
             next((p for key, p in parameters.items() if f"{name}.lora_{part}.default" in key), None) for part in "AB"
         )
-        return 0.0 if a is None else 3.0 * b @ a
+        return 0.0 if a is None else 3.0 * _matrix(b) @ _matrix(a)
 
     def want(self, adapted=True, constants_of=None):
         """The output, from the weights at the start; C is made of ``constants_of``."""
@@ -129,7 +150,11 @@ class Case:
         formula = Attention(
             (self.x,) * 3, qkv.chunk(3), qkv_bias.chunk(3), types.SimpleNamespace(weight=out, bias=out_bias)
         )
-        settings = dict(precondition=unit_rows) if "pc" in self.conditioning else {}
+        settings = {}
+        for method in self.conditioning:
+            if method in ("pc", LARGE):
+                eps = 1e-6 if method == "pc" else LARGE.eps
+                settings["precondition"] = lambda rows, eps=eps: rows / norms(rows).clamp_min(eps)
         return formula.compute(HEADS, corrections=corrections, **settings)
 
     def check(self, model=None, **settings):
@@ -140,7 +165,9 @@ class Case:
         assert sorted(one["type"] for one in found) == self.types()
 
     def types(self):
-        return sorted("RowPreconditioner" if one == "pc" else "SpectralCorrection" for one in self.conditioning)
+        return sorted(
+            "RowPreconditioner" if one in ("pc", LARGE) else "SpectralCorrection" for one in self.conditioning
+        )
 
 
 @functools.cache
@@ -155,6 +182,10 @@ def times_in_multihead_attention():
     return round(((after - before) / delta).median().item())
 
 
+def _matrix(weight):
+    return weight.flatten(1) if weight.dim() > 1 else weight
+
+
 def exact(weight):
     u, s, vh = (torch.as_tensor(part) for part in np.linalg.svd(weight.detach().numpy(), full_matrices=False))
     return s.max() * u @ vh
@@ -164,6 +195,7 @@ CASES = {
     "qkv": lambda conditioning: Case(Block(), conditioning, "qkv"),
     "proj": lambda conditioning: Case(Block(), conditioning, "proj"),
     "both": lambda conditioning: Case(Block(), conditioning, "qkv", "proj"),
+    "convolutions": lambda conditioning: Case(Convolutions(), conditioning, "qkv", "proj"),
     "multihead": lambda conditioning: Case(SelfAttention(), conditioning, "attention"),
     "reader's proj": lambda conditioning: Case(Reader(), conditioning, "proj"),
 }
@@ -223,7 +255,7 @@ def test_folded_inside_adapters(case, order, merged):
         torch.testing.assert_close(case.model(case.x), case.want(), **CLOSE)
         with case.peft.disable_adapter():
             torch.testing.assert_close(case.model(case.x), case.want(adapted=False), **CLOSE)
-    if "pc" not in case.conditioning:
+    if "RowPreconditioner" not in case.types():
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
 
 

@@ -1,8 +1,8 @@
 """Adapters (LoRA) around conditioned layers: what they add is added to the layer as it is conditioned.
 
-Around an output projection W an adapter is given the normalised head outputs n(x), so that it computes (W + BA) n(x),
-as it does when it is merged: normalising them again in the layer itself changes nothing. Around an input projection
-it computes (W + BA + C) x.
+Around an output projection W an adapter is given the normalised head outputs n(x), and the layer in it does not
+normalise them again, so that both compute (W + BA) n(x), as they do when the adapter is merged. Around an input
+projection it is (W + BA + C) x.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def follow(adapter: nn.Module, layer: nn.Module) -> None:
         layer.settle()
     if prepare not in adapter._forward_pre_hooks.values():
         adapter.register_forward_pre_hook(prepare)
+        adapter.register_forward_hook(finish, always_call=True)
 
 
 def prepare(adapter: nn.Module, args: tuple) -> tuple | None:
@@ -74,7 +75,17 @@ def prepare(adapter: nn.Module, args: tuple) -> tuple | None:
             )
         layer.settle()
     norm = getattr(layer, "head_norm", None)
-    return None if norm is None or isinstance(layer, nn.MultiheadAttention) else norm(adapter, args)
+    if norm is None or isinstance(layer, nn.MultiheadAttention) or layer.is_prepared:
+        return None
+    layer.is_prepared = True
+    return norm.normalize(args[0]), *args[1:]
+
+
+def finish(adapter: nn.Module, args: tuple, output: object) -> None:
+    """As a forward hook of an adapter: what the layer in it is given next is not normalised."""
+    layer = inner(adapter)
+    if getattr(layer, "is_prepared", False):
+        layer.is_prepared = False
 
 
 def follow_all(model: nn.Module) -> None:
@@ -84,7 +95,7 @@ def follow_all(model: nn.Module) -> None:
             if is_conditioned(inner(module)):
                 follow(module, inner(module))
             else:
-                remove_hooks(module, prepare.__eq__)
+                remove_hooks(module, (prepare, finish).__contains__)
 
 
 def _registered(module: nn.Module, name: str, layer: nn.Module | None) -> None:

@@ -148,8 +148,14 @@ def leave_out(site: AttentionSite) -> str:
     return f"leave the site out with exclude=[{site.name!r}]"
 
 
-class Unscriptable:
-    """Mixin of conditioned layers: ``torch.jit.script``, which compiles their source, says in one line what to do."""
+class ConditionedLayer:
+    """Mixin of the classes that layers become in place, see :func:`become`; ``host`` is the class they had."""
+
+    host: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args, **kwargs) -> Any:
+        """A plain layer for who builds one more of this class, as PEFT's adapters do; copies have no arguments."""
+        return cls.host(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __prepare_scriptable__(self) -> None:
         refuse_scripting()

@@ -14,7 +14,7 @@ from ..adapters import inner, is_copying
 from ..kernels.row_norm import normalize_rows, normalized_linear
 from ..kernels.switch import is_ordinary, is_plain
 from ..sites import AttentionSite
-from .base import Method, Unscriptable, become, check_can_become, leave_out, refuse_scripting, register_method
+from .base import ConditionedLayer, Method, become, check_can_become, leave_out, refuse_scripting, register_method
 from .lending import Postponement
 from .multihead import ConditionedMultiheadAttention, become_conditioned
 
@@ -78,6 +78,7 @@ class RowPreconditioner(Method):
         owner = inner(site.out.owner)
         owner.preconditioner = self
         owner.head_norm = HeadNorm(self, site)
+        owner.is_prepared = False
         if isinstance(owner, nn.MultiheadAttention):
             become_conditioned(owner)
         elif type(owner) in PLAIN_LINEAR and owner is site.out.projection:
@@ -111,8 +112,8 @@ class HeadNorm:
         self.over_tokens = site.cross_covariance and method.cross_covariance == "tokens"
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        """As a forward pre-hook: normalise the first argument."""
-        return self.normalize(args[0]), *args[1:]
+        """As a forward pre-hook: normalise the first argument, unless an adapter around the module has done so."""
+        return args if module.is_prepared else (self.normalize(args[0]), *args[1:])
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise the rows of ``x``, a tensor with the channels of all heads along the site's axis."""
@@ -162,7 +163,7 @@ class HeadNorm:
         return x.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1)), axis
 
 
-class PreconditionedLinear(Unscriptable, nn.Linear):
+class PreconditionedLinear(ConditionedLayer, nn.Linear):
     """An output projection that normalises each head's part of its input first.
 
     Shape: input (..., num_heads * d), output (..., out features), as ``nn.Linear``.
@@ -171,9 +172,13 @@ class PreconditionedLinear(Unscriptable, nn.Linear):
     host = nn.Linear
     head_norm: HeadNorm
     preconditioner: RowPreconditioner
+    is_prepared: bool = False
+    """Whether an adapter around the layer has normalised the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the row-normalised head outputs."""
+        if self.is_prepared:
+            return F.linear(input, self.weight, self.bias)
         return self.head_norm.project(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
