@@ -172,7 +172,7 @@ class Case:
 
 @functools.cache
 def times_in_multihead_attention():
-    """How often PEFT adds the output projection's part: twice (with one gradient) as long as its #3774 is open."""
+    """How often PEFT adds the output projection's part: twice in some versions, with one gradient."""
     plain = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS))
     before = plain[0].out_proj.weight.detach().clone()
     adapted = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False))

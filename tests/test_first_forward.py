@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -121,6 +123,27 @@ def test_a_forward_that_fails_is_not_judged():
     assert not hooks(model.attentions[0].proj) and not hooks(model.attentions[0].qkv)
     model.attentions[0].mode = "call"
     model(x())
+    assert not hooks(model)
+
+
+def test_threads_that_run_at_once():
+    """The first one judges, and takes its hooks with it."""
+    model, inside, done = Model("call"), threading.Event(), threading.Event()
+    condattn.condition(model, "pc")
+
+    def wait(module, args):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert done.wait(60)
+
+    handle = model.attentions[0].qkv.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(model, x())
+        assert inside.wait(60)
+        model(x())
+        done.set()
+        first.result()
+    handle.remove()
     assert not hooks(model)
 
 

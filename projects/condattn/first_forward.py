@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,7 @@ class FirstForward:
         paths = {inner(one): path for path, one in reversed(list(module.named_modules())) if inner(one) in owners}
         self.paths = tuple(reversed(paths.values()))
         self.uncalled: set[str] = set()
+        self.thread = 0
         self.handles: list[RemovableHandle] = []
         self.forget(module)
         if self.paths:
@@ -41,8 +43,9 @@ class FirstForward:
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         """Watch the modules that are named."""
-        if is_compiling() or getattr(module, "_is_replica", False):
+        if is_compiling() or getattr(module, "_is_replica", False) or self.handles:
             return
+        self.thread = get_ident()
         self.uncalled = set(self.paths)
         self.handles = [
             module.get_submodule(path).register_forward_pre_hook(partial(self.note, path)) for path in self.paths
@@ -58,7 +61,7 @@ class FirstForward:
         Raises:
             RuntimeError: If a module was not called.
         """
-        if not self.handles:
+        if not self.handles or self.thread != get_ident():  # of several threads the first judges
             return
         for handle in self.handles:
             handle.remove()
