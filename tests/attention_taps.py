@@ -50,6 +50,8 @@ class HeadTap(TorchFunctionMode):
         maps = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and id(arg) in self.maps]
         if func in PRODUCTS and len(maps) == 1:
             return self.change(args[maps[0]], result, -1 if maps[0] == 0 else -2)
+        if func is torch.einsum and len(maps) == 1:
+            return self.change(args[maps[0]], result, -1)
         if func in SOFTMAX or maps:
             self.maps[id(result)] = result  # kept alive, so that no other tensor gets its id
         return result

@@ -3,6 +3,8 @@
 A new host class is one more entry of ``HOSTS``.
 """
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ class Attention:
     b: tuple[Any, Any, Any]
     out: nn.Linear
     bias: Any = 0.0
+    scores: Callable[[Tensor, Tensor, int], Tensor] = lambda q, k, h: q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
 
     def compute(
         self,
@@ -29,7 +32,7 @@ class Attention:
         precondition: Callable[[Tensor], Tensor] = lambda rows: rows,
         corrections: tuple[Any, Any, Any] = (0.0, 0.0, 0.0),
     ) -> Tensor:
-        """Head by head: softmax(Q K^T / sqrt(d) + bias) V, rows preconditioned, concatenated, projected."""
+        """Head by head: softmax(scores + bias) V, rows preconditioned, concatenated, projected."""
         q, k, v = (
             x @ (w + c).T + (0.0 if b is None else b)
             for x, w, b, c in zip(self.x, self.w, self.b, corrections, strict=True)
@@ -39,7 +42,7 @@ class Attention:
         for h in range(heads):
             part = slice(h * d, (h + 1) * d)
             bias = self.bias[..., h, :, :] if isinstance(self.bias, Tensor) else self.bias
-            scores = q[..., part] @ k[..., part].transpose(-2, -1) / d**0.5 + bias
+            scores = self.scores(q[..., part], k[..., part], h) + bias
             weights = (scores - scores.amax(-1, keepdim=True)).exp()
             outputs.append(precondition(weights / weights.sum(-1, keepdim=True) @ v[..., part]))
         return torch.cat(outputs, -1) @ self.out.weight.T + (0.0 if self.out.bias is None else self.out.bias)
@@ -56,18 +59,19 @@ class Host:
     key_dim: int = EMBED
     value_dim: int = EMBED
     needs: str = "torch"
+    tokens: int = TOKENS
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a call, (batch, tokens, channels); one tensor thrice for self-attention."""
-        x = torch.randn(batch, TOKENS, EMBED)
+        x = torch.randn(batch, self.tokens, EMBED)
         if not self.cross:
             return x, x, x
-        return x, torch.randn(batch, TOKENS + 3, self.key_dim), torch.randn(batch, TOKENS + 3, self.value_dim)
+        sources = self.tokens + 3
+        return x, torch.randn(batch, sources, self.key_dim), torch.randn(batch, sources, self.value_dim)
 
     def mask(self, batch: int) -> Tensor:
         """A boolean mask (query tokens, key tokens), True where attention is forbidden; every row keeps some."""
-        tokens = TOKENS + 3 if self.cross else TOKENS
-        mask = torch.rand(TOKENS, tokens) < 0.4
+        mask = torch.rand(self.tokens, self.tokens + 3 if self.cross else self.tokens) < 0.4
         mask[:, 0] = False
         return mask
 
@@ -170,6 +174,64 @@ def _window(toolbox: str) -> Host:
     return Host(build, call, describe, needs=toolbox)
 
 
+def _with_bias(module: nn.Module, name: str, mask: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
+    """``run()`` with a mask in the bias that the method ``name`` of a module without masks makes."""
+    method = getattr(module, name)
+    setattr(module, name, lambda: method() + _forbid(mask))
+    try:
+        return run()
+    finally:
+        delattr(module, name)
+
+
+def _torchvision_window(cls: str) -> Host:
+    size = [3, 4]
+
+    def build():
+        module = getattr(importlib.import_module("torchvision.models.swin_transformer"), cls)
+        return module(EMBED, size, [0, 0], HEADS).to(torch.get_default_dtype())
+
+    def call(module, x, mask):
+        def run():
+            return module(x[0].unflatten(1, size)).flatten(1, 2)
+
+        return _with_bias(module, "get_relative_position_bias", mask, run)
+
+    def describe(module, x, mask):
+        q, k, v = module.qkv.bias.split(EMBED)
+        w = module.qkv.weight.split(EMBED)
+        if cls == "ShiftedWindowAttention":
+            bias = relative_position_bias(module.relative_position_bias_table, size)
+            return Attention(x, w, (q, k, v), module.proj, bias + _forbid(mask))
+
+        def cosine(q, k, h):
+            norms = q.square().sum(-1, keepdim=True).sqrt() * k.square().sum(-1).sqrt()[..., None, :]
+            return q @ k.transpose(-2, -1) / norms * module.logit_scale[h].clamp(max=math.log(100.0)).exp()
+
+        table = module.cpb_mlp(module.relative_coords_table).flatten(0, -2)
+        bias = 16 * relative_position_bias(table, size).sigmoid()
+        return Attention(x, w, (q, 0 * k, v), module.proj, bias + _forbid(mask), cosine)
+
+    return Host(build, call, describe, needs="torchvision")
+
+
+def _torchvision_maxvit() -> Host:
+    def build():
+        from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+
+        return RelativePositionalMultiHeadAttention(EMBED, EMBED // HEADS, 9)
+
+    def call(module, x, mask):
+        return _with_bias(module, "get_relative_positional_bias", mask, lambda: module(x[0][:, None])[:, 0])
+
+    def describe(module, x, mask):
+        bias = relative_position_bias(module.relative_position_bias_table, (3, 3)) + _forbid(mask)
+        w, b = module.to_qkv.weight.split(EMBED), module.to_qkv.bias.split(EMBED)
+        return Attention(x, w, b, module.merge, bias, lambda q, k, h: q @ k.transpose(-2, -1) / EMBED**0.5)
+
+    return Host(build, call, describe, needs="torchvision", tokens=9)
+
+
 HOSTS = {
     "torch": _multihead(),
     "torch-sequence-first": _multihead(batch_first=False),
@@ -180,4 +242,7 @@ HOSTS = {
     "mmseg-window": _window("mmseg"),
     "timm-fused": _timm(fused=True, qkv_bias=True),
     "timm-eager": _timm(fused=False),
+    "torchvision-window": _torchvision_window("ShiftedWindowAttention"),
+    "torchvision-window-v2": _torchvision_window("ShiftedWindowAttentionV2"),
+    "torchvision-maxvit": _torchvision_maxvit(),
 }

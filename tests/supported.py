@@ -9,9 +9,10 @@ import torch
 
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
-from condattn.sites import known_exceptions, known_hosts, qualified_name
+from condattn.classes import qualified_name
+from condattn.sites import known_exceptions, known_hosts
 
-ZOOS = {"zoo_timm": "NAMES", "zoo_openmmlab": "NAMES", "zoo_transformers": "MODELS"}
+ZOOS = {"zoo_timm": "NAMES", "zoo_openmmlab": "NAMES", "zoo_torchvision": "MODELS", "zoo_transformers": "MODELS"}
 INTRODUCTION = """# Supported attention
 
 What `condattn.condition` knows, by the class that computes the attention; subclasses count as their base. *PC* is row
@@ -60,7 +61,7 @@ def page() -> str:
         torch.manual_seed(0)
         found = walk()
     lines = [INTRODUCTION]
-    for library in ("torch", "timm", "mmcv", "mmdet", "mmseg", "mmpretrain", "transformers"):
+    for library in ("torch", "torchvision", "timm", "mmcv", "mmdet", "mmseg", "mmpretrain", "transformers"):
         lines += [f"## {library}", "", "| class | PC | SC | seen in |", "|---|---|---|---|"]
         for host in known_hosts():
             if host.split(".")[0] == library:

@@ -11,11 +11,13 @@ from torch import nn
 
 import condattn
 from condattn import SpectralCorrection, sites
+from condattn.classes import qualified_name
 from condattn.spectra.capture import capture
 
 ZOO = []
 for library, zoo, names in (
     ("timm", "zoo_timm", "NAMES"),
+    ("torchvision", "zoo_torchvision", "MODELS"),
     ("mmpretrain", "zoo_openmmlab", "NAMES"),
     ("transformers", "zoo_transformers", "MODELS"),
 ):
@@ -42,7 +44,7 @@ NO_SC = ("efficientvit_msra.CascadedGroupAttention", "attention_pool.AttentionPo
 
 
 def is_one_of(site, names):
-    return sites.qualified_name(type(site.module)).endswith(tuple(names))
+    return qualified_name(type(site.module)).endswith(tuple(names))
 
 
 @pytest.fixture(scope="module", params=ZOO, ids=lambda entry: f"{entry[0].removeprefix('zoo_')}: {entry[1]}")

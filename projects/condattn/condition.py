@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import inner, is_adapter
+from .first_forward import FirstForward
+from .methods.adapted import check_adapter, follow_all
 from .methods.base import Conditioning, Method, parse, registered_methods
-from .methods.correction import CorrectedModule, Lender
+from .methods.correction import CorrectedModule
+from .methods.lending import WeightLender
 from .sites import AttentionSite, Siteless, describe_siteless, find_siteless, find_sites, known_hosts
 
 
@@ -49,7 +53,9 @@ def condition(
 
     Either all chosen sites are conditioned or, with an error, none. State-dict keys stay as they are; only
     corrections that depend on the weights add a buffer each. Condition a model last: a layer that is replaced later
-    (heads pruned, adapters added) takes its conditioning with it.
+    (heads pruned) takes its conditioning with it. Adapters (LoRA of PEFT) may come before or after, and be merged: what
+    they add is added to the conditioned layer. The first forward of a site raises a ``RuntimeError`` if it does not
+    call the modules that the site's rule names.
 
     Args:
         model: Any torch model.
@@ -92,9 +98,13 @@ def condition(
                 raise ValueError(f"{site}: {type(method).__name__} is applied already; condition a site once")
             method.check(site)
     _check_nothing_is_shared(chosen)
+    _check_adapters(model, chosen)
     for method in methods:
         for site in chosen:
             method.apply(site)
+    for site in chosen if methods else ():
+        FirstForward(site)
+    follow_all(model)
     _forget_compiled()
     names = tuple(site.name for site in chosen if methods)
     return Report(tuple(methods), names, tuple(site.name for site in sites if site.name not in names))
@@ -108,12 +118,25 @@ def fold(model: nn.Module) -> int:
 
     Returns:
         The number of modules whose weights were merged.
+
+    Raises:
+        ValueError: If a weight to be merged is parametrized; nothing is merged then.
     """
     foldable = [m for m in model.modules() if isinstance(m, CorrectedModule) and m.corrections]
     for module in foldable:
+        if nn.utils.parametrize.is_parametrized(module):
+            raise ValueError(
+                f"the weight of a {type(module).__name__} cannot be merged with its correction; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+    for module in foldable:
         module.fold()
     for module in model.modules():
-        Lender.detach(module)
+        WeightLender.detach(module)
+    follow_all(model)
+    for site in find_sites(model):
+        if not _methods_of(site):
+            FirstForward.forget(site.module)
     _forget_compiled()
     return len(foldable)
 
@@ -124,10 +147,7 @@ def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
     Returns:
         Site name -> the methods of that site in the long form of a config; an empty list for an unconditioned site.
     """
-    return {
-        site.name: [method.to_dict() for cls in registered_methods() if (method := cls.applied_to(site)) is not None]
-        for site in find_sites(model)
-    }
+    return {site.name: [method.to_dict() for method in _methods_of(site)] for site in find_sites(model)}
 
 
 def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
@@ -169,12 +189,27 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
+def _methods_of(site: AttentionSite) -> list[Method]:
+    return [method for cls in registered_methods() if (method := cls.applied_to(site)) is not None]
+
+
+def _owners(site: AttentionSite) -> set[nn.Module]:
+    return {inner(part.owner) for part in (site.q, site.k, site.v, site.out) if part is not None}
+
+
+def _check_adapters(model: nn.Module, sites: list[AttentionSite]) -> None:
+    """Adapters that can be around a conditioned layer are those that add to it."""
+    owners = set().union(*map(_owners, sites))
+    for module in model.modules():
+        if is_adapter(module) and inner(module) in owners:
+            check_adapter(module, inner(module))
+
+
 def _check_nothing_is_shared(sites: list[AttentionSite]) -> None:
     """Two sites that share a layer would condition it twice, each for its own heads."""
     users: dict[nn.Module, AttentionSite] = {}
     for site in sites:
-        parts = (site.q, site.k, site.v, site.out)
-        for owner in {part.owner for part in parts if part is not None}:
+        for owner in _owners(site):
             other = users.setdefault(owner, site)
             if other is not site:
                 raise ValueError(f"{other} and {site} share a {type(owner).__name__}; exclude one of them")

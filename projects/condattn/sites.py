@@ -4,6 +4,9 @@ A *rule* describes the site of one host class. Rules are matched by the qualifie
 included), so describing a class never imports the library it belongs to::
 
     register_rule('my.models.Attention', lambda m: dict(num_heads=m.heads, out=into(m.proj), **thirds(m.qkv)))
+
+It names the layers that the forward of the class calls. A weight that the forward uses without calling its layer has a
+reader: ``**read_by(m, thirds(m.qkv))``, ``out=into(m.proj, reader=m)``.
 """
 
 import re
@@ -13,6 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import inner
+from .classes import look_up, qualified_name
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -20,7 +26,7 @@ class Projection:
 
     Attributes:
         owner: The module that evaluates the map (an ``nn.Linear``, a 1 x 1 ``nn.Conv2d``, or the attention module
-            itself where it calls its projections functionally, as ``nn.MultiheadAttention`` does).
+            itself where it calls its projections functionally, as ``nn.MultiheadAttention`` does), inside adapters.
         parameter: Name of the weight in ``owner``.
         rows: The rows of that matrix that belong to the map, head after head, as slices.
         num_heads: Number of heads of the map; fewer than the site's where keys and values are shared by groups of
@@ -47,12 +53,15 @@ class HeadOutputs:
 
     Attributes:
         owner: The module whose (first) input they are; the attention module itself if it projects them functionally.
-        projection: The output projection that they reach, here or behind an activation, a norm or a gate; None if
-            there is none.
+            Where an adapter is around a layer, it is the adapter.
+        projection: The output projection that they reach, here or behind an activation, a norm or a gate, inside
+            adapters; None if there is none.
         axis: The axis of that input along which the channels of the heads lie.
         channels: The channels that are head outputs, where others lie beside them; None: all.
         num_heads: Number of heads along the axis; None: as the site. 1 where the heads have an axis of their own.
         interleaved: Whether channel c belongs to head c modulo the number of heads, and not to head c // head size.
+        reader: The module whose forward uses weight and bias of ``owner``, a linear layer of as many outputs as
+            inputs, without calling it, and does no more to the result than move tokens; None: ``owner`` is called.
     """
 
     owner: nn.Module
@@ -61,6 +70,7 @@ class HeadOutputs:
     channels: slice | None = None
     num_heads: int | None = None
     interleaved: bool = False
+    reader: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -131,18 +141,25 @@ def register_exception(class_name: str, reason: str, attends: bool = False) -> N
 
 def whole(owner: nn.Module, parameter: str = "weight", num_heads: int | None = None) -> Projection:
     """All rows of a weight as one projection; ``num_heads`` if it has fewer heads than the site."""
+    owner = inner(owner)
     return Projection(owner, parameter, (slice(0, _out_features(owner, parameter)),), num_heads)
 
 
 def thirds(owner: nn.Module, parameter: str = "weight") -> dict[str, Projection]:
     """q, k and v as the three equal parts, in this order, of the rows of one fused weight."""
-    size = _out_features(owner, parameter) // 3
+    size = _out_features(inner(owner), parameter) // 3
     return split(owner, parameter, q=size, k=size, v=size)
+
+
+def halves(owner: nn.Module, first: str, second: str) -> dict[str, Projection]:
+    """Two of q, k and v as the two equal parts, in this order, of the rows of one weight."""
+    size = _out_features(inner(owner), "weight") // 2
+    return split(owner, **{first: size, second: size})
 
 
 def split(owner: nn.Module, parameter: str = "weight", **sizes: int) -> dict[str, Projection]:
     """Parts of given ``sizes``, in their order, of the rows of one weight; those called q, k and v are returned."""
-    parts, start = {}, 0
+    owner, parts, start = inner(owner), {}, 0
     for name, size in sizes.items():
         parts[name] = Projection(owner, parameter, (slice(start, start + size),))
         start += size
@@ -152,7 +169,7 @@ def split(owner: nn.Module, parameter: str = "weight", **sizes: int) -> dict[str
 def split_each_head(owner: nn.Module, num_heads: int, **sizes: int) -> dict[str, Projection]:
     """Parts of given ``sizes``, in their order, of each head's rows of one weight, head after head."""
     step = sum(sizes.values())
-    parts, start = {}, 0
+    owner, parts, start = inner(owner), {}, 0
     for name, size in sizes.items():
         rows = tuple(slice(h * step + start, h * step + start + size) for h in range(num_heads))
         parts[name] = Projection(owner, "weight", rows)
@@ -171,7 +188,7 @@ def into(owner: nn.Module, projection: nn.Module | None = None, axis: int | None
     ``axis`` is by default 1 before a two-dimensional convolution, else the last; ``settings`` are the other fields of
     :class:`HeadOutputs`.
     """
-    projection = owner if projection is None else projection
+    projection = inner(owner if projection is None else projection)
     if axis is None:
         axis = 1 if isinstance(projection, nn.Conv2d | nn.ConvTranspose2d) else -1
     return HeadOutputs(owner, projection, axis, **settings)
@@ -184,7 +201,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     """
     sites = []
     for name, module in _named_modules(model):
-        describe = _lookup(_RULES, type(module))
+        describe = look_up(_RULES, type(module))
         if describe is not None and not _attends(type(module)):
             sites.append(AttentionSite(name=name, module=module, **describe(module)))
     return sites
@@ -215,7 +232,7 @@ def find_siteless(model: nn.Module) -> list[Siteless]:
     siteless = []
     for name, module in _named_modules(model):
         cls = type(module)
-        reason = _lookup(_EXCEPTIONS, cls) or ""
+        reason = look_up(_EXCEPTIONS, cls) or ""
         if reason:
             found = _attends(cls)
         else:
@@ -244,7 +261,8 @@ def describe_siteless(siteless: Sequence[Siteless]) -> str:
 RULE = (
     "add a rule: condattn.register_rule('MODULE.CLASS', "
     "lambda m: dict(num_heads=m.num_heads, out=into(m.proj), **thirds(m.qkv))), "
-    "with into and thirds of condattn.sites"
+    "with into and thirds of condattn.sites; where its forward uses a weight without calling the layer, "
+    "**read_by(m, thirds(m.qkv)) or out=into(m.proj, reader=m)"
 )
 """The rule of the commonest kind, as advice."""
 
@@ -257,11 +275,6 @@ def known_hosts() -> list[str]:
 def known_exceptions() -> dict[str, str]:
     """Qualified name of each class that calls itself attention and has no site -> why not."""
     return dict(sorted(_EXCEPTIONS.items()))
-
-
-def qualified_name(cls: type) -> str:
-    """The name of a class as rules give it: its module and its name there."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def indices(rows: tuple[slice, ...]) -> list[int]:
@@ -300,7 +313,3 @@ def _attends(cls: type) -> bool:
 
 def _contains(outer: str, inner: str) -> bool:
     return not outer or f"{inner}.".startswith(f"{outer}.")
-
-
-def _lookup(table: Mapping[str, Any], cls: type) -> Any:
-    return next((table[name] for base in cls.__mro__ if (name := qualified_name(base)) in table), None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters import inner, is_at_work
 from ..kernels.switch import plain
 from ..methods.preconditioner import HeadNorm, RowPreconditioner
 from ..sites import AttentionSite, find_sites
@@ -87,7 +88,7 @@ def calibrate(
 @contextmanager
 def _plain(sites: list[AttentionSite], observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Switch the preconditioners off, and show the head outputs to observers instead."""
-    norms: list[HeadNorm] = [site.out.owner.head_norm for site in sites]
+    norms: list[HeadNorm] = [inner(site.out.owner).head_norm for site in sites]
     try:
         for site, norm in zip(sites, norms, strict=True):
 
@@ -107,7 +108,7 @@ class _Probe:
     """Measures one site in two passes, then folds."""
 
     def __init__(self, site: AttentionSite) -> None:
-        self.site, self.norm = site, site.out.owner.head_norm
+        self.site, self.norm = site, inner(site.out.owner).head_norm
         self.sum, self.count, self.scales = None, 0, None
         self.errors = torch.zeros(3, dtype=torch.float64)
 
@@ -150,7 +151,9 @@ class _Probe:
     def reason(self) -> str:
         """Why the scales cannot go into the projection, or ''."""
         owner, projection = self.site.out.owner, self.site.out.projection
-        direct = owner is projection or isinstance(owner, nn.MultiheadAttention | nn.Identity)
+        if is_at_work(owner):
+            return "because an adapter is around its output projection; merge it before"
+        direct = inner(owner) is projection or isinstance(owner, nn.MultiheadAttention | nn.Identity)
         if not direct:
             return f"because a {type(owner).__name__} stands between its heads and the output projection"
         pointwise = isinstance(projection, nn.Conv2d) and projection.kernel_size == (1, 1) and projection.groups == 1

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ..sites import into, split, thirds, whole
+from ..sites import halves, into, thirds, whole
 
 
 def fused(module: nn.Module) -> dict[str, Any]:
@@ -20,8 +20,7 @@ def separate(module: nn.Module) -> dict[str, Any]:
 
 def q_and_kv(module: nn.Module) -> dict[str, Any]:
     """Queries in ``q``, keys and values in ``kv``, and ``proj``."""
-    half = module.kv.out_features // 2
-    projections = dict(q=whole(module.q), **split(module.kv, k=half, v=half))
+    projections = dict(q=whole(module.q), **halves(module.kv, "k", "v"))
     return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..sites import into, read_by, register_exception, register_rule, split, split_each_head, thirds, whole
+from ..sites import halves, into, read_by, register_exception, register_rule, split, split_each_head, thirds, whole
 from .common import cross_covariance, davit_channels, fused, q_and_kv, separate
 
 for name in (
@@ -38,10 +38,8 @@ for name in ("pvt_v2.Attention", "twins.GlobalSubSampleAttn", "volo.ClassAttenti
 
 
 def _qk_and_v(module: nn.Module) -> dict[str, Any]:
-    half = module.qk.out_features // 2
-    return dict(
-        num_heads=module.num_heads, out=into(module.proj), v=whole(module.v), **split(module.qk, q=half, k=half)
-    )
+    projections = dict(v=whole(module.v), **halves(module.qk, "q", "k"))
+    return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
 
 
 for name in ("convit.GPSA", "tnt.Attention"):
@@ -111,9 +109,8 @@ def _pool(module: nn.Module) -> dict[str, Any]:
 
 
 def _latent_pool(module: nn.Module) -> dict[str, Any]:
-    half = module.kv.out_features // 2
-    q = whole(module.q) if isinstance(module.q, nn.Linear) else None
-    return dict(num_heads=module.num_heads, out=into(module.proj), q=q, **split(module.kv, k=half, v=half))
+    q = None if isinstance(module.q, nn.Identity) else whole(module.q)
+    return dict(num_heads=module.num_heads, out=into(module.proj), q=q, **halves(module.kv, "k", "v"))
 
 
 register_rule("timm.layers.attention_pool2d.AttentionPool2d", _pool)
@@ -197,8 +194,7 @@ def _gemma4(module: nn.Module) -> dict[str, Any]:
 def _global_context(module: nn.Module) -> dict[str, Any]:
     if not module.use_global:
         return fused(module)
-    half = module.qkv.out_features // 2
-    projections = split(module.qkv, k=half, v=half)
+    projections = halves(module.qkv, "k", "v")
     return dict(num_heads=module.num_heads, out=into(module.proj), obstacle="its queries are global", **projections)
 
 
@@ -229,8 +225,7 @@ def _single_head(module: nn.Module) -> dict[str, Any]:
 
 def _modulated(module: nn.Module) -> dict[str, Any]:
     """iFormer: one head, multiplied by a gate in the forward itself."""
-    half = module.v_gate.c.out_channels // 2
-    projections = dict(q=whole(module.q.c), k=whole(module.k.c), **split(module.v_gate.c, v=half, gate=half))
+    projections = dict(q=whole(module.q.c), k=whole(module.k.c), **halves(module.v_gate.c, "v", "gate"))
     return dict(num_heads=1, obstacle="a gate multiplies its head output before any module receives it", **projections)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..sites import into, register_exception, register_rule, split, thirds, whole
+from ..sites import halves, into, register_exception, register_rule, thirds, whole
 from .common import fused
 
 
@@ -58,8 +58,7 @@ register_rule("transformers.models.pvt_v2.modeling_pvt_v2.PvtV2SelfAttention", _
 
 def _gpt2(module: nn.Module) -> dict[str, Any]:
     if module.is_cross_attention:
-        half = module.c_attn.nf // 2
-        projections = dict(q=whole(module.q_attn), **split(module.c_attn, k=half, v=half))
+        projections = dict(q=whole(module.q_attn), **halves(module.c_attn, "k", "v"))
     else:
         projections = thirds(module.c_attn)
     return dict(num_heads=module.num_heads, out=into(module.c_proj), **projections)

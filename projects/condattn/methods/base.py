@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..sites import AttentionSite, qualified_name
+from ..classes import qualified_name
+from ..sites import AttentionSite
 
 _METHODS: dict[str, type[Method]] = {}
 _ALIASES: dict[str, str] = {}
@@ -145,6 +146,31 @@ def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSi
 def leave_out(site: AttentionSite) -> str:
     """The advice that ends a refusal to condition ``site``."""
     return f"leave the site out with exclude=[{site.name!r}]"
+
+
+class ConditionedLayer:
+    """Mixin of the classes that layers become in place, see :func:`become`; ``host`` is the class they had."""
+
+    host: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args, **kwargs) -> Any:
+        """A plain layer for who builds one more of this class, as PEFT's adapters do; copies have no arguments."""
+        return cls.host(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_scripting()
+
+
+def refuse_scripting() -> None:
+    """What ``torch.jit.script`` calls of a module that is conditioned.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        "torch.jit.script cannot compile conditioned attention; use torch.jit.trace, torch.export or torch.compile, or "
+        "condattn.fold(model) before, which leaves plain layers where spectral correction is the only method"
+    )
 
 
 def become(owner: nn.Module, layer: type[nn.Module]) -> Any:

@@ -10,9 +10,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cache import WeightCache
-from ..kernels.switch import is_compiling
 from ..sites import indices
+from .base import ConditionedLayer
 
 
 @dataclass(frozen=True)
@@ -84,24 +83,22 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-class CorrectedModule(nn.Module):
+class CorrectedModule(ConditionedLayer, nn.Module):
     """Mixin: weights of the module enter its forward as W + C, C a constant that is never trained.
 
     The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``:
-    it is fixed by the first forward or by a checkpoint that has it. Until then it is NaN, so that re-initialising or
-    loading weights in between is taken into account; loading a checkpoint without it starts over from the loaded
-    weights. A C that does not depend on the weights is not stored. Run one forward before ``torch.export`` or
-    ``torch.compile(fullgraph=True)``, which cannot trace the fixing.
+    it is fixed by the first forward, by a checkpoint that has it, or when an adapter (LoRA) is put around the module.
+    Until then it is NaN, so that re-initialising or loading weights in between is taken into account; loading a
+    checkpoint without it starts over from the loaded weights. A C that does not depend on the weights is not stored.
+    Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace the fixing.
     """
 
     transposed = False
     """Whether the weight is kept as (in features, out features)."""
     corrections: Mapping[str, Correction] = MappingProxyType({})
-    lent: Mapping[str, Tensor] = MappingProxyType({})
-    """The weights W in whose place W + C stands at the moment, see :class:`Lender`."""
+    lent: Mapping[str, Tensor] | None = None
+    """The weights W in whose place W + C stands at the moment, see :class:`condattn.methods.lending.Lender`."""
     unsettled: frozenset[str] = frozenset()
-    effective: Mapping[str, WeightCache] = MappingProxyType({})
-    """W + C of the weights that have one, kept between forwards without gradients."""
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
         """Correct the weight called ``parameter`` from now on."""
@@ -124,7 +121,7 @@ class CorrectedModule(nn.Module):
 
     def effective_weight(self, parameter: str = "weight") -> Tensor:
         """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
-        weight = self.lent[parameter] if parameter in self.lent else getattr(self, parameter)
+        weight = self.lent[parameter] if self.lent and parameter in self.lent else getattr(self, parameter)
         matrix = self._matrix(weight)
         correction = self.corrections.get(parameter)
         if correction is None:
@@ -132,25 +129,11 @@ class CorrectedModule(nn.Module):
         constant = getattr(self, f"{parameter}_correction")
         if parameter in self.unsettled:
             self._settle(parameter, matrix, constant)
-
-        def correct() -> Tensor:
-            if correction.svd:
-                corrected = matrix + constant
-            else:
-                columns = getattr(self, f"{parameter}_columns")
-                corrected = matrix.scatter_add(1, columns[:, None], constant[:, None])
-            return corrected.T if self.transposed else corrected.view_as(weight)
-
-        if is_compiling():
-            return correct()
-        if parameter not in self.effective:
-            self.effective = {**self.effective, parameter: WeightCache()}
-        return self.effective[parameter].get(correct, weight, constant)
-
-    def train(self, mode: bool = True):
-        """Set the training mode and return self."""
-        self.effective = {}
-        return super().train(mode)
+        if correction.svd:
+            corrected = matrix + constant
+        else:
+            corrected = matrix.scatter_add(1, getattr(self, f"{parameter}_columns")[:, None], constant[:, None])
+        return corrected.T if self.transposed else corrected.view_as(weight)
 
     @torch.no_grad()
     def merge_corrections(self) -> None:
@@ -161,8 +144,7 @@ class CorrectedModule(nn.Module):
             if not correction.svd:
                 delattr(self, f"{parameter}_columns")
         del self.corrections
-        for name in ("unsettled", "effective"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("unsettled", None)
 
     @torch.no_grad()
     def subtract_corrections(self) -> None:
@@ -181,6 +163,13 @@ class CorrectedModule(nn.Module):
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight.flatten(1)
+
+    def settle(self) -> None:
+        """Fix the corrections that are not yet, by the weights as they are."""
+        for parameter in self.unsettled:
+            weight = getattr(self, parameter)
+            if not weight.is_meta:
+                self._settle(parameter, self._matrix(weight), getattr(self, f"{parameter}_correction"))
 
     def _settle(self, parameter: str, matrix: Tensor, constant: Tensor) -> None:
         if constant.isnan().any():
@@ -205,45 +194,3 @@ def subtract_corrections(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, CorrectedModule):
             module.subtract_corrections()
-
-
-class Lender:
-    """Forward hooks of a module that uses the weight of a corrected one without calling it: they lend it W + C.
-
-    Args:
-        reader: The module that uses the weight. A replica of it (``nn.DataParallel``) takes the hooks over.
-        owner: The corrected module, in ``reader``.
-        parameter: Its weight.
-    """
-
-    def __init__(self, reader: nn.Module, owner: CorrectedModule, parameter: str) -> None:
-        self.path = next(path for path, module in reader.named_modules() if module is owner)
-        self.parameter = parameter
-        reader.register_forward_pre_hook(self.lend)
-        reader.register_forward_hook(self.take_back, always_call=True)
-
-    def lend(self, reader: nn.Module, args: tuple) -> None:
-        """Put W + C in the place of W."""
-        owner = reader.get_submodule(self.path)
-        corrected = owner.effective_weight(self.parameter)
-        owner.lent = {**owner.lent, self.parameter: getattr(owner, self.parameter)}
-        object.__setattr__(owner, self.parameter, corrected)
-
-    def take_back(self, reader: nn.Module, args: tuple, output: object) -> None:
-        """Put W in its place again."""
-        owner = reader.get_submodule(self.path)
-        weights = dict(owner.lent)
-        weight = weights.pop(self.parameter, None)
-        owner.lent = weights
-        if self.parameter in owner._parameters:
-            owner.__dict__.pop(self.parameter, None)
-        elif weight is not None:  # a replica has no parameters
-            object.__setattr__(owner, self.parameter, weight)
-
-    @staticmethod
-    def detach(reader: nn.Module) -> None:
-        """Take all of them from ``reader``."""
-        for hooks in (reader._forward_pre_hooks, reader._forward_hooks):
-            for number in [n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Lender)]:
-                del hooks[number]
-                reader._forward_hooks_always_called.pop(number, None)

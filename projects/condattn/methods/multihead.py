@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters import is_at_work
+from ..hooks import remove_hooks
 from .base import become, restore
 from .correction import CorrectedModule
 
@@ -27,10 +29,6 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
     head_norm: HeadNorm
     spectral: SpectralCorrection | None = None
 
-    # nn.TransformerEncoderLayer's inference fast path reads in_proj_weight itself and would skip the conditioning.
-    # It asks this flag first; a property of the class shadows the instance's own value.
-    _qkv_same_embed_dim = property(lambda self: False)
-
     def forward(
         self,
         query: Tensor,
@@ -45,10 +43,16 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         """Attend from ``query`` to ``key`` and ``value``; arguments and results as ``nn.MultiheadAttention``.
 
         Raises:
-            RuntimeError: If ``is_causal`` is set without ``attn_mask``.
+            RuntimeError: If ``is_causal`` is set without ``attn_mask``, or an adapter around the output projection
+                has no effect.
             ValueError: If a mask has another shape or dtype than it must have, or nested sequences are given for
                 anything but plain self-attention.
         """
+        if is_at_work(self.out_proj):
+            raise RuntimeError(
+                "an adapter is around out_proj of nn.MultiheadAttention, which uses its weight without calling it, so "
+                "that the adapter has no effect; put one around the whole nn.MultiheadAttention, or merge it"
+            )
         if query.is_nested:
             plain = query is key and key is value and attn_mask is None and key_padding_mask is None
             if not plain or is_causal or not self.batch_first:
@@ -123,18 +127,13 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         )
         return (output.transpose(0, 1) if transposed else output), weights
 
-    def _reset_parameters(self) -> None:
-        # Upstream asks the flag above which weights there are.
-        restore(self)
-        self._reset_parameters()
-        become(self, ConditionedMultiheadAttention)
-
     def fold(self) -> None:
         """Merge the corrections into the weights; without a preconditioner, become the plain module again."""
         if self.spectral is not None:
             self.merge_corrections()
             del self.spectral
         if self.preconditioner is None:
+            remove_hooks(self, keep_fast_path_away.__eq__)
             restore(self)
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
@@ -187,6 +186,21 @@ class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
         padding = torch.arange(padded.shape[1], device=x.device) >= lengths[:, None]
         output, _ = self(padded, padded, padded, padding, need_weights=False)
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(output, lengths, strict=True)])
+
+
+def become_conditioned(module: nn.MultiheadAttention) -> ConditionedMultiheadAttention:
+    """Turn ``module`` in place into a :class:`ConditionedMultiheadAttention`, and return it."""
+    if keep_fast_path_away not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(keep_fast_path_away)
+    return become(module, ConditionedMultiheadAttention)
+
+
+def keep_fast_path_away(module: nn.Module, args: tuple) -> None:
+    """A forward pre-hook that does nothing but be there.
+
+    The inference fast path of ``nn.TransformerEncoderLayer`` reads ``in_proj_weight`` itself and would skip the
+    conditioning; it is not taken where a module has a hook.
+    """
 
 
 def _float_mask(name: str, mask: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters import inner, is_copying
 from ..kernels.row_norm import normalize_rows, normalized_linear
 from ..kernels.switch import is_ordinary, is_plain
 from ..sites import AttentionSite
-from .base import Method, become, check_can_become, leave_out, register_method
-from .multihead import ConditionedMultiheadAttention
+from .base import ConditionedLayer, Method, become, check_can_become, leave_out, refuse_scripting, register_method
+from .lending import Postponement
+from .multihead import ConditionedMultiheadAttention, become_conditioned
 
 
 @register_method
@@ -55,8 +57,15 @@ class RowPreconditioner(Method):
         out = site.out
         if out is None:
             raise ValueError(f"{site}: cannot be preconditioned: {site.obstacle}; {leave_out(site)}")
+        if is_copying(out.owner):
+            raise ValueError(
+                f"{site}: cannot be preconditioned: a {type(out.owner).__name__} of PEFT is around its "
+                "output projection; condition the model before get_peft_model"
+            )
         if isinstance(out.owner, nn.MultiheadAttention):
             check_can_become(out.owner, ConditionedMultiheadAttention, site)
+        if out.reader is not None:
+            check_can_become(inner(out.owner), PreconditionedLinear, site)
         channels, heads = _channels(site), out.num_heads or site.num_heads
         if channels and channels % heads:
             raise ValueError(
@@ -66,20 +75,24 @@ class RowPreconditioner(Method):
 
     def apply(self, site: AttentionSite) -> None:
         """Put the preconditioner in front of what receives the head outputs."""
-        owner = site.out.owner
+        owner = inner(site.out.owner)
         owner.preconditioner = self
         owner.head_norm = HeadNorm(self, site)
+        owner.is_prepared = False
         if isinstance(owner, nn.MultiheadAttention):
-            become(owner, ConditionedMultiheadAttention)
+            become_conditioned(owner)
         elif type(owner) in PLAIN_LINEAR and owner is site.out.projection:
             become(owner, PreconditionedLinear)
         else:
             owner.register_forward_pre_hook(owner.head_norm)
+            owner.__prepare_scriptable__ = refuse_scripting
+        if site.out.reader is not None:
+            Postponement(site.out.reader, owner)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> RowPreconditioner | None:
         """The preconditioner of ``site``, or None."""
-        return getattr(site.out and site.out.owner, "preconditioner", None)
+        return getattr(site.out and inner(site.out.owner), "preconditioner", None)
 
 
 class HeadNorm:
@@ -99,8 +112,8 @@ class HeadNorm:
         self.over_tokens = site.cross_covariance and method.cross_covariance == "tokens"
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        """As a forward pre-hook: normalise the first argument."""
-        return self.normalize(args[0]), *args[1:]
+        """As a forward pre-hook: normalise the first argument, unless an adapter around the module has done so."""
+        return args if module.is_prepared else (self.normalize(args[0]), *args[1:])
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise the rows of ``x``, a tensor with the channels of all heads along the site's axis."""
@@ -150,7 +163,7 @@ class HeadNorm:
         return x.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1)), axis
 
 
-class PreconditionedLinear(nn.Linear):
+class PreconditionedLinear(ConditionedLayer, nn.Linear):
     """An output projection that normalises each head's part of its input first.
 
     Shape: input (..., num_heads * d), output (..., out features), as ``nn.Linear``.
@@ -159,9 +172,13 @@ class PreconditionedLinear(nn.Linear):
     host = nn.Linear
     head_norm: HeadNorm
     preconditioner: RowPreconditioner
+    is_prepared: bool = False
+    """Whether an adapter around the layer has normalised the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the row-normalised head outputs."""
+        if self.is_prepared:
+            return F.linear(input, self.weight, self.bias)
         return self.head_norm.project(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:

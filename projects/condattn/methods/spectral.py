@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from ..sites import AttentionSite, Projection, is_transposed
 from .base import Method, become, check_can_become, leave_out, register_method, restore
-from .correction import Block, CorrectedModule, Correction, Lender
-from .multihead import ConditionedMultiheadAttention
+from .correction import Block, CorrectedModule, Correction
+from .lending import WeightLender
+from .multihead import ConditionedMultiheadAttention, become_conditioned
 
 
 @register_method
@@ -98,12 +99,13 @@ class SpectralCorrection(Method):
             blocks = by_weight.setdefault((projection.owner, projection.parameter), [])
             blocks.extend(self._blocks(target, projection, projection.num_heads or site.num_heads))
         for (owner, parameter), blocks in by_weight.items():
-            layer = become(owner, _layer(owner))
+            is_whole = isinstance(owner, nn.MultiheadAttention)
+            layer = become_conditioned(owner) if is_whole else become(owner, _layer(owner))
             layer.spectral = self
             layer.add_correction(parameter, Correction(tuple(blocks), self.relative, self.form == "svd"))
         readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
         for (owner, parameter), reader in readers.items():
-            Lender(reader, owner, parameter)
+            WeightLender(reader, owner, parameter)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> SpectralCorrection | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.cache import WeightCache
+from ..first_forward import FirstForward, count_hooks
 from ..kernels.feed_forward import feed_forward
 from ..kernels.switch import autocast, autocast_dtype, is_compiling, is_ordinary, is_upstream
 from ..kernels.window_attention import window_attention
@@ -28,9 +28,6 @@ class FastShiftWindowMSA:
     are, whatever they are.
     """
 
-    cache: WeightCache | None = None
-    """Of the relative position bias."""
-
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H * W, C) to the same shape; see upstream."""
         msa = self.w_msa
@@ -44,25 +41,14 @@ class FastShiftWindowMSA:
         attention = grid, msa.num_heads, msa.scale, normalize
         heads = window_attention(msa.qkv(query), msa.qkv.bias, self._bias(), *attention)
         x = F.linear(heads, proj.weight, proj.bias) if inside else proj(heads)
+        if not is_compiling():
+            FirstForward.forget(msa)
         return drop_path(msa.proj_drop(x), self.drop)
-
-    def train(self, mode: bool = True):
-        """Set the training mode and return self."""
-        self.cache = None
-        return super().train(mode)
 
     def _bias(self) -> Tensor:
         """The relative position bias, (heads, N, N)."""
-        table, index = self.w_msa.relative_position_bias_table, self.w_msa.relative_position_index
-
-        def gather() -> Tensor:
-            return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
-
-        if is_compiling():
-            return gather()
-        if self.cache is None:
-            self.cache = WeightCache()
-        return self.cache.get(gather, table)
+        msa = self.w_msa
+        return F.embedding(msa.relative_position_index, msa.relative_position_bias_table).permute(2, 0, 1).contiguous()
 
 
 class FastSwinBlock:
@@ -155,9 +141,9 @@ def _pad(x: Tensor, *pad: int) -> Tensor:
 def is_watched(module: nn.Module) -> bool:
     """Whether someone wants to see the calls of a module itself, by hooks or by a forward of its own."""
     every = nn.modules.module
-    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    own = module._backward_hooks, module._backward_pre_hooks
     of_all = every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks
-    return any((*own, *of_all)) or "forward" in module.__dict__
+    return count_hooks(module) > 0 or any((*own, *of_all)) or "forward" in module.__dict__
 
 
 def is_usual(layer: nn.Module, name: str) -> bool:
