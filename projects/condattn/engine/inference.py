@@ -16,10 +16,11 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
+from ..openmmlab.data_check.paths import leaves
 from .checkpoints import check_fit, drop_pretrained, read_checkpoint
 from .errors import UserError
 from .guard import check_conditioning
-from .launch import build_model, innermost
+from .launch import build_model
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 
@@ -171,12 +172,12 @@ def _instances(instances: BaseDataElement) -> dict:
 
 def _image_pipeline(dataset: dict) -> list[dict]:
     """The test pipeline without the annotations, which new images do not have."""
-    return [step for step in copy.deepcopy(innermost(dataset)["pipeline"]) if "Annotations" not in step["type"]]
+    return [step for step in copy.deepcopy(next(leaves(dataset))["pipeline"]) if "Annotations" not in step["type"]]
 
 
 def _dataset_meta(dataset: dict) -> dict:
     """Class names and colours of a data set that is not there: its class's, or those of the configuration."""
-    dataset = innermost(dataset)
+    dataset = next(leaves(dataset))
     with DATASETS.switch_scope_and_registry(None) as registry:
         cls = registry.get(dataset["type"])
     return {**getattr(cls, "METAINFO", {}), **dataset.get("metainfo", {})}

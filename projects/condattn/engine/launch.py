@@ -8,13 +8,12 @@ import copy
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
@@ -143,21 +142,6 @@ def build_model(cfg: Config) -> nn.Module:
         if isinstance(error, TypeError) and "unexpected keyword argument" not in message:
             raise
         raise UserError(f"the model of {cfg.filename} cannot be built: {message}") from error
-
-
-def leaves(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """The configurations of the data sets in ``dataset``, below wrappers such as RepeatDataset and ConcatDataset."""
-    inner = [dataset[key] for key in ("dataset", "datasets") if key in dataset]
-    if not inner:
-        yield dataset
-    for child in inner:
-        for one in child if isinstance(child, list | tuple) else [child]:
-            yield from leaves(one)
-
-
-def innermost(dataset: ConfigDict) -> ConfigDict:
-    """The first of :func:`leaves`."""
-    return next(leaves(dataset))
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:

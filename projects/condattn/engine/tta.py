@@ -5,8 +5,8 @@ import copy
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
+from ..openmmlab.data_check.paths import leaves
 from .errors import UserError
-from .launch import leaves
 
 _MODELS = {
     "mmdet": {
