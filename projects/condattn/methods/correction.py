@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import indices
-from .base import ConditionedLayer
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-class CorrectedModule(ConditionedLayer, nn.Module):
+class CorrectedModule(nn.Module):
     """Mixin: weights of the module enter its forward as W + C, C a constant that is never trained.
 
     The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..adapters import is_at_work
 from ..hooks import remove_hooks
-from .base import become, restore
+from .base import ConditionedLayer, become, restore
 from .correction import CorrectedModule
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class ConditionedMultiheadAttention(CorrectedModule, nn.MultiheadAttention):
+class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with conditioned weights, head outputs, or both; same arguments, keys and shapes."""
 
     host = nn.MultiheadAttention

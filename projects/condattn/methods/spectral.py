@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..sites import AttentionSite, Projection, is_transposed
-from .base import Method, become, check_can_become, leave_out, register_method, restore
+from .base import ConditionedLayer, Method, become, check_can_become, leave_out, register_method, restore
 from .correction import Block, CorrectedModule, Correction
 from .lending import WeightLender
 from .multihead import ConditionedMultiheadAttention, become_conditioned
@@ -128,7 +128,7 @@ class SpectralCorrection(Method):
         return [Block((slice(row, row + step),), strength) for row in range(rows.start, rows.stop, step)]
 
 
-class SpectralLayer(CorrectedModule):
+class SpectralLayer(ConditionedLayer, CorrectedModule):
     """Mixin of the layers that are an input projection with the weight W + C."""
 
     spectral: SpectralCorrection
