@@ -22,7 +22,7 @@ help:
 	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
 	@echo "make test-newest  core tests and short trainings on the newest torch that pip offers, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
-	@echo "make lint        ruff"
+	@echo "make lint        ruff, and the directions of imports"
 	@echo "make test-operators  compile mmcv's operators, and compare those on torchvision with them"
 	@echo "make operators   compile mmcv's operators, 15 to 20 minutes on two cores; not needed for anything here"
 	@echo "make benchmark   every table of docs/performance.md, for an idle machine; DTYPE=bfloat16 for a GPU"
@@ -92,6 +92,7 @@ test-transformers: $(TRANSFORMERS)/.installed
 
 lint: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 benchmark: setup
 	mkdir -p $(TABLES)

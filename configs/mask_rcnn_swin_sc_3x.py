@@ -4,4 +4,4 @@ Twin: that of mask_rcnn_swin_pc_3x.py, which it follows in all else.
 """
 
 _base_ = "./mask_rcnn_swin_pc_3x.py"
-model = dict(backbone=dict(conditioning=dict(type="SpectralCorrection", strength=1.0)))
+model = dict(backbone=dict(conditioning="sc"))

@@ -4,4 +4,4 @@ Twin: that of upernet_swin_pc.py, which it follows in all else.
 """
 
 _base_ = "./upernet_swin_pc.py"
-model = dict(backbone=dict(conditioning=dict(type="SpectralCorrection", strength=1.0)))
+model = dict(backbone=dict(conditioning="sc"))

@@ -34,7 +34,7 @@ def float64():
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A handful of digit scenes."""
-    from condattn.datasets.digit_scenes import write_digit_scenes
+    from condattn.openmmlab.datasets.digit_scenes import write_digit_scenes
 
     return write_digit_scenes(tmp_path_factory.mktemp("data") / "scenes", train=8, val=4)
 
@@ -89,7 +89,7 @@ def segmentation(segmentation_options, tmp_path_factory) -> Run:
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """Call a tool in this process, from an empty folder; return its status, output and errors."""
-    from condattn.engine.errors import run_tool
+    from condattn.openmmlab.errors import run_tool
 
     monkeypatch.chdir(tmp_path)
 

@@ -9,8 +9,8 @@ import torch
 
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
-from condattn.classes import qualified_name
-from condattn.sites import known_exceptions, known_hosts
+from condattn.attention.classes import qualified_name
+from condattn.attention.rules import known_exceptions, known_hosts
 
 ZOOS = {"zoo_timm": "NAMES", "zoo_openmmlab": "NAMES", "zoo_torchvision": "MODELS", "zoo_transformers": "MODELS"}
 INTRODUCTION = """# Supported attention

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import condattn
-from condattn import RowPreconditioner, SpectralCorrection, sites
-from condattn.sites import into, read_by, thirds
+from condattn import RowPreconditioner, SpectralCorrection
+from condattn.attention import rules as sites
+from condattn.attention.builders import into, read_by, thirds
 
 peft = pytest.importorskip("peft")
 pytestmark = [

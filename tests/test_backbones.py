@@ -12,7 +12,7 @@ from torch import nn
 import condattn
 import condattn.registry
 from condattn import SpectralCorrection
-from condattn.models.base import ConditionedBackbone
+from condattn.openmmlab.models.base import ConditionedBackbone
 
 SMALL = dict(embed_dims=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 3), drop_path_rate=0.0)
 VIT = dict(

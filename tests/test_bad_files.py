@@ -12,8 +12,9 @@ import torch
 from runs import Malice
 from torch import nn
 
-from condattn.checkpoints.convert import ConversionError, load_pretrained
-from condattn.checkpoints.files import BadFileError, describe_wrong_hash, read_file, write_whole
+from condattn.weights.atomic import write_whole
+from condattn.weights.files import BadFileError, describe_wrong_hash, read_file
+from condattn.weights.load import ConversionError, load_pretrained
 
 timm = pytest.importorskip("timm")
 SETTINGS = dict(img_size=32, depth=3, embed_dim=24, num_heads=3, num_classes=5)

@@ -13,9 +13,9 @@ from runs import CONFIGS, DEMO, LOADERS, NOWHERE, TOOLS, error_lines, run
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-from condattn.engine import launch
-from condattn.engine.checkpoints import read_checkpoint
-from condattn.engine.errors import UserError, run_tool
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.runner import launch
+from condattn.openmmlab.runner.checkpoints import read_checkpoint
 
 
 def test_a_user_error_is_one_line_and_a_fault_a_traceback(tmp_path):

@@ -13,16 +13,16 @@ from runs import DEMO, Malice
 from torch import nn
 
 import condattn
-from condattn.checkpoints.calibrate import calibrate
+from condattn.weights.calibrate import calibrate
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-from condattn.engine.checkpoints import read_checkpoint, read_safely
-from condattn.engine.errors import UserError
-from condattn.engine.guard import ConditioningGuardHook, check_conditioning, record_of
-from condattn.models.factory import Conditioned
-from condattn.models.loading import drop_record, with_record
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.hooks.conditioning_guard import ConditioningGuardHook, check_conditioning, record_of
+from condattn.openmmlab.models.factory import Conditioned
+from condattn.openmmlab.models.loading import drop_record, with_record
+from condattn.openmmlab.runner.checkpoints import read_checkpoint, read_safely
 
 SWIN = DEMO / "mask_rcnn_swin_pc.py"
 SC = "model.backbone.conditioning=sc"

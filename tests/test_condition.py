@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import condattn
-from condattn import RowPreconditioner, SpectralCorrection, sites
+from condattn import RowPreconditioner, SpectralCorrection
+from condattn.attention import rules as sites
 
 
 def transformer():
@@ -124,7 +125,7 @@ def test_patterns_of_the_baseline_are_checked():
 
 
 def test_sites_that_share_a_layer():
-    sites.register_rule(f"{__name__}.Shared", lambda m: dict(num_heads=m.heads, out=sites.into(m.proj)))
+    sites.register_rule(f"{__name__}.Shared", lambda m: dict(num_heads=m.heads, out=condattn.into(m.proj)))
     model = nn.ModuleDict(dict(a=Shared(2), b=Shared(4)))
     model["b"].proj = model["a"].proj
     with pytest.raises(ValueError, match=r"a \(Shared\) and b \(Shared\) share a Linear; exclude one of them"):
@@ -145,7 +146,7 @@ class Shared(nn.Module):
 def test_heads_that_do_not_divide(conditioning):
     sites.register_rule(
         f"{__name__}.Shared",
-        lambda m: dict(num_heads=m.heads, out=sites.into(m.proj), q=sites.whole(m.proj)),
+        lambda m: dict(num_heads=m.heads, out=condattn.into(m.proj), q=condattn.whole(m.proj)),
     )
     with pytest.raises(ValueError, match="3 heads do not divide"):
         condattn.condition(Shared(3), conditioning)
@@ -189,7 +190,7 @@ def test_heads_that_do_not_divide_the_channels():
 
 
 def test_a_convolution_that_is_no_projection():
-    from condattn.sites import into, thirds
+    from condattn.attention.builders import into, thirds
 
     class Convolved(nn.Module):
         def __init__(self):
@@ -354,7 +355,7 @@ def test_register_rule():
             return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
 
     name = f"{Mine.__module__}.{Mine.__qualname__}"
-    condattn.register_rule(name, lambda m: dict(num_heads=2, out=sites.into(m.proj), **sites.thirds(m.qkv)))
+    condattn.register_rule(name, lambda m: dict(num_heads=2, out=condattn.into(m.proj), **condattn.thirds(m.qkv)))
     try:
         model = nn.Sequential(Mine())
         assert condattn.condition(model, "sc+pc").conditioned == ("0",)

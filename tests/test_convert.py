@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from condattn.checkpoints.convert import ConversionError, fit, load_pretrained
-from condattn.checkpoints.files import weights_of
-from condattn.checkpoints.names import FORMATS, recognize, translate
+from condattn.weights.files import weights_of
+from condattn.weights.load import ConversionError, fit, load_pretrained
+from condattn.weights.names import FORMATS, recognize, translate
 
 pytest.importorskip("timm")
 pytest.importorskip("mmpretrain")
@@ -248,7 +248,7 @@ def test_windows_and_images_of_another_size():
 
 def test_interpolation_is_that_of_a_plane():
     """A table that rises evenly does so at every size, away from the border; torch's kernel ripples a little."""
-    from condattn.checkpoints.resize import resize_bias_table, resize_positions
+    from condattn.weights.resize import resize_bias_table, resize_positions
 
     rows = torch.arange(13.0)[:, None].expand(13, 13).reshape(-1, 1)
     resized = resize_bias_table(rows, 23 * 23).reshape(23, 23)
@@ -420,7 +420,7 @@ def test_weights_that_were_trained_with_conditioning(tmp_path):
 
 
 def test_grids_that_are_not_square_are_known_from_the_model():
-    from condattn.checkpoints.resize import resize_positions
+    from condattn.weights.resize import resize_positions
 
     with pytest.raises(ValueError, match="positions of 197 tokens cannot become those of 300"):
         resize_positions(torch.zeros(1, 197, 4), 300)

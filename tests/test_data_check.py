@@ -24,14 +24,14 @@ from mmseg.datasets.transforms import LoadAnnotations
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from condattn.engine.errors import UserError
-from condattn.engine.launch import load_config
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.data_check import coco as coco_check
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
 from condattn.openmmlab.data_check.images import find_missing, sample
 from condattn.openmmlab.data_check.label_maps import MapUse, to_classes
 from condattn.openmmlab.data_check.paths import leaves
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.runner.launch import load_config
 
 WIDTH, HEIGHT = 64, 48
 EXIF_ORIENTATION = 0x0112

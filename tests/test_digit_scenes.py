@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from condattn.datasets import digit_scenes
-from condattn.datasets.digit_scenes import MARKER, ensure_digit_scenes, write_digit_scenes
+from condattn.openmmlab.datasets import digit_scenes
+from condattn.openmmlab.datasets.digit_scenes import MARKER, ensure_digit_scenes, write_digit_scenes
 
 SMALL = {"train": 6, "val": 4, "size": 64}
 SPLITS = ("training", "validation")
@@ -206,7 +206,7 @@ def test_command_line(tmp_path):
 
 def test_import_is_light():
     code = (
-        "import sys, condattn.datasets.digit_scenes\n"
+        "import sys, condattn.openmmlab.datasets.digit_scenes\n"
         "heavy = {'sklearn', 'skimage', 'PIL', 'pycocotools', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -11,10 +11,10 @@ from torch import nn
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-from condattn.engine import launch
-from condattn.engine.checkpoints import check_fit, check_pretrained, drop_pretrained
-from condattn.engine.errors import UserError
-from condattn.engine.progress import ProgressHook
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.hooks.progress import ProgressHook
+from condattn.openmmlab.runner import launch
+from condattn.openmmlab.runner.checkpoints import check_fit, check_pretrained, drop_pretrained
 
 
 @pytest.mark.parametrize(

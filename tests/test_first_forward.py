@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import condattn
-from condattn import SpectralCorrection, sites
-from condattn.sites import into, read_by, thirds
+from condattn import SpectralCorrection
+from condattn.attention import rules as sites
+from condattn.attention.builders import into, read_by, thirds
 
 GENTLE = SpectralCorrection(1.0)
 
@@ -240,7 +241,7 @@ SWIN = dict(embed_dims=12, depths=(2,), num_heads=(2,), strides=(4,), out_indice
 @pytest.mark.parametrize("fast", [True, False])
 def test_what_a_fast_path_reads_counts_as_used(fast, monkeypatch):
     pytest.importorskip("mmdet")
-    from condattn.models.mmdet import ConditionedSwinTransformer
+    from condattn.openmmlab.models.mmdet import ConditionedSwinTransformer
 
     model = ConditionedSwinTransformer(**SWIN, conditioning="sc+pc", fast_attention=fast)
     if fast:  # which the first forward takes as well

@@ -14,7 +14,8 @@ import torch
 from runs import CONFIGS, ROOT, TOOLS, compiler, error_lines, run
 
 import condattn
-from condattn import SpectralCorrection, sites
+from condattn import SpectralCorrection
+from condattn.attention import rules as sites
 
 GENTLE = SpectralCorrection(1.0)
 METHODS = {"pc": "pc", "sc": GENTLE, "sc+pc": [GENTLE, "pc"]}

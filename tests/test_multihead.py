@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import condattn
 from condattn import SpectralCorrection
-from condattn.methods.preconditioner import HeadNorm
+from condattn.layers.head_norm import HeadNorm
 
 # Of size zero: the conditioned class must compute what PyTorch's own class computes.
 NOTHING = SpectralCorrection(0.0)

@@ -10,9 +10,10 @@ from torch import nn
 
 import condattn
 from condattn import RowPreconditioner
+from condattn.attention.builders import into
+from condattn.attention.site import AttentionSite
 from condattn.kernels.row_norm import normalize_rows
 from condattn.methods import PreconditionedLinear
-from condattn.sites import AttentionSite, into
 
 
 @pytest.mark.parametrize("detach", [False, True])

@@ -17,8 +17,8 @@ pytest.importorskip("mmseg")
 from mmengine.registry import MODELS
 
 import condattn.registry  # noqa: F401
-from condattn.engine.errors import UserError
-from condattn.engine.sharding import FSDP2Strategy, check_shardable, transformer_blocks
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.runner.sharding import FSDP2Strategy, check_shardable, transformer_blocks
 
 # No warm-up, a loss that is the mean over samples, and a rate at which rounding stays rounding.
 PLAIN = """
@@ -275,7 +275,7 @@ def test_the_learning_rate_follows_the_batch_size(plain):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_mixed_precision(dtype, call, segmentation_options, monkeypatch):
     """As the runner is asked for it, of a machine with a GPU."""
-    from condattn.engine import launch
+    from condattn.openmmlab.runner import launch
 
     asked = []
     monkeypatch.setattr("mmengine.device.get_device", lambda: "cuda")
@@ -292,8 +292,8 @@ def test_a_backend_that_is_not_there(refuse):
 LOSS = """
 import os, sys, types
 import torch
-from condattn.engine.errors import UserError
-from condattn.engine.survival import FiniteLossHook
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.hooks.atomic_checkpoint import FiniteLossHook
 
 class Model(torch.nn.Module):
     def __init__(self):

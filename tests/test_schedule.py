@@ -17,11 +17,11 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import FlexibleRunner, Runner
 
-from condattn.engine import schedule
-from condattn.engine.checkpoints import read_checkpoint, read_safely
-from condattn.engine.config_text import settings_of
-from condattn.engine.schedule import ScheduleHook
-from condattn.engine.survival import WholeCheckpointHook
+from condattn.openmmlab.hooks import schedule
+from condattn.openmmlab.hooks.atomic_checkpoint import WholeCheckpointHook
+from condattn.openmmlab.hooks.config_text import settings_of
+from condattn.openmmlab.hooks.schedule import ScheduleHook
+from condattn.openmmlab.runner.checkpoints import read_checkpoint, read_safely
 
 NUMBERS = itertools.count()
 # After the epochs 3 and 5, whose checkpoints do not have the result yet, there is another best value in the next.

@@ -237,7 +237,7 @@ def test_warnings():
     timm = pytest.importorskip("timm")
     model, x = timm.create_model("test_vit", img_size=64), torch.randn(1, 3, 64, 64)
     assert find_warnings({"": measure(model, x)}) == []
-    condattn.condition(model, "sc")
+    condattn.condition(model, "sc(strength=10.0)")
     (line,) = find_warnings({"sc": measure(model, x)})
     assert line.startswith("sc: attention is saturated") and "blocks.0.attn, blocks.1.attn" in line
     model = timm.create_model("test_vit", img_size=64)

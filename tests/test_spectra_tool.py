@@ -77,7 +77,7 @@ def test_the_tool_takes_models_of_timm(call, scenes):
 def test_the_tool_takes_weights_of_timm(call, monkeypatch, tmp_path):
     timm = pytest.importorskip("timm")
     weights = timm.create_model("test_vit").state_dict()
-    monkeypatch.setattr("condattn.models.timm.pretrained_weights", lambda name: weights)
+    monkeypatch.setattr("condattn.openmmlab.models.timm.pretrained_weights", lambda name: weights)
     status, output, _ = spectra_tool(call, "test_vit", "--pretrained", "--out", "out")
     assert status is None and "timm's test_vit" in output
     rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
@@ -132,7 +132,7 @@ def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation, tmp_
 @pytest.mark.parametrize("setting", ["interval", "max_sites", "images"])
 def test_settings_of_the_hook(setting):
     pytest.importorskip("mmengine")
-    from condattn.engine.spectra import SpectraHook
+    from condattn.openmmlab.hooks.spectra import SpectraHook
 
     with pytest.raises(ValueError, match=f"SpectraHook: {setting} is 0"):
         SpectraHook(**{setting: 0})
@@ -140,7 +140,7 @@ def test_settings_of_the_hook(setting):
 
 def test_what_cannot_be_measured_does_not_end_a_training():
     pytest.importorskip("mmengine")
-    from condattn.engine.spectra import SpectraHook
+    from condattn.openmmlab.hooks.spectra import SpectraHook
 
     warnings = []
     logger = SimpleNamespace(warning=warnings.append)

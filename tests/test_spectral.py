@@ -11,7 +11,7 @@ from torch import nn
 
 import condattn
 from condattn import SpectralCorrection
-from condattn.methods.correction import Block, CorrectedModule, Correction
+from condattn.layers.correction import Block, CorrectedModule, Correction
 
 EXACT = SpectralCorrection(form="svd")
 RELATIVE = SpectralCorrection(3.0, relative=True)

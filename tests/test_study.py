@@ -22,7 +22,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from condattn.engine.errors import UserError
+from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.study.check import check_metric, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
 from condattn.openmmlab.study.report import begun_studies, is_complete, write_documents, write_report
@@ -158,7 +158,7 @@ def test_the_studies_of_this_project(path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_variants_start_from_equal_weights(path):
     """Of one seed; parameters that a method adds are its own."""
-    from condattn.engine.launch import build_model, load_config
+    from condattn.openmmlab.runner.launch import build_model, load_config
 
     study = load_study(str(path))
     load_config(str(study.config))

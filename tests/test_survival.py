@@ -18,9 +18,10 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 import condattn
-from condattn.engine.checkpoints import find_resumable
-from condattn.engine.errors import UserError
-from condattn.engine.survival import WholeFileBackend, find_trouble
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.hooks.atomic_checkpoint import WholeFileBackend
+from condattn.openmmlab.hooks.finite_loss import find_trouble
+from condattn.openmmlab.runner.checkpoints import find_resumable
 
 EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
 # The demo detector has random augmentation and sampling; these are the segmenter's, in its workers and in its model.
@@ -150,7 +151,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detection, tmp_path, monkeypatch):
-    from condattn.engine import survival
+    from condattn.openmmlab.hooks import atomic_checkpoint as survival
 
     write, count = survival.write_whole, []
 
@@ -172,7 +173,7 @@ def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detecti
 def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypatch):
     from mmengine.hooks import CheckpointHook
 
-    from condattn.engine.survival import WholeCheckpointHook
+    from condattn.openmmlab.hooks.atomic_checkpoint import WholeCheckpointHook
 
     hook, runner = WholeCheckpointHook(interval=1), SimpleNamespace(epoch=1, iter=2)
     hook.file_backend = WholeFileBackend()

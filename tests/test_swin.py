@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import condattn.registry
 from condattn.kernels.switch import plain
-from condattn.models.swin import again_in_backward
+from condattn.openmmlab.models.swin import again_in_backward
 
 SMALL = dict(embed_dims=16, depths=(2, 2, 2), num_heads=(1, 2, 2), strides=(4, 2, 2), out_indices=(0, 1, 2))
 SCOPES = ["mmdet", "mmseg"]

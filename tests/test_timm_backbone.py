@@ -12,9 +12,9 @@ pytest.importorskip("timm")
 import timm
 
 import condattn.registry
-from condattn.models.image_size import ImageSizes, map_size
-from condattn.models.pyramid import SimpleFeaturePyramid
-from condattn.models.timm import ConditionedTimmBackbone
+from condattn.openmmlab.models.image_size import ImageSizes, map_size
+from condattn.openmmlab.models.pyramid import SimpleFeaturePyramid
+from condattn.openmmlab.models.timm import ConditionedTimmBackbone
 
 PYRAMIDS = ["swin_tiny_patch4_window7_224", "davit_tiny", "pvt_v2_b0", "caformer_s18", "twins_svt_small"]
 COLUMNS = ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "xcit_nano_12_p16_224"]

@@ -290,7 +290,7 @@ def test_data_sets_in_a_wrapper(segmentation, call, scenes, tmp_path):
 
 
 def test_results_of_an_earlier_prediction_are_no_input(album):
-    from condattn.engine.inference import find_images
+    from condattn.openmmlab.runner.inference import find_images
 
     (album / "vis").mkdir()
     shutil.copy(album / "a.jpg", album / "vis" / "a.jpg")
@@ -325,7 +325,7 @@ def test_two_processes_test_together(detection, tmp_path):
 
 
 def test_synchronised_batch_norm_becomes_local():
-    from condattn.engine.processes import _revert_sync_bn
+    from condattn.openmmlab.processes import _revert_sync_bn
 
     model = {"neck": {"norm_cfg": {"type": "SyncBN"}}, "heads": [{"norm_cfg": {"type": "GN"}}, {"type": "SyncBN"}]}
     _revert_sync_bn(model)

@@ -10,8 +10,9 @@ from attention_taps import HeadTap
 from torch import nn
 
 import condattn
-from condattn import SpectralCorrection, sites
-from condattn.classes import qualified_name
+from condattn import SpectralCorrection
+from condattn.attention import rules as sites
+from condattn.attention.classes import qualified_name
 from condattn.spectra.capture import capture
 
 ZOO = []

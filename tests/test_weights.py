@@ -62,7 +62,7 @@ def test_a_new_parameter_of_a_corrected_layer(float64):
 def test_position_bias_of_swin(float64, change):
     """Against upstream's own forward, with the same table."""
     pytest.importorskip("mmdet")
-    from condattn.models.mmdet import ConditionedSwinTransformer
+    from condattn.openmmlab.models.mmdet import ConditionedSwinTransformer
 
     model = ConditionedSwinTransformer(embed_dims=12, depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
     upstream = ConditionedSwinTransformer(

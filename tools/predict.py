@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from condattn.engine.checkpoints import add_checkpoint_arguments
-from condattn.engine.errors import UserError, run_tool
-from condattn.engine.inference import IMAGE_SUFFIXES, Predictor, find_images, is_readable, save_prediction
-from condattn.engine.launch import add_config_arguments, choose_device, load_config
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
+from condattn.openmmlab.runner.inference import IMAGE_SUFFIXES, Predictor, find_images, is_readable, save_prediction
+from condattn.openmmlab.runner.launch import add_config_arguments, choose_device, load_config
 
 
 def positive(text: str) -> int:

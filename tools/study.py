@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from condattn.engine.errors import UserError, run_tool
+from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.study.check import check_study
 from condattn.openmmlab.study.plan import FINAL, PILOT, RunId, Study, load_study, missing_runs, pilot_runs
 from condattn.openmmlab.study.report import report_pilot, write_documents, write_report

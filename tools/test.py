@@ -7,20 +7,20 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from condattn.engine.checkpoints import add_checkpoint_arguments, check_fit, drop_pretrained, read_checkpoint
-from condattn.engine.errors import UserError, run_tool
-from condattn.engine.guard import check_conditioning
-from condattn.engine.launch import (
+from condattn.openmmlab.data_check import check_data
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.hooks.conditioning_guard import check_conditioning
+from condattn.openmmlab.processes import leave_processes, local_rank
+from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments, check_fit, drop_pretrained, read_checkpoint
+from condattn.openmmlab.runner.launch import (
     add_config_arguments,
     add_runner_arguments,
     build_model,
     build_runner,
     load_runner_config,
 )
-from condattn.engine.processes import leave_processes, local_rank
-from condattn.engine.sharding import is_sharded
-from condattn.engine.tta import add_tta
-from condattn.openmmlab.data_check import check_data
+from condattn.openmmlab.runner.sharding import is_sharded
+from condattn.openmmlab.runner.tta import add_tta
 
 
 def parse_args() -> Namespace:

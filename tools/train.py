@@ -8,7 +8,11 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 
-from condattn.engine.checkpoints import (
+from condattn.openmmlab.data_check import check_data
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.hooks.conditioning_guard import check_conditioning
+from condattn.openmmlab.processes import leave_processes, local_rank
+from condattn.openmmlab.runner.checkpoints import (
     add_checkpoint_arguments,
     check_fit,
     check_pretrained,
@@ -17,18 +21,14 @@ from condattn.engine.checkpoints import (
     find_resumable,
     read_checkpoint,
 )
-from condattn.engine.errors import UserError, run_tool
-from condattn.engine.guard import check_conditioning
-from condattn.engine.launch import (
+from condattn.openmmlab.runner.launch import (
     add_config_arguments,
     add_runner_arguments,
     build_model,
     build_runner,
     load_runner_config,
 )
-from condattn.engine.processes import leave_processes, local_rank
-from condattn.engine.sharding import check_shardable, is_sharded
-from condattn.openmmlab.data_check import check_data
+from condattn.openmmlab.runner.sharding import check_shardable, is_sharded
 
 
 def parse_args() -> Namespace:

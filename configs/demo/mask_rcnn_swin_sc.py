@@ -2,6 +2,4 @@
 
 _base_ = "_base_/mask_rcnn_digit_scenes.py"
 
-model = dict(
-    backbone=dict(type="ConditionedSwinTransformer", conditioning=dict(type="SpectralCorrection", strength=1.0))
-)
+model = dict(backbone=dict(type="ConditionedSwinTransformer", conditioning="sc"))

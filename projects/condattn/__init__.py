@@ -1,15 +1,20 @@
 """Conditioned attention: well-conditioned transformers by one line.
 
 ``condattn.condition(model, 'pc')`` conditions any torch model in place. ``import condattn.registry`` registers the
-conditioned backbones with OpenMMLab.
+conditioned backbones with OpenMMLab. ``condattn.spectra`` is loaded when it is first used.
 """
 
-from . import hosts, methods
+from importlib import import_module
+
+from . import methods
+from .attention import hosts as _hosts  # registers the rules  # noqa: F401
+from .attention.builders import halves, into, read_by, split, split_each_head, thirds, whole
+from .attention.rules import find_sites, register_exception, register_rule
+from .attention.site import AttentionSite, HeadOutputs, Projection
 from .condition import Report, condition, conditioning_of, fold
 from .methods import Method, RowPreconditioner, SpectralCorrection, register_method
-from .sites import AttentionSite, HeadOutputs, Projection, find_sites, register_exception, register_rule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionSite",
@@ -23,9 +28,21 @@ __all__ = [
     "conditioning_of",
     "find_sites",
     "fold",
-    "hosts",
+    "halves",
+    "into",
     "methods",
+    "read_by",
     "register_exception",
     "register_method",
     "register_rule",
+    "split",
+    "split_each_head",
+    "thirds",
+    "whole",
 ]
+
+
+def __getattr__(name: str):
+    if name == "spectra":
+        return import_module(".spectra", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

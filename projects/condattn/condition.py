@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import inner, is_adapter
-from .first_forward import FirstForward
-from .methods.adapted import check_adapter, follow_all
-from .methods.base import Conditioning, Method, parse, registered_methods
-from .methods.correction import CorrectedModule
-from .methods.lending import WeightLender
-from .sites import AttentionSite, Siteless, describe_siteless, find_siteless, find_sites, known_hosts
+from .attention.adapters import inner, is_adapter
+from .attention.rules import Siteless, describe_siteless, find_siteless, find_sites, known_hosts
+from .attention.site import AttentionSite
+from .layers.adapted import check_adapter, follow_all
+from .layers.correction import CorrectedModule
+from .layers.first_forward import FirstForward
+from .layers.lending import WeightLender
+from .methods.base import DEFAULT, Conditioning, Method, parse, registered_methods
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Report:
         if not self.methods:
             return "conditioning: none"
         total = len(self.conditioned) + len(self.left_out)
-        text = f"conditioned {len(self.conditioned)} of {total} attention sites: {' + '.join(map(str, self.methods))}"
+        text = f"conditioned {len(self.conditioned)} of {total} attention sites: {'+'.join(map(str, self.methods))}"
         return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
 
 
 def condition(
     model: nn.Module,
-    conditioning: Conditioning = "pc",
+    conditioning: Conditioning = DEFAULT,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Report:
@@ -59,7 +60,7 @@ def condition(
 
     Args:
         model: Any torch model.
-        conditioning: ``'none'`` (changes nothing), ``'pc'``, ``'sc'``, ``'sc+pc'``, or the long form; see
+        conditioning: ``'none'`` (changes nothing), ``'pc'``, ``'sc'``, ``'sc(strength=3.0)+pc'``, or the long form; see
             :func:`condattn.methods.parse`.
         include: Glob patterns over module names; a pattern that matches a module takes all sites in it. Default:
             every site.

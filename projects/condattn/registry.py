@@ -9,14 +9,15 @@ from importlib.util import find_spec
 from .stack import check_stack
 
 MODULES = (
-    *("models.factory", "models.pyramid", "openmmlab.datasets.idx_images"),
-    *("engine.progress", "engine.guard", "engine.calibration", "engine.schedule", "engine.warm_up"),
-    *("engine.survival", "engine.sharding", "engine.spectra"),
+    *("openmmlab.models.factory", "openmmlab.models.pyramid", "openmmlab.datasets.idx_images", "openmmlab.warm_up"),
+    *("openmmlab.hooks.progress", "openmmlab.hooks.conditioning_guard", "openmmlab.hooks.calibration"),
+    *("openmmlab.hooks.atomic_checkpoint", "openmmlab.hooks.exact_resume", "openmmlab.hooks.finite_loss"),
+    *("openmmlab.hooks.schedule", "openmmlab.hooks.spectra", "openmmlab.runner.sharding"),
 )
 LIBRARY_MODULES = {
-    "timm": ("models.timm",),
-    "mmdet": ("models.mmdet", "engine.datasets_mmdet"),
-    "mmseg": ("models.mmseg", "engine.datasets_mmseg"),
+    "timm": ("openmmlab.models.timm",),
+    "mmdet": ("openmmlab.models.mmdet", "openmmlab.datasets.mmdet"),
+    "mmseg": ("openmmlab.models.mmseg", "openmmlab.datasets.mmseg"),
 }
 
 check_stack()

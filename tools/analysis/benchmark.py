@@ -33,11 +33,10 @@ from tqdm import tqdm
 
 import condattn
 import condattn.registry
-from condattn.engine.errors import UserError, run_tool
 from condattn.kernels.switch import plain
+from condattn.openmmlab.errors import UserError, run_tool
 
 UPSTREAM = "upstream"
-STRENGTHS = {"sc": dict(type="SpectralCorrection", strength=1.0)}
 NETWORKS = {
     **{"swin-t": (512, 512), "vit-b": (1024, 1024), "mask-rcnn": (800, 1333), "attention": (512, 512)},
     "demo": (96, 96),
@@ -89,7 +88,7 @@ def build(name: str, network: str, size: tuple[int, int]) -> nn.Module:
     """A variant of a network, with the same weights as every other."""
     torch.manual_seed(0)
     name, _, form = name.partition(":")
-    methods = [STRENGTHS.get(part, part) for part in name.split("+")]
+    methods = name
     fast = form != "plain"
     if network == "vit-b":
         import timm

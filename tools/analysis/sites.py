@@ -10,8 +10,9 @@ from rich.table import Table
 from torch import nn
 
 from condattn import RowPreconditioner, SpectralCorrection
-from condattn.engine.errors import UserError, run_tool
-from condattn.sites import AttentionSite, HeadOutputs, Projection, describe_siteless, find_siteless, find_sites
+from condattn.attention.rules import describe_siteless, find_siteless, find_sites
+from condattn.attention.site import AttentionSite, HeadOutputs, Projection
+from condattn.openmmlab.errors import UserError, run_tool
 
 
 def parse_args() -> Namespace:
@@ -48,7 +49,7 @@ def build(name: str) -> nn.Module:
         UserError: If there is no such configuration, model or class.
     """
     if name.endswith((".py", ".json", ".yaml", ".yml")):
-        from condattn.engine.launch import build_model, load_config
+        from condattn.openmmlab.runner.launch import build_model, load_config
 
         return build_model(load_config(name))
     with torch.device("meta"), warnings.catch_warnings():

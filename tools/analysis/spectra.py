@@ -14,15 +14,15 @@ from rich.table import Table
 from torch import nn
 
 import condattn
-from condattn.checkpoints.convert import load_pretrained, load_weights
-from condattn.engine.checkpoints import add_checkpoint_arguments
-from condattn.engine.errors import UserError, run_tool
-from condattn.engine.inference import Predictor, find_images, is_readable
-from condattn.engine.launch import add_config_arguments, choose_device, load_config
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
+from condattn.openmmlab.runner.inference import Predictor, find_images, is_readable
+from condattn.openmmlab.runner.launch import add_config_arguments, choose_device, load_config
 from condattn.spectra import QUANTITIES, Measurement, measure
 from condattn.spectra.advice import find_warnings
 from condattn.spectra.measure import spread
 from condattn.spectra.report import cell, summary, title_of, write_report
+from condattn.weights.load import load_pretrained, load_weights
 
 
 def parse_args() -> Namespace:
@@ -115,7 +115,7 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
     import timm
     from PIL import Image
 
-    from condattn.models.timm import pretrained_weights
+    from condattn.openmmlab.models.timm import pretrained_weights
 
     if not timm.is_model(args.config):
         raise UserError(f"no configuration file and no model of timm: {args.config}")

@@ -6,14 +6,14 @@ projection. Spectral correction: W - C takes the place of W, so that the effecti
 
 from argparse import ArgumentParser, Namespace
 
-from condattn.checkpoints.calibrate import calibrate
 from condattn.condition import conditioning_of
-from condattn.engine.errors import UserError, run_tool
-from condattn.engine.guard import ENTRY
-from condattn.engine.inference import Predictor
-from condattn.engine.launch import choose_device
-from condattn.engine.rewriting import add_rewriting_arguments, load_inputs, write_checkpoint
-from condattn.methods.correction import subtract_corrections
+from condattn.layers.correction import subtract_corrections
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.hooks.conditioning_guard import ENTRY
+from condattn.openmmlab.runner.inference import Predictor
+from condattn.openmmlab.runner.launch import choose_device
+from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, write_checkpoint
+from condattn.weights.calibrate import calibrate
 
 
 def parse_args() -> Namespace:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from condattn.checkpoints.convert import some
-from condattn.checkpoints.files import BadFileError, read_file, weights_of, write_whole
-from condattn.checkpoints.names import FORMATS, recognize, translate
-from condattn.engine.checkpoints import add_unsafe_argument
-from condattn.engine.errors import UserError, run_tool
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.runner.checkpoints import add_unsafe_argument
+from condattn.weights.atomic import write_whole
+from condattn.weights.files import BadFileError, read_file, weights_of
+from condattn.weights.load import some
+from condattn.weights.names import FORMATS, recognize, translate
 
 TARGETS = ("mmdet", "mmseg", "timm", "official")
 

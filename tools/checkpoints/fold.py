@@ -10,12 +10,12 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 import condattn
-from condattn.checkpoints.files import write_whole
-from condattn.engine.errors import UserError, run_tool
-from condattn.engine.guard import record_of
-from condattn.engine.inference import Predictor
-from condattn.engine.launch import choose_device
-from condattn.engine.rewriting import add_rewriting_arguments, load_inputs, refuse_existing, write_checkpoint
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.hooks.conditioning_guard import record_of
+from condattn.openmmlab.runner.inference import Predictor
+from condattn.openmmlab.runner.launch import choose_device
+from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, refuse_existing, write_checkpoint
+from condattn.weights.atomic import write_whole
 
 TOLERANCE = 1e-5
 PLAIN = {"ConditionedSwinTransformer": "SwinTransformer", "ConditionedVisionTransformer": "VisionTransformer"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from condattn.checkpoints.files import write_whole
-from condattn.engine.checkpoints import add_unsafe_argument, read_checkpoint
-from condattn.engine.errors import UserError, run_tool
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.runner.checkpoints import add_unsafe_argument, read_checkpoint
+from condattn.weights.atomic import write_whole
 
 KEPT = ("meta", "state_dict")
 LOCAL = ("cfg", "seed", "experiment_name", "time", "iter", "epoch")

@@ -3,10 +3,10 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from condattn.engine.errors import UserError, run_tool
-from condattn.engine.launch import add_config_arguments, load_config
 from condattn.openmmlab.data_check.check import adapt, find, report
 from condattn.openmmlab.data_check.page import PARTS, write_page
+from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.runner.launch import add_config_arguments, load_config
 
 
 def parse_args() -> Namespace:

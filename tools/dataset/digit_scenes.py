@@ -3,8 +3,8 @@
 import argparse
 import inspect
 
-from condattn.datasets.digit_scenes import write_digit_scenes
-from condattn.engine.errors import UserError, run_tool
+from condattn.openmmlab.datasets.digit_scenes import write_digit_scenes
+from condattn.openmmlab.errors import UserError, run_tool
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,8 +1,10 @@
 """The conditioning methods, one file a method."""
 
+from ..layers.corrected import SpectralLinear
+from ..layers.head_norm import PreconditionedLinear
 from .base import Method, parse, register_method
-from .preconditioner import PreconditionedLinear, RowPreconditioner
-from .spectral import SpectralCorrection, SpectralLinear
+from .preconditioner import RowPreconditioner
+from .spectral import SpectralCorrection
 
 __all__ = [
     "Method",

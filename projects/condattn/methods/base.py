@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from ..attention.site import AttentionSite
 
-from ..classes import qualified_name
-from ..sites import AttentionSite
+DEFAULT = "pc"
+"""The conditioning where none is named."""
 
 _METHODS: dict[str, type[Method]] = {}
 _ALIASES: dict[str, str] = {}
@@ -21,9 +22,14 @@ class Method(ABC):
 
     Subclasses implement :meth:`check`, :meth:`apply` and :meth:`applied_to`, and are registered with
     :func:`register_method`.
+
+    Attributes:
+        alias: Short name.
+        alias_settings: Settings that the short name stands for, where they are not the defaults of the class.
     """
 
     alias: ClassVar[str]
+    alias_settings: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def check(self, site: AttentionSite) -> None:
@@ -37,6 +43,14 @@ class Method(ABC):
     @abstractmethod
     def applied_to(cls, site: AttentionSite) -> Method | None:
         """The method of this class that conditions ``site`` now, or None."""
+
+    def __str__(self) -> str:
+        """The method as :func:`parse` reads it back: 'pc', or 'sc(strength=3.0, relative=True)'."""
+        usual = type(self)(**self.alias_settings)
+        names = [field.name for field in dataclasses.fields(self)]
+        changed = [name for name in names if getattr(self, name) != getattr(usual, name)]
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+        return f"{self.alias}({settings})" if settings else self.alias
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in the long form of a config: ``dict(type=..., ...)``; ``parse`` reads it back."""
@@ -69,7 +83,8 @@ def parse(conditioning: Conditioning) -> list[Method]:
     """Build the methods that a ``conditioning`` setting names.
 
     Args:
-        conditioning: ``'none'`` or None; an alias (``'pc'``, ``'sc'``) or several joined by ``+``; the long form
+        conditioning: ``'none'`` or None; an alias (``'pc'``, ``'sc'``), perhaps with settings
+            (``'sc(strength=3.0, relative=True)'``), or several joined by ``+``; the long form
             ``dict(type='SpectralCorrection', strength=1.0)``; a :class:`Method`; or a list of these.
 
     Returns:
@@ -92,15 +107,10 @@ def _build(conditioning: Conditioning) -> list[Method]:
     if isinstance(conditioning, Method):
         return [conditioning]
     if isinstance(conditioning, str):
-        return [_lookup(name.strip())() for name in conditioning.split("+")]
+        return [_instance(name, settings) for name, settings in _read(conditioning)]
     if isinstance(conditioning, Mapping):
         settings = dict(conditioning)
-        cls = _lookup(settings.pop("type", None))
-        try:
-            return [cls(**settings)]
-        except TypeError as error:
-            fields = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise ValueError(f"{cls.__name__}: {error}; its settings are {fields}") from None
+        return [_instance(settings.pop("type", None), settings)]
     if isinstance(conditioning, Sequence):
         return [method for item in conditioning for method in _build(item)]
     raise ValueError(
@@ -108,82 +118,39 @@ def _build(conditioning: Conditioning) -> list[Method]:
     )
 
 
-def _lookup(name: Any) -> type[Method]:
-    name = _ALIASES.get(name, name)
-    if name not in _METHODS:
+def _read(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and settings in a text such as 'sc(strength=3.0, relative=True)+pc'."""
+    try:
+        node, terms = ast.parse(text.strip(), mode="eval").body, []
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            terms.insert(0, node.right)
+            node = node.left
+        return [_read_term(term) for term in [node, *terms]]
+    except (SyntaxError, ValueError) as error:
+        message = f"cannot read the conditioning {text!r}; expected a text such as 'sc(strength=3.0)+pc'. {_known()}"
+        raise ValueError(message) from error
+
+
+def _read_term(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError("expected a name, or a name with settings")
+    return call.func.id, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def _instance(name: Any, settings: dict[str, Any]) -> Method:
+    """The method called ``name``; a short name stands for settings of its own."""
+    full = _ALIASES.get(name, name)
+    if full not in _METHODS:
         raise ValueError(f"unknown conditioning {name!r}. {_known()}")
-    return _METHODS[name]
+    cls = _METHODS[full]
+    try:
+        return cls(**({**cls.alias_settings, **settings} if name in _ALIASES else settings))
+    except TypeError as error:
+        fields = ", ".join(field.name for field in dataclasses.fields(cls))
+        raise ValueError(f"{cls.__name__}: {error}; its settings are {fields}") from None
 
 
 def _known() -> str:
     names = ", ".join(f"'{alias}' ({name})" for alias, name in _ALIASES.items())
     return f"Known: {names}, several of them joined by '+', and 'none' by itself"
-
-
-# Wrappers that differ from what they wrap in versions of torch below 1.5 alone.
-SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
-
-
-def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSite) -> None:
-    """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer``, whose host class is ``layer.host``.
-
-    It can if it is the host class in all but the name, and its parameters are its own.
-    """
-    if isinstance(owner, layer):
-        return
-    classes = type(owner).__mro__
-    added = classes[: classes.index(layer.host)] if layer.host in classes else classes
-    added = [cls for cls in added if qualified_name(cls) not in SAME]
-    if nn.utils.parametrize.is_parametrized(owner):
-        problem = f"parametrized {layer.host.__name__}"
-    elif any(callable(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
-        problem = f"{type(owner).__name__}, which has methods that {layer.host.__name__} has not"
-    else:
-        return
-    raise ValueError(f"{site}: cannot condition its {problem}; {leave_out(site)}")
-
-
-def leave_out(site: AttentionSite) -> str:
-    """The advice that ends a refusal to condition ``site``."""
-    return f"leave the site out with exclude=[{site.name!r}]"
-
-
-class ConditionedLayer:
-    """Mixin of the classes that layers become in place, see :func:`become`; ``host`` is the class they had."""
-
-    host: ClassVar[type[nn.Module]]
-
-    def __new__(cls, *args, **kwargs) -> Any:
-        """A plain layer for who builds one more of this class, as PEFT's adapters do; copies have no arguments."""
-        return cls.host(*args, **kwargs) if args or kwargs else super().__new__(cls)
-
-    def __prepare_scriptable__(self) -> None:
-        refuse_scripting()
-
-
-def refuse_scripting() -> None:
-    """What ``torch.jit.script`` calls of a module that is conditioned.
-
-    Raises:
-        RuntimeError: Always.
-    """
-    raise RuntimeError(
-        "torch.jit.script cannot compile conditioned attention; use torch.jit.trace, torch.export or torch.compile, or "
-        "condattn.fold(model) before, which leaves plain layers where spectral correction is the only method"
-    )
-
-
-def become(owner: nn.Module, layer: type[nn.Module]) -> Any:
-    """Turn ``owner`` in place into an instance of ``layer``, a subclass of its class, and return it.
-
-    The object stays the same one: parameters, buffers, hooks, optimizer groups and references to it all remain.
-    """
-    if not isinstance(owner, layer):
-        owner.host_class = type(owner)
-        owner.__class__ = layer
-    return owner
-
-
-def restore(owner: nn.Module) -> None:
-    """Undo :func:`become`."""
-    owner.__class__ = owner.__dict__.pop("host_class")

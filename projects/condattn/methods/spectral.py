@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import ClassVar
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from ..sites import AttentionSite, Projection, is_transposed
-from .base import ConditionedLayer, Method, become, check_can_become, leave_out, register_method, restore
-from .correction import Block, CorrectedModule, Correction
-from .lending import WeightLender
-from .multihead import ConditionedMultiheadAttention, become_conditioned
+from ..attention.site import AttentionSite, Projection, is_transposed
+from ..layers.class_swap import become, check_can_become, leave_out
+from ..layers.corrected import SpectralConv2d, SpectralLinear
+from ..layers.correction import Block, Correction
+from ..layers.lending import WeightLender
+from ..layers.multihead import ConditionedMultiheadAttention, become_conditioned
+from .base import Method, register_method
 
 
 @register_method
@@ -26,7 +27,7 @@ class SpectralCorrection(Method):
     ``SpectralCorrection()`` is the form of all experiments of the paper (Thm 3.8): C = 10 I_k, ones on the main
     diagonal. ``SpectralCorrection(form='svd')`` is the exact form (Thm 3.5): C = sigma_max(W) U V^T, with which
     kappa(W + C) <= 2. With a pre-LayerNorm backbone (ViT, Swin) 10 I_k saturates the softmax at initialisation; a
-    strength of about 1 keeps attention alive.
+    strength of about 1 keeps attention alive, and ``'sc'`` stands for a strength of 1.
 
     Attributes:
         strength: lambda, the size of C; one number, or one per target such as ``dict(q=1.0, k=1.0, v=10.0)``.
@@ -44,6 +45,7 @@ class SpectralCorrection(Method):
     """
 
     alias: ClassVar[str] = "sc"
+    alias_settings: ClassVar[Mapping[str, float]] = {"strength": 1.0}
 
     strength: float | Mapping[str, float] | None = None
     relative: bool | None = None
@@ -126,42 +128,6 @@ class SpectralCorrection(Method):
         (rows,) = projection.rows
         step = (rows.stop - rows.start) // num_heads
         return [Block((slice(row, row + step),), strength) for row in range(rows.start, rows.stop, step)]
-
-
-class SpectralLayer(ConditionedLayer, CorrectedModule):
-    """Mixin of the layers that are an input projection with the weight W + C."""
-
-    spectral: SpectralCorrection
-
-    def fold(self) -> None:
-        """Merge C into the weight and become the plain layer again."""
-        self.merge_corrections()
-        del self.spectral
-        restore(self)
-
-    def extra_repr(self) -> str:
-        """The settings, behind those of the plain layer."""
-        return f"{super().extra_repr()}, {self.spectral}"
-
-
-class SpectralLinear(SpectralLayer, nn.Linear):
-    """An input projection with the weight W + C. Shape: as ``nn.Linear``."""
-
-    host = nn.Linear
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Project with the effective weight."""
-        return F.linear(input, self.effective_weight(), self.bias)
-
-
-class SpectralConv2d(SpectralLayer, nn.Conv2d):
-    """A 1 x 1 convolution with the weight W + C. Shape: as ``nn.Conv2d``."""
-
-    host = nn.Conv2d
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Project every pixel with the effective weight."""
-        return self._conv_forward(input, self.effective_weight(), self.bias)
 
 
 def _layer(owner: nn.Module) -> type[nn.Module]:

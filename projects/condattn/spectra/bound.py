@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sites import AttentionSite
+from ..attention.site import AttentionSite
 from .capture import Seen, noise
 from .weights import head_weight
 

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from ..attention.site import AttentionSite
 from ..kernels.row_norm import normalize_rows
-from ..methods.preconditioner import HeadNorm, RowPreconditioner
-from ..sites import AttentionSite
+from ..methods.preconditioner import RowPreconditioner
 
 aten = torch.ops.aten
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
@@ -304,7 +304,7 @@ def head_outputs(site: AttentionSite, passed: Tensor) -> Tensor:
     """What passes where ``site.out`` says, as head outputs (samples, heads, N, d)."""
     if site.out.num_heads == 1 < site.num_heads:  # the heads have an axis of their own
         return _by_head(passed, site.num_heads)
-    return HeadNorm(RowPreconditioner(), site).rows(passed)
+    return RowPreconditioner().head_norm(site).rows(passed)
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor | None:

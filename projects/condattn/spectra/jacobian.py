@@ -17,10 +17,10 @@ from torch.func import functional_call, jvp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..methods.base import become, restore
-from ..methods.multihead import ConditionedMultiheadAttention
+from ..attention.site import AttentionSite, as_matrix, indices, is_transposed
+from ..layers.class_swap import become, restore
+from ..layers.multihead import ConditionedMultiheadAttention
 from ..methods.preconditioner import RowPreconditioner
-from ..sites import AttentionSite, as_matrix, indices, is_transposed
 from .capture import Seen, doubled, doubled_state, head_outputs, noise, precondition, without_caches
 from .extremes import Extremes, jacobian_extremes, kronecker_extremes
 from .kronecker import RowKronecker, row_kronecker

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from ..sites import AttentionSite
+from ..attention.site import AttentionSite
 from .capture import LARGE, Seen, precondition
 from .weights import head_bias, head_weight
 

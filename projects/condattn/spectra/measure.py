@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..methods.correction import CorrectedModule
+from ..attention.rules import find_sites
+from ..attention.site import AttentionSite
+from ..layers.correction import CorrectedModule
 from ..methods.preconditioner import RowPreconditioner
-from ..sites import AttentionSite, find_sites
 from .bound import head_bound
 from .capture import Seen, capture, precondition
 from .extremes import RELIABLE

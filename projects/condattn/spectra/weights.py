@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..methods.correction import CorrectedModule
-from ..sites import AttentionSite, as_matrix, indices
+from ..attention.site import AttentionSite, as_matrix, indices
+from ..layers.correction import CorrectedModule
 
 
 @dataclass(frozen=True)

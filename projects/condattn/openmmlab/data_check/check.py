@@ -10,8 +10,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-from ...engine.errors import UserError
-from ...engine.processes import local_rank
+from ..errors import UserError
+from ..processes import local_rank
 from .coco import CocoUse, check_coco
 from .findings import Findings, remember
 from .label_maps import MapUse, check_label_maps

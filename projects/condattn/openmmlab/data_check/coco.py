@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as masks
 
-from ...checkpoints.files import write_whole
-from ...engine.errors import UserError
+from ...weights.atomic import write_whole
+from ..errors import UserError
 from .findings import ClassCount, Findings, cache_folder
 from .images import check_images, sample, some
 

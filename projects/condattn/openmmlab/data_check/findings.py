@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ...checkpoints.files import write_whole
+from ...weights.atomic import write_whole
 
 FORMAT = 1
 """Of the cache's files; another number makes every check run anew."""

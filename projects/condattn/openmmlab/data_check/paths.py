@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ...engine.errors import UserError
+from ..errors import UserError
 
 SOURCES = {
     "coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "

@@ -9,8 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 
-from ...engine.errors import UserError
-from ...engine.launch import build_model, load_config
+from ..errors import UserError
+from ..runner.launch import build_model, load_config
 from .plan import TUNING, RunId, Study
 from .run import training_config
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...methods.base import leave_out, register_method
-from ...methods.preconditioner import PLAIN_LINEAR, PreconditionedLinear, RowPreconditioner
-from ...sites import AttentionSite
+from ...attention.site import AttentionSite
+from ...layers.class_swap import leave_out
+from ...layers.head_norm import PLAIN_LINEAR, PreconditionedLinear
+from ...methods.base import register_method
+from ...methods.preconditioner import RowPreconditioner
 
 GAINS = ("sqrt", "initial", "learned")
 

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from scipy.stats import chi2
 
-from ...engine.errors import UserError
+from ..errors import UserError
 
 PILOT, TUNING, FINAL = "pilot", "tuning", "final"
 MARGIN = 2.0

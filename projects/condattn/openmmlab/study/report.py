@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 from mmengine.config import Config
 
-from ...checkpoints.files import write_whole
+from ...weights.atomic import write_whole
 from .figures import draw_curves, draw_spectra
 from .plan import FINAL, Study, chosen_rates, current_grid, load_study, planned_runs
 from .results import FAILED, Record, Results

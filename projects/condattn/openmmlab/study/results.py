@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.files import write_whole
-from ...engine.errors import UserError
+from ...weights.atomic import write_whole
+from ..errors import UserError
 from .plan import FINAL, RunId, Scores, Study
 
 FINISHED, FAILED = "finished", "failed"

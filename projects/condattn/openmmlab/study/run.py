@@ -14,7 +14,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ...engine.errors import UserError
+from ..errors import UserError
 from .plan import FINAL, RunId, Study
 from .results import FAILED, FINISHED, Record, Results, versions
 

@@ -1,0 +1,68 @@
+"""What rules are written with: which rows of which projection are queries, keys and values."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from .adapters import inner
+from .site import HeadOutputs, Projection, is_transposed
+
+
+def whole(owner: nn.Module, parameter: str = "weight", num_heads: int | None = None) -> Projection:
+    """All rows of a weight as one projection; ``num_heads`` if it has fewer heads than the site."""
+    owner = inner(owner)
+    return Projection(owner, parameter, (slice(0, _out_features(owner, parameter)),), num_heads)
+
+
+def thirds(owner: nn.Module, parameter: str = "weight") -> dict[str, Projection]:
+    """q, k and v as the three equal parts, in this order, of the rows of one fused weight."""
+    size = _out_features(inner(owner), parameter) // 3
+    return split(owner, parameter, q=size, k=size, v=size)
+
+
+def halves(owner: nn.Module, first: str, second: str) -> dict[str, Projection]:
+    """Two of q, k and v as the two equal parts, in this order, of the rows of one weight."""
+    size = _out_features(inner(owner), "weight") // 2
+    return split(owner, **{first: size, second: size})
+
+
+def split(owner: nn.Module, parameter: str = "weight", **sizes: int) -> dict[str, Projection]:
+    """Parts of given ``sizes``, in their order, of the rows of one weight; those called q, k and v are returned."""
+    owner, parts, start = inner(owner), {}, 0
+    for name, size in sizes.items():
+        parts[name] = Projection(owner, parameter, (slice(start, start + size),))
+        start += size
+    return {name: part for name, part in parts.items() if name in ("q", "k", "v")}
+
+
+def split_each_head(owner: nn.Module, num_heads: int, **sizes: int) -> dict[str, Projection]:
+    """Parts of given ``sizes``, in their order, of each head's rows of one weight, head after head."""
+    step = sum(sizes.values())
+    owner, parts, start = inner(owner), {}, 0
+    for name, size in sizes.items():
+        rows = tuple(slice(h * step + start, h * step + start + size) for h in range(num_heads))
+        parts[name] = Projection(owner, "weight", rows)
+        start += size
+    return parts
+
+
+def read_by(module: nn.Module, projections: Mapping[str, Projection]) -> dict[str, Projection]:
+    """The same projections, whose weights the forward of ``module`` uses without calling their owners."""
+    return {name: replace(projection, reader=module) for name, projection in projections.items()}
+
+
+def into(owner: nn.Module, projection: nn.Module | None = None, axis: int | None = None, **settings) -> HeadOutputs:
+    """Head outputs that are the input of ``owner``, by default the output projection itself.
+
+    ``axis`` is by default 1 before a two-dimensional convolution, else the last; ``settings`` are the other fields of
+    :class:`HeadOutputs`.
+    """
+    projection = inner(owner if projection is None else projection)
+    if axis is None:
+        axis = 1 if isinstance(projection, nn.Conv2d | nn.ConvTranspose2d) else -1
+    return HeadOutputs(owner, projection, axis, **settings)
+
+
+def _out_features(owner: nn.Module, parameter: str) -> int:
+    return getattr(owner, parameter).shape[1 if is_transposed(owner) else 0]

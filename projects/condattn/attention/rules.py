@@ -1,0 +1,148 @@
+"""Find the attention sites of a model by rules, one for each attention class."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .classes import look_up, qualified_name
+from .site import AttentionSite
+
+Describe = Callable[[Any], Mapping[str, Any]]
+_RULES: dict[str, Describe] = {}
+_EXCEPTIONS: dict[str, str] = {}
+_ATTENDING: set[str] = set()
+
+
+def register_rule(class_name: str, describe: Describe) -> None:
+    """Teach :func:`find_sites` a host class.
+
+    Args:
+        class_name: Qualified name of the class, for instance ``'mmdet.models.backbones.swin.WindowMSA'``.
+        describe: Takes an instance and returns the fields of its :class:`AttentionSite` but ``name`` and ``module``;
+            :func:`whole`, :func:`thirds`, :func:`split`, :func:`split_each_head` and :func:`into` make them.
+
+    Raises:
+        ValueError: If the class has a rule already.
+    """
+    if class_name in _RULES:
+        raise ValueError(f"{class_name} has a rule already; register each attention class once")
+    _RULES[class_name] = describe
+
+
+def register_exception(class_name: str, reason: str, attends: bool = False) -> None:
+    """Say why a class that calls itself attention has no site.
+
+    Args:
+        class_name: Qualified name of the class.
+        reason: Ends a sentence "it has no site: ...".
+        attends: Whether it is attention all the same. Then there are no sites in it either, and
+            :func:`condattn.condition` warns that it is left out.
+    """
+    _EXCEPTIONS[class_name] = reason
+    if attends:
+        _ATTENDING.add(class_name)
+
+
+def find_sites(model: nn.Module) -> list[AttentionSite]:
+    """All attention sites of ``model`` that a rule describes, in the order of ``model.named_modules()``.
+
+    Sites are found alike before and after conditioning.
+    """
+    sites = []
+    for name, module in _named_modules(model):
+        describe = look_up(_RULES, type(module))
+        if describe is not None and not _attends(type(module)):
+            sites.append(AttentionSite(name=name, module=module, **describe(module)))
+    return sites
+
+
+@dataclass(frozen=True)
+class Siteless:
+    """Attention that has no site.
+
+    Attributes:
+        name: Qualified name of the module in the model that was searched; '' for the model itself.
+        module: The module.
+        reason: Why not, as its exception says; '' if no rule describes it.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str
+
+
+def find_siteless(model: nn.Module) -> list[Siteless]:
+    """Attention of ``model`` that has no site.
+
+    These are the exceptions that attend, and what neither a rule nor an exception describes but looks like attention:
+    its class says so, it has weights of its own, and no site is in it or around it.
+    """
+    sites = [site.name for site in find_sites(model)]
+    siteless = []
+    for name, module in _named_modules(model):
+        cls = type(module)
+        reason = look_up(_EXCEPTIONS, cls) or ""
+        if reason:
+            found = _attends(cls)
+        else:
+            calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE)
+            weights = any(parameter.ndim > 1 for parameter in module.parameters())
+            found = calls_itself and weights and not any(_contains(name, s) or _contains(s, name) for s in sites)
+        if found:
+            siteless.append(Siteless(name, module, reason))
+    return siteless
+
+
+def describe_siteless(siteless: Sequence[Siteless]) -> str:
+    """One text for all: each class once, where it is, why it has no site, and what to do about it."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for one in siteless:
+        key = qualified_name(type(one.module)), one.reason or "no rule describes it"
+        places.setdefault(key, []).append(one.name or "the model itself")
+    texts = []
+    for (cls, reason), (first, *others) in places.items():
+        texts.append(f"{cls} ({first}{f' and {len(others)} more' if others else ''}): {reason}")
+    if not all(one.reason for one in siteless):
+        texts.append(RULE)
+    return "; ".join(texts)
+
+
+RULE = (
+    "add a rule: condattn.register_rule('MODULE.CLASS', "
+    "lambda m: dict(num_heads=m.num_heads, out=into(m.proj), **thirds(m.qkv))), "
+    "with into and thirds of condattn; where its forward uses a weight without calling the layer, "
+    "**read_by(m, thirds(m.qkv)) or out=into(m.proj, reader=m)"
+)
+"""The rule of the commonest kind, as advice."""
+
+
+def known_hosts() -> list[str]:
+    """Qualified names of the host classes that have a rule, sorted."""
+    return sorted(_RULES)
+
+
+def known_exceptions() -> dict[str, str]:
+    """Qualified name of each class that calls itself attention and has no site -> why not."""
+    return dict(sorted(_EXCEPTIONS.items()))
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside attention that has no site."""
+    excepted: list[str] = []
+    for name, module in model.named_modules():
+        if not any(_contains(outer, name) for outer in excepted):
+            yield name, module
+            if _attends(type(module)):
+                excepted.append(name)
+
+
+def _attends(cls: type) -> bool:
+    """Whether it is attention that is known to have no site."""
+    return any(qualified_name(base) in _ATTENDING for base in cls.__mro__)
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return not outer or f"{inner}.".startswith(f"{outer}.")

@@ -1,0 +1,105 @@
+"""An attention site: where one attention module projects queries, keys and values, and its head outputs."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .classes import qualified_name
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of a site: some rows of a weight matrix.
+
+    Attributes:
+        owner: The module that evaluates the map (an ``nn.Linear``, a 1 x 1 ``nn.Conv2d``, or the attention module
+            itself where it calls its projections functionally, as ``nn.MultiheadAttention`` does), inside adapters.
+        parameter: Name of the weight in ``owner``.
+        rows: The rows of that matrix that belong to the map, head after head, as slices.
+        num_heads: Number of heads of the map; fewer than the site's where keys and values are shared by groups of
+            queries. None: as the site.
+        reader: The module whose forward uses the weight of ``owner`` without calling ``owner``, or None.
+    """
+
+    owner: nn.Module
+    parameter: str
+    rows: tuple[slice, ...]
+    num_heads: int | None = None
+    reader: nn.Module | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows of the trained weight, without any correction: (out features of the map, in features)."""
+        matrix = as_matrix(self.owner, getattr(self.owner, self.parameter))
+        return matrix[self.rows[0]] if len(self.rows) == 1 else matrix[indices(self.rows)]
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """Where the outputs of all heads of a site pass, side by side: the input of a module.
+
+    Attributes:
+        owner: The module whose (first) input they are; the attention module itself if it projects them functionally.
+            Where an adapter is around a layer, it is the adapter.
+        projection: The output projection that they reach, here or behind an activation, a norm or a gate, inside
+            adapters; None if there is none.
+        axis: The axis of that input along which the channels of the heads lie.
+        channels: The channels that are head outputs, where others lie beside them; None: all.
+        num_heads: Number of heads along the axis; None: as the site. 1 where the heads have an axis of their own.
+        interleaved: Whether channel c belongs to head c modulo the number of heads, and not to head c // head size.
+        reader: The module whose forward uses weight and bias of ``owner``, a linear layer of as many outputs as
+            inputs, without calling it, and does no more to the result than move tokens; None: ``owner`` is called.
+    """
+
+    owner: nn.Module
+    projection: nn.Module | None
+    axis: int = -1
+    channels: slice | None = None
+    num_heads: int | None = None
+    interleaved: bool = False
+    reader: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Where one attention module projects q, k and v, and where its head outputs go.
+
+    Attributes:
+        name: Qualified name of ``module`` in the model that was searched; '' for the model itself.
+        module: The host module.
+        num_heads: Number of heads.
+        q: The query projection, or None where the queries are made elsewhere.
+        k: The key projection, or None.
+        v: The value projection, or None.
+        out: Where the head outputs pass, or None where no module receives them.
+        cross_covariance: Whether attention is between the channels of a head (XCiT, DaViT), not between tokens.
+        obstacle: Why a part is None, in words that end a sentence "cannot be conditioned: ...".
+    """
+
+    name: str
+    module: nn.Module
+    num_heads: int
+    q: Projection | None = None
+    k: Projection | None = None
+    v: Projection | None = None
+    out: HeadOutputs | None = None
+    cross_covariance: bool = False
+    obstacle: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
+
+
+def indices(rows: tuple[slice, ...]) -> list[int]:
+    """The row numbers that slices stand for, in their order."""
+    return [row for part in rows for row in range(part.start, part.stop)]
+
+
+def is_transposed(owner: nn.Module) -> bool:
+    """Whether ``owner`` keeps its weight as (in features, out features): transformers' ``Conv1D`` (GPT-2)."""
+    return any(qualified_name(cls) == "transformers.pytorch_utils.Conv1D" for cls in type(owner).__mro__)
+
+
+def as_matrix(owner: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` of ``owner`` as a matrix (out features, in features)."""
+    return weight.T if is_transposed(owner) else weight.flatten(1)

@@ -1,1 +1,0 @@
-"""Pretrained weights of any naming, warm starts, and files that are whole or not there."""

@@ -1,1 +1,0 @@
-"""The data that condattn can make by itself."""

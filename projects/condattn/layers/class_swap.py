@@ -1,0 +1,78 @@
+"""Give a module another class, with the same parameters, buffers and hooks, and its own class back."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..attention.classes import qualified_name
+from ..attention.site import AttentionSite
+
+# Wrappers that differ from what they wrap in versions of torch below 1.5 alone.
+SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
+
+
+def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSite) -> None:
+    """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer``, whose host class is ``layer.host``.
+
+    It can if it is the host class in all but the name, and its parameters are its own.
+    """
+    if isinstance(owner, layer):
+        return
+    classes = type(owner).__mro__
+    added = classes[: classes.index(layer.host)] if layer.host in classes else classes
+    added = [cls for cls in added if qualified_name(cls) not in SAME]
+    if nn.utils.parametrize.is_parametrized(owner):
+        problem = f"parametrized {layer.host.__name__}"
+    elif any(callable(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
+        problem = f"{type(owner).__name__}, which has methods that {layer.host.__name__} has not"
+    else:
+        return
+    raise ValueError(f"{site}: cannot condition its {problem}; {leave_out(site)}")
+
+
+def leave_out(site: AttentionSite) -> str:
+    """The advice that ends a refusal to condition ``site``."""
+    return f"leave the site out with exclude=[{site.name!r}]"
+
+
+class ConditionedLayer:
+    """Mixin of the classes that layers become in place, see :func:`become`; ``host`` is the class they had."""
+
+    host: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args, **kwargs) -> Any:
+        """A plain layer for who builds one more of this class, as PEFT's adapters do; copies have no arguments."""
+        return cls.host(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_scripting()
+
+
+def refuse_scripting() -> None:
+    """What ``torch.jit.script`` calls of a module that is conditioned.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        "torch.jit.script cannot compile conditioned attention; use torch.jit.trace, torch.export or torch.compile, or "
+        "condattn.fold(model) before, which leaves plain layers where spectral correction is the only method"
+    )
+
+
+def become(owner: nn.Module, layer: type[nn.Module]) -> Any:
+    """Turn ``owner`` in place into an instance of ``layer``, a subclass of its class, and return it.
+
+    The object stays the same one: parameters, buffers, hooks, optimizer groups and references to it all remain.
+    """
+    if not isinstance(owner, layer):
+        owner.host_class = type(owner)
+        owner.__class__ = layer
+    return owner
+
+
+def restore(owner: nn.Module) -> None:
+    """Undo :func:`become`."""
+    owner.__class__ = owner.__dict__.pop("host_class")

@@ -1,0 +1,129 @@
+"""Layers whose parameters another module reads without calling them: that module is lent others while it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention.adapters import inner, is_at_work
+from ..kernels.switch import is_plain
+from .hooks import remove_methods
+
+
+class Lender(ABC):
+    """Forward hooks of a module that uses parameters of a layer in it: they lend it others.
+
+    Args:
+        reader: The module that uses the parameters. A replica of it (``nn.DataParallel``) takes the hooks over.
+        owner: The layer, in ``reader``; perhaps inside adapters.
+    """
+
+    def __init__(self, reader: nn.Module, owner: nn.Module) -> None:
+        self.path = next(path for path, module in reader.named_modules() if inner(module) is owner)
+        reader.register_forward_pre_hook(self.lend)
+        reader.register_forward_hook(self.take_back, always_call=True)
+
+    @abstractmethod
+    def parameters(self, layer: nn.Module, owner: nn.Module) -> Mapping[str, Tensor | None]:
+        """What to lend in place of the parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
+
+    def lend(self, reader: nn.Module, args: tuple) -> None:
+        """Put other tensors in the place of the parameters."""
+        layer = reader.get_submodule(self.path)
+        owner = inner(layer)
+        others = self.parameters(layer, owner)
+        owner.lent = {**(getattr(owner, "lent", None) or {}), **{name: getattr(owner, name) for name in others}}
+        for name, other in others.items():
+            _put(owner, name, other)
+
+    def take_back(self, reader: nn.Module, args: tuple, output: Any) -> Any:
+        """Put the parameters in their places again."""
+        owner = inner(reader.get_submodule(self.path))
+        for name, parameter in (getattr(owner, "lent", None) or {}).items():
+            _put(owner, name, parameter)
+        owner.lent = None
+
+    @classmethod
+    def detach(cls, reader: nn.Module) -> None:
+        """Take all lenders of this class from ``reader``."""
+        remove_methods(reader, cls)
+
+
+class WeightLender(Lender):
+    """Lends W + C in the place of the weight W of a corrected layer.
+
+    Args:
+        reader: The module that uses the weight.
+        owner: The corrected layer.
+        parameter: Its weight.
+    """
+
+    def __init__(self, reader: nn.Module, owner: nn.Module, parameter: str) -> None:
+        super().__init__(reader, owner)
+        self.reader = type(reader).__name__
+        self.parameter = parameter
+
+    def parameters(self, layer: nn.Module, owner: nn.Module) -> Mapping[str, Tensor | None]:
+        """W + C.
+
+        Raises:
+            RuntimeError: If an adapter around the layer is at work, which the reader does not call either.
+        """
+        if is_at_work(layer):
+            raise RuntimeError(
+                f"an adapter is around {self.path} of {self.reader}, which uses the weight of {self.path} without "
+                "calling it, so that the adapter has no effect; merge it, or leave the layer out of its targets"
+            )
+        return {self.parameter: owner.effective_weight(self.parameter)}
+
+
+class Identity(Tensor):
+    """The identity as the weight of a linear layer: the product with it is the input itself, without computing it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """What PyTorch's functions do with it.
+
+        Raises:
+            RuntimeError: For a product that is not ``F.linear``.
+        """
+        if function is F.linear:
+            return args[0]
+        if function.__name__ == "__get__":  # its shape and the like
+            return super().__torch_function__(function, types, args, kwargs)
+        raise RuntimeError(
+            f"{function.__name__} was given the weight of a preconditioned projection that a rule says to be read by "
+            "F.linear alone; leave the reader out of the rule, and name a module that is called"
+        )
+
+
+class Postponement(Lender):
+    """Postpones a linear layer that a module computes itself to the end of the module's forward, and calls it there.
+
+    The module has the identity in its place meanwhile. Hooks, norms and adapters of the layer see its input.
+    """
+
+    def parameters(self, layer: nn.Module, owner: nn.Module) -> Mapping[str, Tensor | None]:
+        """The identity as the weight, and no bias."""
+        weight = owner.weight.detach()
+        if is_plain():  # for what does not know our class
+            return {"weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device), "bias": None}
+        return {"weight": weight.as_subclass(Identity), "bias": None}
+
+    def take_back(self, reader: nn.Module, args: tuple, output: Any) -> Any:
+        """Put the parameters in their places again, and call the layer."""
+        super().take_back(reader, args, output)
+        return None if output is None else reader.get_submodule(self.path)(output)
+
+
+def _put(owner: nn.Module, name: str, value: Tensor | None) -> None:
+    """Let ``value``, perhaps no parameter, be what ``owner`` has under the name of a parameter."""
+    if name in owner._parameters:
+        owner._parameters[name] = value
+    else:  # a replica has no parameters
+        object.__setattr__(owner, name, value)

@@ -1,1 +1,0 @@
-"""Conditioned models under registered names; the faces of a toolbox's classes are in one module a toolbox."""

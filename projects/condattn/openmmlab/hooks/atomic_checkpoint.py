@@ -1,0 +1,112 @@
+"""Checkpoints that are written completely or not at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ...weights.atomic import write_whole
+from ..errors import UserError
+
+LAST = "last_checkpoint"
+
+
+class WholeFileBackend(LocalBackend):
+    """mmengine's local files, of which each is whole or not there."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write bytes."""
+        write_whole(filepath, lambda path: path.write_bytes(obj), overwrite=True)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
+        """Write text."""
+        self.put(obj.encode(encoding), filepath)
+
+
+register_backend("whole_file", WholeFileBackend, force=True)
+
+
+@HOOKS.register_module()
+class WholeCheckpointHook(CheckpointHook):
+    """mmengine's ``CheckpointHook``, such that neither a crash nor a full disk costs a checkpoint.
+
+    A file gets its name when it is whole and on the disk; ``last_checkpoint`` names it after that; only then the oldest
+    is removed. Arguments as upstream.
+    """
+
+    def __init__(self, *args, backend_args: dict | None = None, **kwargs) -> None:
+        super().__init__(*args, backend_args=backend_args or {"backend": "whole_file"}, **kwargs)
+        self._meta: dict[str, int] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """As upstream, and remove what a killed run has left half-written."""
+        super().before_train(runner)
+        if is_main_process() and Path(self.out_dir).is_dir():
+            for part in Path(self.out_dir).glob(".*.part"):
+                part.unlink()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Put the position of the run in, which ``FlexibleRunner`` counts one too far after a validation."""
+        checkpoint["meta"].update(self._meta)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        surplus = None
+        if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                surplus = self.keep_ckpt_ids.popleft()
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        name = self.filename_tmpl.format(step)
+        before, self.last_ckpt = self.last_ckpt, self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        outer, self._meta = self._meta, self._meta or dict(meta)
+        try:
+            runner.save_checkpoint(
+                self.out_dir,
+                name,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+            if is_main_process():
+                last = Path(runner.work_dir, LAST)
+                write_whole(last, lambda path: path.write_text(self.last_ckpt), overwrite=True)
+        except OSError as error:
+            newest = f"the newest whole one is {before}" if before else "there is no earlier one"
+            raise UserError(f"the checkpoint {self.last_ckpt} could not be written ({error}); {newest}") from error
+        finally:
+            self._meta = outer
+        if surplus is not None and is_main_process():
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(surplus))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # sharded
+                self.file_backend.rmtree(path)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        """Keep the best one so far until the new one is there."""
+        surplus: list[tuple[Callable, str]] = []
+        backend = self.file_backend
+        remove, rmtree = backend.remove, backend.rmtree
+        self._meta = {"epoch": runner.epoch, "iter": runner.iter}
+        backend.remove = lambda path: surplus.append((remove, path))
+        backend.rmtree = lambda path: surplus.append((rmtree, path))
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        except OSError as error:
+            kept = ", ".join(str(path) for _, path in surplus) or "none"
+            raise UserError(
+                f"the best checkpoint could not be written ({error}); the one before it is {kept}"
+            ) from error
+        finally:
+            del backend.remove, backend.rmtree
+            self._meta = {}
+        for delete, path in surplus:
+            delete(path)

@@ -1,0 +1,51 @@
+"""Calibrate a preconditioned model before its first iteration."""
+
+from itertools import islice
+
+import torch
+from mmengine import dist
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ...weights.calibrate import calibrate
+
+
+@HOOKS.register_module()
+class CalibrationHook(Hook):
+    """Fold the mean row norms of pretrained attention into the output projections before a training starts.
+
+    For weights that were trained without preconditioner; see :func:`condattn.weights.calibrate.calibrate`. A
+    resumed run is left alone. Every process of a distributed run measures its share of the data, and folds the mean of
+    all.
+
+    Args:
+        batches: How many batches of the training data are looked at.
+    """
+
+    def __init__(self, batches: int = 8) -> None:
+        if batches < 1:
+            raise ValueError(f"CalibrationHook: batches is {batches}; expected at least 1")
+        self.batches = batches
+
+    def before_train(self, runner: Runner) -> None:
+        """Calibrate, and log what it did to each site."""
+        if runner.iter > 0:
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        samples = list(islice(runner.train_dataloader, self.batches))
+
+        def run() -> None:
+            for sample in samples:
+                data = model.data_preprocessor(sample, training=False)
+                with torch.random.fork_rng():
+                    model(data["inputs"], data["data_samples"], mode="loss")
+
+        for site in calibrate(model, run, reduce=_mean):
+            runner.logger.info(site)
+
+
+def _mean(value: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(value, op="mean")
+    return value

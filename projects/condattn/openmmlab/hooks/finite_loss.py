@@ -1,0 +1,106 @@
+"""Stop a training whose loss is not finite."""
+
+from pathlib import Path
+
+import torch
+from mmengine import dist
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ...attention.rules import find_sites
+from ..errors import UserError
+from .atomic_checkpoint import LAST
+
+
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """Stop a run whose loss is not finite, before the weights take harm, and say where that comes from."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Watch the losses that the model returns."""
+        self._runner = runner
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._hook = model.register_forward_hook(self._check, with_kwargs=True)
+
+    def after_train(self, runner: Runner) -> None:
+        """Watch no longer."""
+        self._hook.remove()
+
+    def _check(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if not (model.training and isinstance(output, dict)):
+            return
+        losses = {name: value for name, value in output.items() if "loss" in name}
+        bad = [name for name, value in losses.items() if not all(part.isfinite().all() for part in _tensors(value))]
+        somewhere = torch.tensor(float(bool(bad)))
+        dist.all_reduce(somewhere, op="max")  # all processes stop together, and run the model once more together
+        if not somewhere:
+            return
+        self._hook.remove()
+        newest = Path(self._runner.work_dir, LAST)
+        checkpoint = newest.read_text().strip() if newest.exists() else "none"
+        troubles = _union(dist.all_gather_object(find_trouble(model, args, kwargs)))
+        raise UserError(
+            f"{', '.join(_union(dist.all_gather_object(bad)))} is not finite in iteration {self._runner.iter + 1}; "
+            f"{'; '.join(troubles) or 'the attention sites are sound'}; the last checkpoint is {checkpoint}; "
+            "lower the learning rate, clip the gradients, or look at the data of this iteration"
+        )
+
+
+@torch.no_grad()
+def find_trouble(model: nn.Module, args: tuple, kwargs: dict) -> list[str]:
+    """Run ``model`` once more, and name the attention sites with values that explain a loss that is not finite.
+
+    Returns:
+        One text for each kind of trouble: weights that are not finite; head outputs that are not; rows of head outputs
+        that are zero; queries and keys so long that the softmax is saturated (a bound of its logits beyond 1000).
+    """
+    found: dict[str, list[str]] = {}
+    hooks = []
+
+    def note(kind: str, site: str) -> None:
+        if site not in found.setdefault(kind, []):
+            found[kind].append(site)
+
+    for site in find_sites(model):
+        lengths: dict[str, float] = {}
+        for name in ("q", "k"):
+            projection = getattr(site, name)
+            if projection is None:
+                continue
+            if not projection.weight.isfinite().all():
+                note("weights that are not finite", site.name)
+            if isinstance(projection.owner, nn.Linear):
+
+                def measure(module, args, output, name=name, rows=projection.rows, lengths=lengths, site=site):
+                    part = torch.cat([output[..., r] for r in rows], -1).unflatten(-1, (site.num_heads, -1))
+                    lengths[name] = part.norm(dim=-1).max().item()
+                    if lengths.keys() == {"q", "k"} and lengths["q"] * lengths["k"] / part.shape[-1] ** 0.5 > 1000:
+                        note("saturated logits", site.name)
+
+                hooks.append(projection.owner.register_forward_hook(measure))
+        if site.out is not None and not isinstance(site.out.owner, nn.MultiheadAttention):
+
+            def look(module, args, site=site):
+                if not args[0].isfinite().all():
+                    note("head outputs that are not finite", site.name)
+                elif (args[0].abs().amax(site.out.axis) == 0).any():
+                    note("zero rows", site.name)
+
+            hooks.append(site.out.owner.register_forward_pre_hook(look))
+    try:
+        model.forward(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [f"{kind} at {', '.join(sites[:3])}{', ...' * (len(sites) > 3)}" for kind, sites in found.items()]
+
+
+def _union(lists: list[list[str]]) -> list[str]:
+    return list(dict.fromkeys(item for one in lists for item in one))
+
+
+def _tensors(value: Tensor | list | tuple) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)

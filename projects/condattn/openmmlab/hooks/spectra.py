@@ -1,0 +1,110 @@
+"""Log the condition numbers of attention while a model trains."""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ...attention.rules import find_sites
+from ...spectra import Measurement, measure
+from ...spectra.advice import find_warnings
+from ...spectra.measure import spread
+from ..models.wrapping import unwrapped
+
+PLAIN = str.maketrans("", "", "() ")
+"""Without what some loggers do not take in a name."""
+
+
+@HOOKS.register_module()
+class SpectraHook(Hook):
+    """Measure attention every so many iterations, on the first images of the batch, and log it where the run logs.
+
+    For each measured site 'spectra/SITE/QUANTITY', with medians over heads, images and windows: kappa_W_Q (of W + C
+    where there is a correction), kappa_map, kappa_AX, kappa_CAX, entropy (a share of the largest possible), and the
+    largest logit of all; of Jacobians those of the first head. The training is not changed by a bit, nor ended by what
+    cannot be measured. In a distributed run the first process measures.
+
+    Args:
+        interval: Iterations from one measurement to the next; the first is after the first iteration.
+        quantities: See :func:`condattn.spectra.measure`.
+        max_sites: How many sites are measured, evenly spread over the model.
+        images: How many images of the batch.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    priority = "LOW"
+
+    def __init__(
+        self,
+        interval: int = 500,
+        quantities: Sequence[str] = ("weights", "outputs", "entropy"),
+        max_sites: int = 6,
+        images: int = 1,
+    ) -> None:
+        for name, value in dict(interval=interval, max_sites=max_sites, images=images).items():
+            if value < 1:
+                raise ValueError(f"SpectraHook: {name} is {value}; expected at least 1")
+        self.interval, self.quantities, self.max_sites, self.images = interval, tuple(quantities), max_sites, images
+        self._seconds, self._began, self._failed = 0.0, 0.0, False
+
+    def before_train(self, runner: Runner) -> None:
+        """Start the clock."""
+        self._seconds, self._began = 0.0, time.monotonic()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        """Measure, if it is time to."""
+        due = runner.iter == 0 or self.every_n_train_iters(runner, self.interval)
+        if due and is_main_process() and not self._failed:
+            began = time.monotonic()
+            try:
+                self._measure(runner, data_batch)
+            except Exception as error:  # a run is worth more than what is measured of it
+                self._failed = True
+                reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+                runner.logger.warning(f"SpectraHook measures no more in this run: {reason}")
+            self._seconds += time.monotonic() - began
+
+    def after_train(self, runner: Runner) -> None:
+        """Say what it cost."""
+        if is_main_process():
+            share = self._seconds / (time.monotonic() - self._began)
+            runner.logger.info(f"SpectraHook took {self._seconds:.1f} s, {share:.2%} of the training")
+
+    def _measure(self, runner: Runner, batch: dict) -> None:
+        model = unwrapped(runner.model)
+        names = [site.name for site in find_sites(model)]
+        first = {name: copy.deepcopy(values[: self.images]) for name, values in batch.items()}
+
+        def run() -> None:
+            data = model.data_preprocessor(first, training=False)
+            model(data["inputs"], data["data_samples"], mode="tensor")
+
+        measurement = measure(model, run, self.quantities, spread(names, self.max_sites), max_heads=1)
+        values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}
+        runner.visualizer.add_scalars(values, step=runner.iter + 1)
+        for line in find_warnings({"": measurement}, trained=runner.iter > 0):
+            runner.logger.warning(line)
+
+
+def scalars(measurement: Measurement) -> dict[str, float]:
+    """'SITE/QUANTITY' -> median over heads and samples; what is not finite is left out."""
+    found = {}
+    for one in measurement.spectra:
+        if measurement.is_used(one) or "A(X)" in one.matrix:
+            name = one.matrix.removesuffix(" + C").translate(PLAIN)
+            found[f"{one.site}/kappa_{name}"] = one.kappa.nanmedian().item()
+    for one in measurement.entropies:
+        found[f"{one.site}/entropy"] = one.relative.median().item()
+        found[f"{one.site}/largest_logit"] = one.largest_logit.max().item()
+    for one in measurement.jacobians:
+        found[f"{one.site}/kappa_d{one.output.translate(PLAIN)}_d{one.weight}"] = one.extremes.kappa
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -1,0 +1,1 @@
+"""Conditioned backbones and models that are registered with OpenMMLab."""

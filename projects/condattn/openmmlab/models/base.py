@@ -1,0 +1,107 @@
+"""What the conditioned faces of upstream backbones share."""
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import nn
+
+from ...condition import condition
+from ...methods.base import DEFAULT, Conditioning
+from ...weights.files import describe_wrong_hash, read_file
+from ...weights.load import LoadReport, load_pretrained
+from .loading import ENTRY, difference, guard_loading
+
+TIMM = "timm:"
+"""In front of a model's name: its public weights, which timm downloads."""
+
+
+class ConditionedBackbone:
+    """Mixin in front of an upstream backbone class: the same arguments, and ``conditioning``.
+
+    ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` takes the weights of any release of the same network, see
+    :func:`condattn.weights.load.load_pretrained`; with ``load='effective'`` besides, such that spectral
+    correction does not change the function of weights that were trained without it.
+
+    Args:
+        conditioning: How the attention is conditioned; see :func:`condattn.condition`. ``'none'`` is the upstream
+            backbone, bit for bit. Default: ``'pc'``.
+        **kwargs: The upstream class's arguments.
+
+    Raises:
+        ValueError: If the conditioning is unknown or invalid.
+    """
+
+    checks_its_weights = True
+
+    def __init__(self, *args, conditioning: Conditioning = DEFAULT, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        report = condition(self, conditioning)
+        guard_loading(self)
+        print_log(f"{type(self).__name__}: {report}", logger="current")
+
+    def init_weights(self) -> None:
+        """Initialise as upstream does, but pretrained weights whoever named them.
+
+        Raises:
+            ValueError: If the pretrained weights cannot be read, or are of another model.
+        """
+        if is_pretrained(self.init_cfg):
+            load_as_configured(self, self.init_cfg)
+        else:
+            super().init_weights()
+
+    def train(self, mode: bool = True):
+        """Set the training mode and return self, as ``nn.Module`` does and upstream's backbones do not."""
+        super().train(mode)
+        return self
+
+
+def is_pretrained(init_cfg: Any) -> bool:
+    """Whether an ``init_cfg`` of mmengine asks for pretrained weights."""
+    return isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained"
+
+
+def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] = ()) -> LoadReport:
+    """Load what an ``init_cfg`` of type 'Pretrained' names into ``model``, and log what became of it.
+
+    Raises:
+        ValueError: As :func:`condattn.weights.load.load_pretrained`, and for settings that it does not know.
+    """
+    settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location", "prefix")}
+    known_settings = ("checkpoint", "load", "unsafe", "other_conditioning")
+    if unknown := settings.keys() - set(known_settings):
+        raise ValueError(
+            f"init_cfg of type 'Pretrained' has {', '.join(sorted(unknown))}; its settings are "
+            f"{', '.join(known_settings)}"
+        )
+    if not isinstance(path := settings.pop("checkpoint", None), str | Path):
+        raise ValueError(f"init_cfg of type 'Pretrained' expects checkpoint=FILE_OR_ADDRESS, found {path!r}")
+    if not settings.pop("other_conditioning", False):
+        check_record(model, read_file(path, settings.get("unsafe", False)), path, settings.get("load", "raw"))
+    report = load_pretrained(model, path, known=known, **settings)
+    if wrong := describe_wrong_hash(path):
+        print_log(wrong, logger="current", level=logging.WARNING)
+    print_log(f"pretrained weights {report}", logger="current")
+    return report
+
+
+def check_record(model: nn.Module, content: Any, path: str, load: str) -> None:
+    """Check that weights which were trained with conditioning are loaded into a backbone that has the same.
+
+    Weights of a model without conditioning may start any.
+
+    Raises:
+        ValueError: If the file records another conditioning; or one with corrections, and ``load`` is 'effective'.
+    """
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    record = (meta.get(ENTRY) if isinstance(meta, Mapping) else None) or {}
+    if not any(record.values()):
+        return
+    override = "other_conditioning=True in the init_cfg loads them all the same"
+    if load == "effective" and "SpectralCorrection" in str(record):
+        raise ValueError(f"{path} was trained with spectral correction; load='effective' is for weights that were not")
+    if different := difference(record, model):
+        raise ValueError(f"{path} was trained with {different}; condition it alike, or {override}")

@@ -1,0 +1,50 @@
+"""Condition any registered module from a config."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.config import ConfigDict
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import nn
+
+from ...condition import condition
+from ...methods.base import DEFAULT, Conditioning
+from .loading import guard_loading
+
+
+@MODELS.register_module()
+def Conditioned(
+    module: Mapping[str, Any] | nn.Module,
+    conditioning: Conditioning = DEFAULT,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    data_preprocessor: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build ``module`` in the current scope and condition its attention: whole detectors, or any part.
+
+    Config::
+
+        model = dict(_delete_=True, type='Conditioned', module={{_base_.model}}, conditioning='pc', include=['decoder'])
+
+    Args:
+        module: Config of the module (or a module).
+        conditioning: See :func:`condattn.condition`.
+        include: Glob patterns of the module names to condition; default: every attention site.
+        exclude: Glob patterns of module names to leave out.
+        data_preprocessor: Passed on to ``module``, unless that has its own: mmengine's runner gives a model the
+            config's ``data_preprocessor`` in this way.
+
+    Returns:
+        The module itself, conditioned in place.
+
+    Raises:
+        ValueError: As :func:`condattn.condition`.
+    """
+    if not isinstance(module, nn.Module):
+        inherited = {} if data_preprocessor is None else dict(data_preprocessor=data_preprocessor)
+        module = MODELS.build(ConfigDict({**inherited, **module}))
+    report = condition(module, conditioning, include, exclude)
+    guard_loading(module)
+    print_log(f"{type(module).__name__}: {report}", logger="current")
+    return module

@@ -1,0 +1,242 @@
+"""Any timm model as a backbone of mmdet and mmseg."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, initialize
+from mmengine.registry import MODELS
+from timm.models import group_parameters
+from torch import Tensor
+
+from ...condition import condition
+from ...methods.base import DEFAULT, Conditioning
+from ...weights.files import DownloadError
+from ...weights.load import load_weights
+from .base import TIMM, is_pretrained, load_as_configured
+from .image_size import features, find_image_sizes, map_size
+from .loading import guard_loading
+
+# What lets a model take images of any size, in the order in which timm's models know it.
+ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})
+
+
+@MODELS.register_module()
+class ConditionedTimmBackbone(BaseModule):
+    """A timm model's intermediate features, with conditioned attention.
+
+    Shape: images (B, C, H, W), C being ``in_chans`` where that is set, else 3; one feature map (B, ``out_channels[i]``,
+    H / ``strides[i]``, W / ``strides[i]``), rounded up, for each of ``out_indices``. Images may be of any size; models
+    with windows of a fixed grid see them padded to a multiple of ``img_size``, and those that know one size only (BEiT,
+    CaiT, CoaT, Hiera, VOLO ...) padded to ``img_size``, which then is the largest.
+
+    Args:
+        model_name: Name of the model in timm, for instance ``'xcit_small_12_p16_224'``; ``timm/`` or ``hf-hub:timm/``
+            may stand before it, as on the Hugging Face Hub, and a dot and the tag of pretrained weights behind it.
+        out_indices: Which of the model's features to return, in ascending order (or one alone): stages of a pyramid,
+            blocks of a ViT. Default: all stages of a pyramid, the last block of a ViT.
+        conditioning: See :func:`condattn.condition`. ``'none'`` is timm's model, bit for bit.
+        include: Patterns of the sites to condition, see :func:`condattn.condition`.
+        exclude: Patterns of the sites to leave out.
+        pretrained: Start from timm's public weights, which ``init_weights`` downloads, unless ``checkpoint_path`` or
+            ``init_cfg`` says otherwise.
+        checkpoint_path: Start from the weights in this file, timm's or the official ones of the network: short for
+            ``init_cfg=dict(type='Pretrained', checkpoint=...)``, see :class:`.base.ConditionedBackbone`.
+        img_size: The size of the images (height and width, or one number), for models that have to know it.
+        frozen_stages: Freeze the stem (0) and this many stages, or blocks of a ViT; -1 freezes nothing.
+        drop_path_rate: Stochastic depth, where it is not the model's default.
+        with_cp: Recompute activations in the backward pass to save memory.
+        init_cfg: Initialisation by mmengine, of the timm model.
+        **kwargs: Further arguments of the timm model.
+
+    Raises:
+        ValueError: If the model is unknown, has no intermediate features or not these, cannot do what a setting asks
+            for, or its attention cannot be conditioned; in ``forward`` if an image is too large for the model.
+    """
+
+    checks_its_weights = True
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] | int | None = None,
+        conditioning: Conditioning = DEFAULT,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        pretrained: bool = False,
+        checkpoint_path: str = "",
+        img_size: int | tuple[int, int] | None = None,
+        frozen_stages: int = -1,
+        drop_path_rate: float | None = None,
+        with_cp: bool = False,
+        init_cfg: Mapping[str, Any] | None = None,
+        **kwargs,
+    ) -> None:
+        model_name = _registered(model_name, kwargs.get("pretrained_cfg"))
+        if kwargs.pop("features_only", False):
+            raise ValueError("features_only: this backbone always returns features; leave the setting out")
+        if checkpoint_path or (pretrained and init_cfg is None):
+            init_cfg = dict(type="Pretrained", checkpoint=checkpoint_path or TIMM + model_name)
+        super().__init__(init_cfg)
+        options = dict(img_size=img_size, drop_path_rate=drop_path_rate)
+        settings = {**kwargs, **{name: value for name, value in options.items() if value is not None}}
+        self.model = _create(model_name, settings)
+        self._settings = settings
+        self.weights_setting = "checkpoint_path" if checkpoint_path or pretrained else "init_cfg.checkpoint"
+        self._names = list(self.model.state_dict())  # before parts of the model are pruned
+        if not hasattr(self.model, "forward_intermediates"):
+            raise ValueError(f"{model_name} of timm gives no intermediate features; choose another model")
+        infos = _features(self.model)
+        reductions = [info["reduction"] for info in infos]
+        if out_indices is None:
+            out_indices = range(len(infos)) if len(set(reductions)) > 1 else [len(infos) - 1]
+        out_indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+        known = [index for index in out_indices if isinstance(index, int) and -len(infos) <= index < len(infos)]
+        self.out_indices = [index % len(infos) for index in known]
+        if not known or len(known) < len(out_indices) or self.out_indices != sorted(set(self.out_indices)):
+            raise ValueError(
+                f"out_indices is {out_indices}; {model_name} has {len(infos)} features, from 0: "
+                "name some of them in ascending order"
+            )
+        self.strides = [reductions[index] for index in self.out_indices]
+        self.out_channels = [infos[index]["num_chs"] for index in self.out_indices]
+        native = img_size or self.model.pretrained_cfg["input_size"][-2:]
+        native = (native, native) if isinstance(native, int) else tuple(native)
+        try:
+            self.image_sizes = find_image_sizes(
+                self.model,
+                lambda: _create(model_name, settings),
+                native,
+                self.out_indices,
+                self.strides,
+                settings.get("in_chans") or self.model.pretrained_cfg["input_size"][0],
+            )
+        except ValueError as error:
+            raise ValueError(f"timm's {model_name} {error}") from error
+        # What no feature depends on would have no gradient, which distributed training does not forgive.
+        self.model.prune_intermediate_layers(self.out_indices, prune_norm=True, prune_head=True)
+        report = condition(self.model, conditioning, include, exclude)
+        guard_loading(self)
+        print_log(f"{model_name}: {report}", logger="current")
+        if with_cp:
+            try:
+                self.model.set_grad_checkpointing(True)
+            except AssertionError as error:
+                raise ValueError(f"with_cp: timm's {model_name} has no activation checkpointing") from error
+        if not (isinstance(frozen_stages, int) and -1 <= frozen_stages <= len(infos)):
+            raise ValueError(f"frozen_stages is {frozen_stages}; {model_name} has {len(infos)} stages, -1 freezes none")
+        self._frozen = _freeze(self.model, frozen_stages)
+
+    def init_weights(self) -> None:
+        """Load the weights that ``pretrained`` or ``checkpoint_path`` asks for, or initialise as ``init_cfg`` says.
+
+        Raises:
+            ValueError: If the weights cannot be downloaded or read, or are of another model.
+        """
+        if is_pretrained(self.init_cfg) and str(self.init_cfg.get("checkpoint")).startswith(TIMM):
+            self._download(**{name: value for name, value in self.init_cfg.items() if name != "type"})
+        elif is_pretrained(self.init_cfg):
+            load_as_configured(self.model, self.init_cfg, known=self._names)
+        elif self.init_cfg is not None:
+            initialize(self.model, self.init_cfg)
+
+    def _download(self, checkpoint: str, load: str = "raw", **other: Any) -> None:
+        model_name = checkpoint.removeprefix(TIMM)
+        if other:
+            raise ValueError(
+                f"init_cfg has {', '.join(other)}; with weights of timm its settings are checkpoint and load"
+            )
+        weights = pretrained_weights(model_name, **self._settings)
+        report = load_weights(self.model, weights, f"timm's {model_name}", load, self._names)
+        print_log(f"pretrained weights {report}", logger="current")
+
+    def train(self, mode: bool = True):
+        """Set the training mode, but for what is frozen, and return self."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The feature maps of a batch of images, which are padded on the right and below to a size the model takes."""
+        maps = features(self.model, self.image_sizes.pad(x), self.out_indices)
+        sizes = [map_size(x.shape[-2:], stride) for stride in self.strides]
+        return tuple(m[..., :height, :width] for m, (height, width) in zip(maps, sizes, strict=True))
+
+
+def _freeze(model: torch.nn.Module, stages: int) -> list[torch.nn.Module]:
+    """Freeze the stem (0) and so many stages; returns the modules that are to stay in evaluation mode."""
+    if stages < 0:
+        return []
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"frozen_stages: timm's {type(model).__name__} does not say what its stages are")
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    parameters = dict(model.named_parameters())
+    for name in [name for group, members in groups.items() if group <= stages for name in members]:
+        if name in parameters:
+            parameters[name].requires_grad_(False)
+    dropout = [child for child in model.children() if isinstance(child, torch.nn.Dropout)]  # of the stem
+    return dropout + [
+        module
+        for module in model.modules()
+        if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own)
+    ]
+
+
+def pretrained_weights(model_name: str, **settings: Any) -> dict[str, Tensor]:
+    """The weights that timm has for a model built with these settings.
+
+    Raises:
+        ValueError: If there are none, or they cannot be downloaded; where that is an ``OSError``, it is one as well.
+    """
+    try:
+        return _create(model_name, {**settings, "pretrained": True}).state_dict()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        failure = DownloadError if isinstance(error, OSError) else ValueError
+        raise failure(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
+
+
+def _registered(model_name: str, pretrained_cfg: Any = None) -> str:
+    """The name in timm's registry that is meant.
+
+    Raises:
+        ValueError: If there is no such model, or no such weights of it.
+    """
+    name = re.sub(r"^(hf[-_]hub:)?timm/", "", str(model_name))
+    if ":" in name or "/" in name:
+        raise ValueError(
+            f"model_name is {model_name!r}; expected a model of timm itself, such as 'vit_tiny_patch16_224'; for "
+            "weights from elsewhere name their architecture, and their file in checkpoint_path"
+        )
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"timm has no model {name}{f'; it has {near}, ...' if near else ''}")
+    architecture, _, tag = name.partition(".")
+    tag = pretrained_cfg if isinstance(pretrained_cfg, str) else tag
+    try:
+        timm.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture)
+    except RuntimeError as error:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        raise ValueError(
+            f"timm's {architecture} has no weights with the tag {tag}; it has {', '.join(tags) or 'none'}"
+        ) from error
+    return name
+
+
+def _create(model_name: str, settings: dict[str, Any]) -> torch.nn.Module:
+    """Build the model, with the first of ANY_SIZE that it takes; the last is nothing, and its error the caller's."""
+    for option in ANY_SIZE:
+        try:
+            return timm.create_model(model_name, **{**option, **settings})
+        except (AssertionError, TypeError) as error:
+            if not any(name in str(error) for name in option):
+                raise ValueError(f"timm's {model_name}: {str(error).splitlines()[0]}") from error
+
+
+def _features(model: torch.nn.Module) -> list[dict[str, Any]]:
+    info = model.feature_info
+    return list(info.info if hasattr(info, "info") else info)

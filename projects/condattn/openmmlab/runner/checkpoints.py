@@ -1,0 +1,298 @@
+"""Refuse checkpoints that are missing, unreadable or of another model, before a run starts."""
+
+import re
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import (
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
+from torch import Tensor, nn
+
+from ...weights.files import BadFileError, describe_wrong_hash, read_file, weights_of
+from ..errors import UserError
+from ..models.base import is_pretrained
+from ..models.wrapping import unwrapped
+
+HUBS = {
+    "torchvision://": get_torchvision_models,
+    "modelzoo://": get_torchvision_models,
+    "open-mmlab://": get_external_models,
+    "openmmlab://": get_external_models,
+    "mmcls://": get_mmcls_models,
+}
+"""Collections of weights -> mmengine's table of their addresses."""
+
+
+class MissingCheckpointError(UserError, FileNotFoundError):
+    """There is no such checkpoint, which callers of mmengine's reader expect as a ``FileNotFoundError``."""
+
+
+def add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    """Add what every tool that loads a checkpoint takes."""
+    parser.add_argument(
+        "--other-conditioning",
+        action="store_true",
+        help="load a checkpoint although the attention of its model was conditioned otherwise",
+    )
+    add_unsafe_argument(parser)
+
+
+def add_unsafe_argument(parser: ArgumentParser) -> None:
+    """Add what every tool that reads a file of weights takes."""
+    parser.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="read a checkpoint that holds more than weights, which executes the code in it",
+    )
+
+
+def read_checkpoint(path: str, unsafe: bool = False) -> dict:
+    """Read a checkpoint from a file or a URL to the CPU.
+
+    Args:
+        path: Where it is.
+        unsafe: Whether code in it may be executed.
+
+    Raises:
+        UserError: If there is no such file, or it is not a checkpoint, cut short or not safe.
+    """
+    try:
+        checkpoint = read_file(_address(path), unsafe)
+    except BadFileError as error:
+        failure = MissingCheckpointError if isinstance(error, FileNotFoundError) else UserError
+        raise failure(f"cannot read the checkpoint {path}: {error}") from error
+    if path.startswith("mmcls://"):  # classifiers, of which detectors and segmenters take the backbone
+        weights, _, _ = weights_of(checkpoint, path)
+        checkpoint = {"state_dict": weights}
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint: expected a dictionary of weights, got {type(checkpoint).__name__}")
+    if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        checkpoint = {"state_dict": checkpoint}
+    _check_form(checkpoint, path)
+    return checkpoint
+
+
+def _check_form(checkpoint: dict, path: str) -> None:
+    """Check that weights are named by text, and that what the tools read beside them is what they expect."""
+    weights = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{path}: expected state_dict to be a dictionary of weights, found a {type(weights).__name__}")
+    if strange := [key for key in weights if not isinstance(key, str)]:
+        kind = type(strange[0]).__name__
+        raise UserError(f"{path}: expected weights with names, found the key {strange[0]!r}, of type {kind}")
+    if not isinstance(checkpoint.get("meta", {}), Mapping):
+        raise UserError(f"{path}: expected meta to be a dictionary, found a {type(checkpoint['meta']).__name__}")
+
+
+def read_safely(unsafe: bool = False) -> None:
+    """Let mmengine's runner and ``init_cfg`` read files as :func:`read_checkpoint` does; its own reader executes code.
+
+    Args:
+        unsafe: Whether code in a file may be executed.
+    """
+
+    def load_from_file(path: str, map_location: object = None) -> dict:
+        return read_checkpoint(path, unsafe)
+
+    CheckpointLoader.register_scheme(("", "http://", "https://", *HUBS), load_from_file, force=True)
+
+
+def _address(path: str) -> str:
+    """Where a file lies whose name may be of a collection."""
+    for hub, addresses in HUBS.items():
+        if path.startswith(hub):
+            name = path.removeprefix(hub)
+            name = get_deprecated_model_names().get(name, name)
+            known = addresses()
+            if name not in known:
+                raise UserError(f"{hub} has no weights called {name}; it has {_some(known)}")
+            return known[name]
+    return path
+
+
+def check_resumable(checkpoint: dict, path: str) -> None:
+    """Check that a training can go on from ``checkpoint``, which was read from ``path``.
+
+    Raises:
+        UserError: If it holds weights alone.
+    """
+    if not {"meta", "message_hub", "optimizer"} <= checkpoint.keys():
+        raise UserError(
+            f"{path} holds weights alone, without the state of a training; to start from these weights use "
+            f"--cfg-options load_from={path} in place of --resume"
+        )
+
+
+def find_resumable(work_dir: str, unsafe: bool = False) -> str | None:
+    """The newest checkpoint in ``work_dir`` that a training can go on from; those that cannot be read are named.
+
+    Args:
+        work_dir: Where the checkpoints are.
+        unsafe: Whether code in them may be executed.
+
+    Raises:
+        UserError: If there are some, and none can be read.
+    """
+    last = Path(work_dir, "last_checkpoint")
+    named = [Path(last.read_text().strip())] if last.is_file() and last.read_text().strip() else []
+    saved = [path for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_[0-9]+", path.stem)]
+    candidates = [*named, *sorted(saved, key=lambda path: -int(path.stem.split("_")[1]))]
+    for path in dict.fromkeys(path.resolve() for path in candidates):
+        try:
+            check_resumable(read_checkpoint(str(path), unsafe), str(path))
+        except UserError as error:
+            print(f"warning: {error}; the checkpoint before it is tried", file=sys.stderr)
+        else:
+            return str(path)
+    if candidates:
+        raise UserError(f"no checkpoint in {work_dir} can be resumed from; start anew in another --work-dir")
+    return None
+
+
+def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) -> set[str]:
+    """Check that ``checkpoint``, which was read from ``path``, fits ``model``.
+
+    Args:
+        checkpoint: What was read.
+        path: From where.
+        model: The model that is to load it.
+        warn: Print a warning if it fits in part, or is another file than its name says.
+
+    Returns:
+        The keys of the weights that the model will load from it.
+
+    Raises:
+        UserError: If it fits no weight of the model, or has values that are not finite.
+    """
+    weights = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
+    expected = model.state_dict()
+    common = [key for key in expected if key in weights]
+    fitting = {key for key in common if getattr(weights[key], "shape", None) == expected[key].shape}
+    misshapen = [key for key in common if key not in fitting]
+    if not any(expected[key].dim() for key in fitting):  # counters fit every model
+        if misshapen:
+            one = misshapen[0]
+            sizes = f"{_size(weights[one])} there, {_size(expected[one])} in the model"
+            reason = f"all {len(misshapen)} that have a name of the model have another shape ({one} is {sizes})"
+        else:
+            reason = f"the checkpoint has {_some(weights)}; the model expects {_some(expected)}"
+        raise UserError(
+            f"no weight of the checkpoint {path} fits the model: {reason}; use the configuration that the checkpoint "
+            "was trained with"
+        )
+    if damaged := [key for key in common if key in fitting and _is_damaged(weights[key], expected[key])]:
+        raise UserError(
+            f"{path} is damaged, or its training diverged: {len(damaged)} weights have values that are not finite "
+            f"({_some(damaged)}); use an earlier checkpoint"
+        )
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    if warn and (missing or unexpected or misshapen):
+        parts = [
+            f"{len(keys)} {what} ({_some(names)})"
+            for keys, names, what in (
+                (missing, _whole_parts(missing, expected), "are not in it and keep their initial values"),
+                (misshapen, misshapen, "have another shape there and keep their initial values"),
+                (unexpected, unexpected, "are only in it and are ignored"),
+            )
+            if keys
+        ]
+        print(
+            f"warning: {path} fits the model in part: {len(fitting)} of the model's {len(expected)} weights "
+            f"are loaded; {'; '.join(parts)}",
+            file=sys.stderr,
+        )
+    if warn and (wrong := describe_wrong_hash(_address(path))):
+        print(f"warning: {wrong}", file=sys.stderr)
+    return fitting
+
+
+def _is_damaged(value: Tensor, own: Tensor) -> bool:
+    """Whether a weight has values that are not finite, where the model's own are."""
+    return value.is_floating_point() and not value.isfinite().all() and bool(own.isfinite().all())
+
+
+def _whole_parts(missing: list[str], expected: Mapping[str, Tensor]) -> list[str]:
+    """Names for what is missing: those of modules all of whose weights are, then those of single weights."""
+    present = {prefix for key in expected.keys() - set(missing) for prefix in _prefixes(key)}
+    names = dict.fromkeys(next((p for p in _prefixes(key) if p not in present), key) for key in missing)
+    return sorted((name if name in expected else f"all of {name}" for name in names), key=lambda name: " " not in name)
+
+
+def _prefixes(key: str) -> list[str]:
+    """The names of the modules around a weight, the outermost first."""
+    parts = key.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _size(value: Any) -> str:
+    return (
+        " x ".join(map(str, value.shape)) or "one number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    )
+
+
+def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False) -> None:
+    """Read (and so download, once) the pretrained weights that ``model`` will start from, and load them into it.
+
+    Args:
+        model: The model.
+        key: Where the configuration describes it.
+        unsafe: Whether code in the files may be executed; our own backbones have a setting for that.
+
+    Raises:
+        UserError: If they cannot be had or fit no weight; the message says how to train without them.
+    """
+    for name, init_cfg in list(_pretrained(model)):
+        module = model.get_submodule(name)
+        place = ".".join(filter(None, (key, name)))
+        setting = getattr(module, "weights_setting", "init_cfg.checkpoint")
+        nothing = (
+            ["init_cfg=None"] if setting == "init_cfg.checkpoint" else ["pretrained=False", "checkpoint_path=None"]
+        )
+        try:
+            if getattr(module, "checks_its_weights", False):
+                module.init_weights()
+                continue
+            weights = read_checkpoint(init_cfg["checkpoint"], unsafe)
+            before = {key: value.clone() for key, value in module.state_dict().items()}
+            module.init_weights()
+            if all(value.equal(before[key]) for key, value in module.state_dict().items()):
+                weights = weights.get("state_dict", weights.get("model", weights))
+                raise UserError(f"none fits: the file has {_some(weights)}, the model expects {_some(before)}")
+        except (UserError, ValueError) as error:
+            raise UserError(
+                f"the pretrained weights {init_cfg.get('checkpoint')} cannot be loaded; train from a file with "
+                f"--cfg-options {place}.{setting}=FILE or from scratch with --cfg-options "
+                f"{' '.join(f'{place}.{option}' for option in nothing)} ({error})"
+            ) from error
+
+
+def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:
+    """Spare ``model`` the pretrained weights of modules whose weights are all in ``replaced``.
+
+    A checkpoint that is loaded after the initialisation replaces them, so they need not be there.
+    """
+    model = unwrapped(model)
+    for name, _ in list(_pretrained(model)):
+        module = model.get_submodule(name)
+        if all((f"{name}.{key}" if name else key) in replaced for key in module.state_dict()):
+            module.init_cfg = None
+
+
+def _pretrained(model: nn.Module) -> Iterator[tuple[str, dict]]:
+    for name, module in model.named_modules():
+        if is_pretrained(init_cfg := getattr(module, "init_cfg", None)):
+            yield name, init_cfg
+
+
+def _some(keys) -> str:
+    shown = list(keys)[:3]
+    return ", ".join(shown) + (", ..." if len(keys) > 3 else "")

@@ -1,0 +1,192 @@
+"""Predict images outside a data set, with one code for detection and segmentation."""
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, VISUALIZERS
+from mmengine.structures import BaseDataElement
+
+from ..data_check.paths import leaves
+from ..errors import UserError
+from ..hooks.conditioning_guard import check_conditioning
+from .checkpoints import check_fit, drop_pretrained, read_checkpoint
+from .launch import build_model
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+
+_VISUALIZERS = {"mmdet": "DetLocalVisualizer", "mmseg": "SegLocalVisualizer"}
+
+
+def find_images(source: Path, out_dir: Path) -> list[tuple[Path, Path]]:
+    """The images at ``source``, a file or a folder with all its subfolders, in a fixed order.
+
+    Files that an earlier run left in ``out_dir`` are no input.
+
+    Returns:
+        Pairs of a path and the path relative to ``source`` (of a file: its name).
+
+    Raises:
+        UserError: If there is no such path or no image below it.
+    """
+    if source.is_file():
+        return [(source, Path(source.name))]
+    if not source.is_dir():
+        raise UserError(f"no image or folder {source}")
+    results = [(out_dir / name).resolve() for name in ("vis", "preds")]
+    images = [
+        (path, path.relative_to(source))
+        for path in sorted(source.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(path.resolve().is_relative_to(folder) for folder in results)
+    ]
+    if not images:
+        raise UserError(f"no image below {source}; expected files with one of the suffixes {' '.join(IMAGE_SUFFIXES)}")
+    return images
+
+
+def is_readable(path: Path) -> bool:
+    """Whether ``path`` can be decoded as an image."""
+    try:
+        return mmcv.imread(path) is not None
+    except (OSError, ValueError, cv2.error):
+        return False
+
+
+class Predictor:
+    """A trained model, the test pipeline of its configuration and a visualizer.
+
+    Args:
+        cfg: The configuration.
+        checkpoint: File or URL of the weights; None: as they are initialised, without pretrained ones.
+        device: Where to predict.
+        other_conditioning: Load a checkpoint although its model was conditioned otherwise.
+        unsafe: Execute the code in a checkpoint that holds more than weights.
+
+    Raises:
+        UserError: If model and checkpoint are bad or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str | None,
+        device: torch.device,
+        other_conditioning: bool = False,
+        unsafe: bool = False,
+    ) -> None:
+        model, state = build_model(cfg), {}
+        if checkpoint is None:
+            drop_pretrained(model, replaced=set(model.state_dict()))
+            model.init_weights()
+        else:
+            state = read_checkpoint(checkpoint, unsafe)
+            fitting = check_fit(state, checkpoint, model)
+            if not other_conditioning:
+                check_conditioning(state, checkpoint, model)
+            weights = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+            model.load_state_dict({name: weights[name] for name in fitting}, strict=False)
+        meta = state.get("meta", {}).get("dataset_meta")
+        self.model = revert_sync_batchnorm(model).to(device).eval()
+        self._segments = cfg.default_scope == "mmseg"
+        self._pipeline = Compose(_image_pipeline(cfg.test_dataloader.dataset))
+        self._visualizer = _build_visualizer(cfg, meta or _dataset_meta(cfg.test_dataloader.dataset))
+
+    @torch.inference_mode()
+    def predict(self, paths: Iterable[Path]) -> list[BaseDataElement]:
+        """Predict a batch of image files; one data sample an image, on the CPU."""
+        return self.run(paths)
+
+    def predict_each(self, paths: Sequence[Path]) -> list[BaseDataElement | Exception]:
+        """:meth:`predict`, but in the place of an image whose prediction fails there is the error that it fails with.
+
+        If a batch fails, its images are predicted one by one.
+        """
+        try:
+            return self.predict(paths) if paths else []
+        except Exception as error:  # whatever a model or a transform raises of an image
+            if len(paths) == 1:
+                return [error]
+            return [result for path in paths for result in self.predict_each([path])]
+
+    def run(self, paths: Iterable[Path]) -> list[BaseDataElement]:
+        """:meth:`predict`, in the caller's mode of gradients."""
+        inputs = [self._pipeline({"img_path": str(path), "img_id": index}) for index, path in enumerate(paths)]
+        return [sample.cpu() for batch in self._batches(inputs) for sample in self.model.test_step(batch)]
+
+    def draw(self, sample: BaseDataElement, out_file: Path, score_thr: float) -> None:
+        """Draw a prediction on its image, boxes and masks from the score ``score_thr`` up."""
+        image = mmcv.imread(sample.img_path, channel_order="rgb")
+        threshold = {} if self._segments else {"pred_score_thr": score_thr}
+        out_file.parent.mkdir(parents=True, exist_ok=True)
+        self._visualizer.add_datasample(
+            out_file.name, image, sample, draw_gt=False, out_file=str(out_file), **threshold
+        )
+
+    def _batches(self, inputs: list[dict]) -> Iterator[dict]:
+        # mmseg tests images of one size together; mmdet pads them to a common size.
+        groups = groupby(inputs, key=lambda item: item["inputs"].shape if self._segments else None)
+        return (pseudo_collate(list(group)) for _, group in groups)
+
+
+def save_prediction(sample: BaseDataElement, out_file: Path) -> None:
+    """Save what was predicted for one image, as plain data.
+
+    Instances go to ``out_file`` + '.json': labels (indices of classes), scores, boxes (x1, y1, x2, y2 in
+    pixels) and masks (COCO run lengths). A label map goes to ``out_file`` + '.png', with indices of classes.
+
+    Raises:
+        UserError: If the model predicts neither.
+    """
+    if not {"pred_sem_seg", "pred_instances"} & set(sample.keys()):
+        raise UserError(f"expected a model that predicts instances or a label map, found {', '.join(sample.keys())}")
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    if "pred_sem_seg" in sample:
+        labels = sample.pred_sem_seg.data.squeeze(0).numpy()
+        dtype = np.uint8 if labels.max() < 256 else np.uint16
+        mmcv.imwrite(labels.astype(dtype), f"{out_file}.png")
+    if "pred_instances" in sample:
+        with open(f"{out_file}.json", "w") as file:
+            json.dump(_instances(sample.pred_instances), file)
+
+
+def _instances(instances: BaseDataElement) -> dict:
+    result = {key: instances[key].tolist() for key in ("labels", "scores", "bboxes") if key in instances}
+    if "masks" in instances:
+        from mmdet.structures.mask import encode_mask_results
+
+        masks = encode_mask_results(instances.masks.numpy())
+        result["masks"] = [{**mask, "counts": mask["counts"].decode()} for mask in masks]
+    return result
+
+
+def _image_pipeline(dataset: dict) -> list[dict]:
+    """The test pipeline without the annotations, which new images do not have."""
+    return [step for step in copy.deepcopy(next(leaves(dataset))["pipeline"]) if "Annotations" not in step["type"]]
+
+
+def _dataset_meta(dataset: dict) -> dict:
+    """Class names and colours of a data set that is not there: its class's, or those of the configuration."""
+    dataset = next(leaves(dataset))
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        cls = registry.get(dataset["type"])
+    return {**getattr(cls, "METAINFO", {}), **dataset.get("metainfo", {})}
+
+
+def _build_visualizer(cfg: Config, meta: dict):
+    settings = copy.deepcopy(cfg.get("visualizer") or {"type": _VISUALIZERS[cfg.default_scope]})
+    settings.pop("vis_backends", None)
+    settings.setdefault("name", "predictions")
+    visualizer = VISUALIZERS.build(settings)
+    visualizer.dataset_meta = meta
+    return visualizer

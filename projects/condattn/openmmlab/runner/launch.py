@@ -1,0 +1,201 @@
+"""What the command-line tools share: from a command line to a model or a runner, bad input refused first.
+
+Everything that can be checked is checked before anything is written: a work directory appears once the
+configuration, the data, the model and the checkpoint have been found good.
+"""
+
+import copy
+import os
+import re
+import sys
+from argparse import ArgumentParser, Namespace
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.runner import Runner
+from torch import nn
+
+from ...stack import check_stack, describe_operators
+from ..errors import UserError
+from ..hooks.conditioning_guard import ConditioningGuardHook
+from ..hooks.exact_resume import ExactResumeHook
+from ..hooks.finite_loss import FiniteLossHook
+from ..hooks.progress import ProgressHook
+from ..hooks.schedule import ScheduleHook
+from ..processes import LAUNCHERS, start_processes
+from .checkpoints import read_safely
+from .sharding import check_sharding
+
+TOOLBOXES = ("mmdet", "mmseg", "mmpretrain")
+
+
+class ConfigOptions(DictAction):
+    """mmengine's ``DictAction``, which also takes a conditioning with settings: sc(strength=3.0,relative=True)."""
+
+    @staticmethod
+    def _parse_iterable(val: str):
+        return val if re.fullmatch(r"\w+\(.*\).*|.*\+\w+\(.*\)", val) else DictAction._parse_iterable(val)
+
+
+def add_config_arguments(parser: ArgumentParser) -> None:
+    """Add what every tool takes: the configuration and changes to it."""
+    parser.add_argument(
+        "config", help="configuration file; its default_scope (mmdet, mmseg or mmpretrain) decides the toolbox"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=ConfigOptions,
+        metavar="KEY=VALUE",
+        help="change settings of the configuration, e.g. model.backbone.conditioning=none "
+        'train_dataloader.batch_size=4; lists as key="[a,b]" or key=a,b, without spaces',
+    )
+
+
+def add_runner_arguments(parser: ArgumentParser) -> None:
+    """Add what the tools with a runner (train and test) take besides."""
+    parser.add_argument(
+        "--work-dir",
+        help="folder for logs and checkpoints (default: work_dir of the configuration, else work_dirs/ "
+        "and the configuration's path below configs/, without suffix)",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", *LAUNCHERS],
+        default="none",
+        help="what started the processes of a distributed run, as the dist_*.sh and slurm_*.sh set it "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by some launchers, not by you")
+
+
+def load_config(path: str, options: dict | None = None) -> Config:
+    """Load a configuration, apply ``options`` and enter its default scope.
+
+    Raises:
+        UserError: If the file is missing or no valid configuration, the default scope is none of
+            ``TOOLBOXES``, that toolbox is not installed, or the environment mixes package stacks.
+    """
+    try:
+        check_stack()
+    except RuntimeError as error:
+        raise UserError(error) from error
+    if not Path(path).is_file():
+        raise UserError(f"no configuration file {path}; the ones of this project are in configs/")
+    if not path.endswith((".py", ".json", ".yaml", ".yml")):
+        raise UserError(f"expected a configuration file (.py, .json, .yaml, .yml), got {path}")
+    try:
+        with redirect_stdout(sys.stderr):  # toolboxes print which of their optional packages are missing
+            cfg = Config.fromfile(path)
+    except (FileNotFoundError, ImportError, SyntaxError, AssertionError) as error:  # toolboxes assert on versions
+        raise UserError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        cfg.merge_from_dict(options or {})
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise UserError(
+            f"--cfg-options does not fit {path}: {reason}; a value that is no dictionary is replaced as a whole, as in "
+            '"model.backbone.conditioning=sc(strength=3.0)"'
+        ) from error
+    scope = cfg.get("default_scope")
+    if scope not in TOOLBOXES:
+        raise UserError(f"{path}: expected default_scope to be one of {', '.join(TOOLBOXES)}, found {scope!r}")
+    try:
+        with redirect_stdout(sys.stderr):
+            import_module(scope)
+    except (ImportError, AssertionError) as error:
+        advice = f"mmcv's operators here: {describe_operators()}" if "mmcv._ext" in str(error) else "see the README"
+        raise UserError(f"{path} needs {scope}, which cannot be imported ({error}); {advice}") from error
+    init_default_scope(scope)
+    return cfg
+
+
+def load_runner_config(args: Namespace) -> Config:
+    """Load the configuration of a tool with a runner: :func:`load_config`, launcher and work directory.
+
+    Raises:
+        UserError: As :func:`load_config`, and for settings that exclude each other.
+    """
+    cfg = load_config(args.config, args.cfg_options)
+    read_safely(args.unsafe)
+    # What is built for the checks is built again by the runner, whose own logger will report it.
+    MMLogger.get_current_instance().setLevel("WARNING")
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or default_work_dir(args.config)
+    check_sharding(cfg)
+    return cfg
+
+
+def default_work_dir(config: str) -> str:
+    """``work_dirs/`` and the path of ``config`` below its folder ``configs``, or else its name; no suffix."""
+    parts = Path(config).resolve().with_suffix("").parts
+    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts[:-1] else parts[-1:]
+    return str(Path("work_dirs", *below))
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of ``cfg`` on the CPU, without initialising its weights.
+
+    Raises:
+        UserError: If the configuration of the model is invalid: an unknown type, argument, conditioning, or
+            a pattern that matches nothing.
+    """
+    settings = copy.deepcopy(cfg.model)
+    if cfg.get("data_preprocessor"):
+        settings.setdefault("data_preprocessor", cfg.data_preprocessor)
+    try:
+        return MODELS.build(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        message = str(error.args[0]) if error.args else ""
+        if isinstance(error, KeyError) and "is not in the" not in message:
+            raise
+        if isinstance(error, TypeError) and "unexpected keyword argument" not in message:
+            raise
+        raise UserError(f"the model of {cfg.filename} cannot be built: {message}") from error
+
+
+def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:
+    """Join the other processes, if any, and build the runner, with a progress bar and the hooks that guard a run.
+
+    Args:
+        cfg: The configuration.
+        other_conditioning: Whether checkpoints of a model that is conditioned otherwise are loaded.
+        given: The configuration that is left in the work directory, where ``cfg`` was adapted to the data.
+    """
+    given = given or copy.deepcopy(cfg)
+    start_processes(cfg)
+    checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    if checkpoints.get("type") == "CheckpointHook":
+        checkpoints.type = "WholeCheckpointHook"
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if isinstance(runner.model, dict):  # FlexibleRunner builds it when the run begins
+        runner.model = runner.strategy.build_model(runner.model)
+    # The configuration that the runner leaves in the work directory is the one that it was given.
+    runner.cfg = given
+    runner.dump_config()
+    runner.logger.info(f"mmcv's operators: {describe_operators()}")
+    guard = ConditioningGuardHook(other_conditioning)
+    for hook in (ProgressHook(), guard, ScheduleHook(), FiniteLossHook(), ExactResumeHook()):
+        if not any(isinstance(own, type(hook)) for own in runner.hooks):
+            runner.register_hook(hook)
+    return runner
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``, or the best one of this machine.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    try:
+        return torch.empty(0, device=name or get_device()).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}; this machine's default is {get_device()}") from error

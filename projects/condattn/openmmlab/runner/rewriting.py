@@ -1,0 +1,55 @@
+"""What the tools share that make a new checkpoint of another one, on images."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from ...spectra.measure import spread
+from ...weights.atomic import write_whole
+from ..errors import UserError
+from ..hooks.conditioning_guard import ENTRY, record_of
+from ..models.loading import with_record
+from .checkpoints import add_unsafe_argument, read_checkpoint
+from .inference import find_images
+from .launch import add_config_arguments, load_config
+
+
+def add_rewriting_arguments(parser: ArgumentParser, images: int) -> None:
+    """Add configuration, checkpoint, images (by default so many of them), the new file and the device."""
+    add_config_arguments(parser)
+    parser.add_argument("checkpoint", help="file or URL of the weights")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images like those of the training")
+    parser.add_argument("--out", type=Path, required=True, help="file to write; it must not exist")
+    parser.add_argument("--num", type=int, default=images, help="how many images are used (default: %(default)s)")
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
+    add_unsafe_argument(parser)
+
+
+def load_inputs(args: Namespace) -> tuple[Config, dict, list[Path]]:
+    """The configuration, the checkpoint, and ``args.num`` images, evenly spread over those that there are.
+
+    Raises:
+        UserError: If one of them is bad, or the file to write exists.
+    """
+    if args.num < 1:
+        raise UserError(f"--num: expected at least 1, got {args.num}")
+    refuse_existing(args.out)
+    cfg = load_config(args.config, args.cfg_options)
+    images = [path for path, _ in find_images(args.images, args.out.parent)]
+    return cfg, read_checkpoint(args.checkpoint, args.unsafe), spread(images, args.num)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise a UserError if there is a file of this name."""
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another name, or remove it first")
+
+
+def write_checkpoint(path: Path, model: nn.Module, meta: dict) -> None:
+    """Write the weights of ``model``, its conditioning and other metadata."""
+    weights = with_record({name: value.cpu() for name, value in model.state_dict().items()}, model)
+    content = {"meta": {**meta, ENTRY: record_of(model)}, "state_dict": weights}
+    write_whole(path, lambda part: torch.save(content, part))

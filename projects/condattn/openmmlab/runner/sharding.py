@@ -1,0 +1,193 @@
+"""Training with parameters, gradients and optimizer state sharded over the processes (FSDP2)."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed.fsdp
+from mmengine import dist
+from mmengine._strategy import DDPStrategy
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import STRATEGIES
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ...attention.rules import find_sites
+from ...weights.atomic import write_whole
+from ..errors import UserError
+
+
+@STRATEGIES.register_module()
+class FSDP2Strategy(DDPStrategy):
+    """torch's ``fully_shard`` for mmengine's ``FlexibleRunner``; mmengine's own ``FSDPStrategy`` is the older FSDP1.
+
+    Every transformer block with attention is a unit of its own, gathered when it is used; what is left belongs to the
+    whole model. Checkpoints are whole ones in one file, as every other run writes them: a sharded run can go on
+    unsharded, with any number of processes, and the other way round. One process by itself shards nothing.
+
+    Args:
+        reshard_after_forward: Free the gathered parameters of a block between its forward and its backward pass, which
+            gathers them again: less memory for more communication.
+        **kwargs: As mmengine's ``DDPStrategy``.
+    """
+
+    def __init__(self, *, reshard_after_forward: bool = True, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.reshard_after_forward = reshard_after_forward
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        if not dist.is_distributed():
+            return super(DDPStrategy, self)._wrap_model(model)
+        from torch.distributed.fsdp import fully_shard
+
+        model = self.convert_model(model.to(get_device()))
+        for value in model.state_dict().values():
+            dist.broadcast(value, src=0)  # as DDP does: the processes shard the same model
+        for block in transformer_blocks(model):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward)
+        return fully_shard(model)
+
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: dict | None = None,
+        callback: Callable[[dict], None] | None = None,
+    ) -> None:
+        """Gather the whole state, in which every process takes part, and write it from the first."""
+        checkpoint = {"state_dict": self.model_state_dict()}
+        if save_optimizer and hasattr(self, "optim_wrapper"):
+            checkpoint["optimizer"] = self.optim_state_dict()
+        if save_param_scheduler and hasattr(self, "param_schedulers"):
+            checkpoint["param_schedulers"] = self.scheduler_state_dict()
+        checkpoint.update(extra_ckpt or {})
+        checkpoint.setdefault("meta", {})["seed"] = self.seed
+        if callback is not None:
+            callback(checkpoint)
+        if dist.is_main_process():
+            write_whole(filename, lambda path: torch.save(checkpoint, path), overwrite=True)
+
+    def model_state_dict(self) -> dict[str, Tensor]:
+        """The whole weights, on the CPU of the first process."""
+        return tree_map(_whole, dict(self.model.state_dict()))
+
+    def optim_state_dict(self) -> dict[str, Any]:
+        """The whole state of the optimizer, on the CPU of the first process."""
+        return tree_map(_whole, super().optim_state_dict())
+
+    def load_model_state_dict(
+        self, state_dict: dict[str, Tensor], *, strict: bool = False, revise_keys: tuple = ((r"^module\.", ""),)
+    ) -> None:
+        """Load whole weights: of each this process keeps its share."""
+        own, shares = self.model.state_dict(), OrderedDict()
+        for name, value in state_dict.items():
+            for pattern, replacement in revise_keys:
+                name = re.sub(pattern, replacement, name)
+            shares[name] = _share(value, own.get(name))
+        super().load_model_state_dict(shares, strict=strict, revise_keys=[])
+
+    def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the whole state of an optimizer: of each part this process keeps its share."""
+        parameters = [one for group in self.optim_wrapper.optimizer.param_groups for one in group["params"]]
+        state = {
+            index: {name: _share(value, parameters[index]) for name, value in part.items()}
+            for index, part in state_dict["state"].items()
+        }
+        super().load_optim_state_dict({**state_dict, "state": state})
+
+
+def is_sharded(cfg: Config) -> bool:
+    """Whether the run of ``cfg`` shards its model: with ``FSDP2Strategy``, and several processes."""
+    return _name(cfg.get("strategy") or {}) == "FSDP2Strategy" and cfg.launcher != "none"
+
+
+def check_sharding(cfg: Config) -> None:
+    """Check that what ``cfg`` asks for can be had when it is sharded.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    if not is_sharded(cfg):
+        return
+    if cfg.get("runner_type") != "FlexibleRunner":
+        raise UserError(f"FSDP2Strategy expects runner_type='FlexibleRunner', found {cfg.get('runner_type')}")
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        raise UserError(f"FSDP2Strategy expects torch 2.6 or newer, found {torch.__version__}")
+    hooks = [_name(hook) for hook in cfg.get("custom_hooks") or [] if isinstance(hook, dict)]
+    for hook, why in (
+        ("EMAHook", "it copies the model, which a sharded one does not allow"),
+        ("SpectraHook", "it measures whole weights; use tools/analysis/spectra.py on a checkpoint"),
+        ("CalibrationHook", "use tools/checkpoints/calibrate.py, and start from what it writes"),
+    ):
+        if hook in hooks:
+            raise UserError(f"FSDP2Strategy expects custom_hooks without {hook}: {why}")
+    if cfg.get("find_unused_parameters"):
+        raise UserError("FSDP2Strategy expects every process to use every parameter, found find_unused_parameters=True")
+    if (cfg.model.get("test_cfg") or {}).get("mode") == "slide":
+        raise UserError(
+            "FSDP2Strategy expects processes that run the model equally often, found model.test_cfg.mode='slide'; "
+            "set it to 'whole', and evaluate checkpoints in one process"
+        )
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Check that the parameters of ``model`` can be sharded.
+
+    Raises:
+        UserError: If one is a single number, as mmcv's ``Scale`` has it (heads of FCOS, ATSS ...).
+    """
+    if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
+        raise UserError(
+            f"FSDP2Strategy expects parameters with an axis to divide, found the single number {scalars[0]}; train "
+            "this model without sharding"
+        )
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks around the attention sites, innermost members of lists of modules, those inside others first.
+
+    Blocks that share parameters with what is outside them are left out.
+    """
+    modules = dict(model.named_modules())
+    names = []
+    for site in find_sites(model):
+        path = site.name.split(".")
+        for length in range(len(path) - 1, 0, -1):
+            if isinstance(modules[".".join(path[: length - 1])], nn.ModuleList | nn.Sequential):
+                names.append(".".join(path[:length]))
+                break
+    places = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    blocks = []
+    for name in sorted(dict.fromkeys(names), key=lambda name: -name.count(".")):
+        own = [id(parameter) for _, parameter in modules[name].named_parameters(remove_duplicate=False)]
+        if all(own.count(one) == places.count(one) for one in set(own)):
+            blocks.append(modules[name])
+    return blocks
+
+
+def _name(settings: dict) -> str:
+    """The type that settings name, without its scope."""
+    return str(settings.get("type")).rpartition(".")[2]
+
+
+def _whole(value: Any) -> Any:
+    """A tensor on the CPU, gathered if it is sharded, of which the first process alone keeps it; else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+    return value.cpu() if dist.is_main_process() else value.new_empty(0)
+
+
+def _share(value: Any, like: Tensor | None) -> Any:
+    """The share of this process of a whole tensor, if ``like`` is a sharded one of its shape."""
+    if not (hasattr(like, "full_tensor") and isinstance(value, Tensor) and value.shape == like.shape):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

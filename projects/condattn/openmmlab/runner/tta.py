@@ -1,0 +1,52 @@
+"""Test-time augmentation for configurations of both toolboxes."""
+
+import copy
+
+from mmengine.config import Config, ConfigDict
+from torch import nn
+
+from ..data_check.paths import leaves
+from ..errors import UserError
+
+_MODELS = {
+    "mmdet": {
+        "type": "DetTTAModel",
+        "tta_cfg": {"nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100},
+    },
+    "mmseg": {"type": "SegTTAModel"},
+}
+
+
+def add_tta(cfg: Config, model: nn.Module) -> None:
+    """Let ``cfg`` test with augmented copies of each image, by its tta_model and tta_pipeline.
+
+    What of the two ``cfg`` does not have is the toolbox's own model, and the test pipeline with a horizontal
+    flip.
+
+    Args:
+        cfg: The configuration, changed in place.
+        model: The model of ``cfg``.
+
+    Raises:
+        UserError: If ``model`` predicts instance masks, which mmdet cannot merge.
+    """
+    if cfg.default_scope == "mmdet" and getattr(model, "with_mask", False):
+        raise UserError(
+            "--tta: mmdet merges boxes of augmented images, not masks, and this model predicts masks; test "
+            "without --tta, or its boxes alone: --cfg-options model.roi_head.mask_head=None "
+            "test_evaluator.metric=bbox"
+        )
+    datasets = list(leaves(cfg.test_dataloader.dataset))  # one of them may stand there twice
+    pipelines = [cfg.get("tta_pipeline") or _flip_pipeline(dataset.pipeline) for dataset in datasets]
+    for dataset, pipeline in zip(datasets, pipelines, strict=True):
+        dataset.pipeline = pipeline
+    cfg.model = ConfigDict(**cfg.get("tta_model", _MODELS[cfg.default_scope]), module=cfg.model)
+
+
+def _flip_pipeline(pipeline: list) -> list:
+    *transforms, pack = copy.deepcopy(pipeline)
+    if "meta_keys" in pack:
+        pack["meta_keys"] = tuple(dict.fromkeys((*pack["meta_keys"], "flip", "flip_direction")))
+    # The unflipped view comes first: the merged prediction takes its annotations.
+    flips = [{"type": "RandomFlip", "prob": prob} for prob in (0.0, 1.0)]
+    return [*transforms, {"type": "TestTimeAug", "transforms": [flips, [pack]]}]

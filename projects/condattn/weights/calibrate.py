@@ -1,0 +1,184 @@
+"""Make a preconditioned model start close to the function that its weights were trained for.
+
+Weights trained with plain softmax attention expect each row of a head's output at its own norm; the preconditioner
+gives every row norm 1. Calibration multiplies each head's columns of the output projection by the mean row norm that
+the head has on real inputs, so that what is left is how the norms vary from row to row. No parameter is added.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention.adapters import inner, is_at_work
+from ..attention.rules import find_sites
+from ..attention.site import AttentionSite
+from ..kernels.switch import plain
+from ..layers.head_norm import HeadNorm
+from ..methods.preconditioner import RowPreconditioner
+
+
+@dataclass
+class Calibration:
+    """What calibration did at one site.
+
+    Attributes:
+        site: Name of the site.
+        scales: Mean row norm of each head, (num_heads,), by which its columns were multiplied.
+        before: Relative error of the output projection's output, against the plain function on the same inputs, before:
+            the norm of the difference over the norm of the output.
+        after: The same, after.
+        reason: Why the site was left alone, or ''.
+    """
+
+    site: str
+    scales: Tensor | None = None
+    before: float = float("nan")
+    after: float = float("nan")
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.site}: left alone, {self.reason}"
+        return f"{self.site}: relative error of the output {self.before:.3f} before, {self.after:.3f} after"
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    run: Callable[[], object],
+    reduce: Callable[[Tensor], Tensor] = lambda value: value,
+) -> list[Calibration]:
+    """Fold the mean row norms of plain attention into the output projections of preconditioned sites, in place.
+
+    Args:
+        model: A preconditioned model with weights that were trained without preconditioner.
+        run: Runs the model on inputs that stand for its data; it is called twice and does the same each time. While it
+            runs, the preconditioners are off.
+        reduce: Of a distributed run, the mean of a tensor over all processes.
+
+    Returns:
+        One entry a preconditioned site.
+
+    Raises:
+        ValueError: If the model has no preconditioned site, or ``run`` reaches none of them.
+    """
+    found = [site for site in find_sites(model) if RowPreconditioner.applied_to(site)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no preconditioned attention site; condition it with 'pc' first")
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    probes = {site.name: _Probe(site) for site in found}
+    try:
+        for step in ("measure", "compare"):
+            with _plain(found, {name: getattr(probe, step) for name, probe in probes.items()}):
+                run()
+            if step == "measure":
+                for probe in probes.values():
+                    probe.settle(reduce)
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+    if all(probe.scales is None for probe in probes.values()):
+        raise ValueError(f"no input reached an attention site of {type(model).__name__}")
+    return [probe.fold() for probe in probes.values()]
+
+
+@contextmanager
+def _plain(sites: list[AttentionSite], observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Switch the preconditioners off, and show the head outputs to observers instead."""
+    norms: list[HeadNorm] = [inner(site.out.owner).head_norm for site in sites]
+    try:
+        for site, norm in zip(sites, norms, strict=True):
+
+            def watch(x: Tensor, observe: Callable[[Tensor], None] = observers[site.name]) -> Tensor:
+                observe(x)
+                return x
+
+            norm.normalize = watch
+        with plain():  # fast paths normalise by themselves
+            yield
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("normalize", None)
+
+
+class _Probe:
+    """Measures one site in two passes, then folds."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site, self.norm = site, inner(site.out.owner).head_norm
+        self.sum, self.count, self.scales = None, 0, None
+        self.errors = torch.zeros(3, dtype=torch.float64)
+
+    def measure(self, x: Tensor) -> None:
+        """First pass: the row norms."""
+        self.sum = self.norm.row_norms(x) + (0 if self.sum is None else self.sum)
+        self.count += 1
+
+    def settle(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Between the passes: the scales."""
+        if self.count:
+            self.scales = reduce(self.sum / self.count)
+
+    def compare(self, x: Tensor) -> None:
+        """Second pass: the output of the projection, plain, preconditioned, and with the scales."""
+        if self.reason or self.scales is None:
+            return
+        wide = x.double()
+        rows = HeadNorm.normalize(self.norm, wide)
+        plain = self._project(wide, bias=True)
+        ones = torch.ones_like(self.scales)
+        for index, scales in enumerate((ones, self.scales)):
+            difference = self._project(self._scale(rows, scales), bias=True) - plain
+            self.errors[index] += difference.square().sum().cpu()
+        self.errors[2] += plain.square().sum().cpu()
+
+    def fold(self) -> Calibration:
+        """Multiply the columns of the projection."""
+        if self.scales is None:
+            return Calibration(self.site.name, reason="because no input reached it")
+        if self.reason:
+            return Calibration(self.site.name, reason=self.reason)
+        weight = self.site.out.projection.weight
+        shape = [1, -1] + [1] * (weight.dim() - 2)
+        weight.mul_(self._columns(self.scales, weight.shape[1]).reshape(shape).to(weight.dtype))
+        before, after = (self.errors[:2] / self.errors[2].clamp_min(1e-300)).sqrt().tolist()
+        return Calibration(self.site.name, self.scales, before, after)
+
+    @property
+    def reason(self) -> str:
+        """Why the scales cannot go into the projection, or ''."""
+        owner, projection = self.site.out.owner, self.site.out.projection
+        if is_at_work(owner):
+            return "because an adapter is around its output projection; merge it before"
+        direct = inner(owner) is projection or isinstance(owner, nn.MultiheadAttention | nn.Identity)
+        if not direct:
+            return f"because a {type(owner).__name__} stands between its heads and the output projection"
+        pointwise = isinstance(projection, nn.Conv2d) and projection.kernel_size == (1, 1) and projection.groups == 1
+        if not (isinstance(projection, nn.Linear) or pointwise):
+            return f"because its output projection is a {type(projection).__name__}"
+        return ""
+
+    def _columns(self, scales: Tensor, channels: int) -> Tensor:
+        """The factor of each input channel of the projection."""
+        inside = self.norm.channels or slice(0, channels)
+        size = (inside.stop - inside.start) // len(scales)
+        factors = scales.repeat(size) if self.norm.interleaved else scales.repeat_interleave(size)
+        columns = torch.ones(channels, dtype=scales.dtype, device=scales.device)
+        columns[inside] = factors
+        return columns
+
+    def _scale(self, x: Tensor, scales: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        shape[self.norm.axis] = -1
+        return x * self._columns(scales, x.shape[self.norm.axis]).reshape(shape)
+
+    def _project(self, x: Tensor, bias: bool) -> Tensor:
+        projection = self.site.out.projection
+        weight = projection.weight.double()
+        offset = projection.bias.double() if bias and projection.bias is not None else None
+        return F.conv2d(x, weight, offset) if weight.dim() == 4 else F.linear(x, weight, offset)

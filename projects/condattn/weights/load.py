@@ -1,0 +1,173 @@
+"""Load pretrained weights into a model, whoever named them, and say what became of each."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.correction import subtract_corrections
+from .files import read_file, weights_of
+from .names import recognize, translate
+from .resize import resize_bias_table, resize_positions
+
+# A weight of a transformer block, or of what leads from one stage to the next.
+BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers|stages|cls_attn_blocks)\.[0-9]+\.")
+POSITIONS = re.compile(r"(?:^|\.)(?:absolute_)?pos_embed$")
+
+
+class ConversionError(ValueError):
+    """Weights do not fit a model; the message says why, in one line."""
+
+
+@dataclass
+class LoadReport:
+    """What became of the weights of a file.
+
+    Attributes:
+        path: The file, and the entry of it that the weights lay in.
+        recognized: Its format, in words.
+        loaded: Names, in the model, of the weights that were loaded.
+        interpolated: Those of them that were interpolated, each with its sizes.
+        left_out: Names, in the file, of weights that the model has no place for.
+        missing: Names, in the model, of weights that are not in the file and keep their values.
+    """
+
+    path: str
+    recognized: str
+    loaded: list[str] = field(default_factory=list)
+    interpolated: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: {self.recognized}; {len(self.loaded)} weights loaded"]
+        for names, what in (
+            (self.interpolated, "interpolated"),
+            (self.left_out, "left out"),
+            (self.missing, "not in the file, which keep their values"),
+        ):
+            if names:
+                parts.append(f"{len(names)} {what} ({some(names)})")
+        return "; ".join(parts)
+
+
+def some(names: Collection[str], count: int = 3) -> str:
+    """The first names, as text."""
+    return ", ".join(list(names)[:count]) + (", ..." if len(names) > count else "")
+
+
+def load_pretrained(
+    model: nn.Module, path: str | Path, load: str = "raw", unsafe: bool = False, known: Collection[str] = ()
+) -> LoadReport:
+    """Load the weights of a file into ``model``, in place.
+
+    The file may have the names of another release of the same family, see :mod:`condattn.weights.names`, and tables
+    of positions for another image or window size. Buffers that the model computes itself are not loaded.
+
+    Args:
+        model: A backbone, conditioned or not.
+        path: The file: .pth, .pt, .bin or .safetensors; wrapped as training scripts wrap them.
+        load: 'raw' loads W. 'effective', of weights trained without spectral correction, loads W - C, so that W + C is
+            the weight of the file: the function is preserved, and only the centre of the weight decay moves, to C.
+        unsafe: See :func:`condattn.weights.files.read_file`.
+        known: Names of weights that the model could have but does not (pruned layers); they are left out in silence.
+
+    Raises:
+        BadFileError: If the file cannot be read, or holds no weights.
+        ConversionError: If no weight fits, a block of the model is not in the file, a block of the file is not in the
+            model, shapes differ, or values are not finite; the model is untouched then.
+        ValueError: If ``load`` is neither.
+    """
+    weights, beside, where = weights_of(read_file(path, unsafe), path)
+    report = load_weights(model, weights, str(path), load, known)
+    report.path = where
+    report.left_out += beside
+    return report
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, load: str = "raw", known: Collection[str] = ()
+) -> LoadReport:
+    """Load weights that come from ``source`` into ``model``; see :func:`load_pretrained`."""
+    if load not in ("raw", "effective"):
+        raise ValueError(f"load is {load!r}; expected 'raw' or 'effective'")
+    fitted, report = fit(weights, model, source, known)
+    model.load_state_dict(fitted, strict=False)
+    if load == "effective":
+        subtract_corrections(model)
+    return report
+
+
+def fit(
+    weights: Mapping[str, Tensor], model: nn.Module, path: str, known: Collection[str] = ()
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The weights under the model's names and in its sizes; see :func:`load_pretrained`."""
+    expected = model.state_dict()
+    source, target = recognize(weights), recognize(expected)
+    translated, unplaced = dict(weights), []
+    if source and target and source.family == target.family:
+        translated, unplaced = translate(weights, source, target)
+    report = LoadReport(path, str(source) if source else "the model's own names", left_out=unplaced)
+    places = {name for name in translated if name in expected}
+    if not places:
+        raise ConversionError(
+            f"no weight of {path} has a place in the model: the file ({source or 'an unknown format'}) has "
+            f"{some(weights)}; the model ({target or 'an unknown format'}) has {some(expected)}"
+        )
+    parameters = dict(model.named_parameters())
+    fitted = {}
+    for name in expected:
+        if name in places and (name in parameters or not _is_computed(name)):
+            fitted[name] = _fit_one(translated[name], expected[name], name, model, path, report)
+    report.loaded = list(fitted)
+    report.missing = [name for name in parameters if name not in fitted]
+    if gaps := [name for name in report.missing if BLOCK.search(name)]:
+        blocks = [name for name in weights if BLOCK.search(name)] or list(weights)
+        raise ConversionError(f"{path} is of another model: it has no {some(gaps)}; it has {some(blocks)}")
+    surplus = [name for name in translated if name not in expected and not _is_computed(name)]
+    if strange := [name for name in surplus if BLOCK.search(name) and name not in known]:
+        raise ConversionError(f"{path} is of another model: the model has no {some(strange)}")
+    report.left_out += [name for name in surplus if name not in known]
+    return fitted, report
+
+
+def _is_computed(name: str) -> bool:
+    return name.endswith(("relative_position_index", "attn_mask"))
+
+
+def _fit_one(value: Tensor, expected: Tensor, name: str, model: nn.Module, path: str, report: LoadReport) -> Tensor:
+    if value.shape != expected.shape:
+        old, new = (" x ".join(map(str, tensor.shape)) for tensor in (value, expected))
+        try:
+            value = _resized(value, expected, name, model)
+        except ValueError as error:
+            reason = f" ({error})" if str(error) else ""
+            raise ConversionError(
+                f"{path} is of another model: {name} is {old} there, {new} in the model{reason}"
+            ) from error
+        report.interpolated.append(f"{name} from {old} to {new}")
+    if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
+        raise ConversionError(f"{path} is damaged: {name} has values that are not finite")
+    return value
+
+
+def _resized(value: Tensor, expected: Tensor, name: str, model: nn.Module) -> Tensor:
+    if value.ndim != expected.ndim:
+        raise ValueError("")
+    if name.endswith("relative_position_bias_table") and value.shape[1] == expected.shape[1]:
+        return resize_bias_table(value, len(expected))
+    if POSITIONS.search(name) and value.ndim == 3 and value.shape[2] == expected.shape[2]:
+        return resize_positions(value, expected.shape[1], _grid(model), getattr(model, "num_prefix_tokens", None))
+    raise ValueError("")
+
+
+def _grid(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of patches, as timm's and mmseg's models tell them."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None and isinstance(getattr(model, "img_size", None), tuple) and hasattr(model, "patch_size"):
+        grid = tuple(side // model.patch_size for side in model.img_size)
+    return grid
