@@ -1,3 +1,5 @@
 """Rules that describe the attention classes of other libraries, one file a library; none is imported."""
 
+from . import openmmlab, timm, torch, torchvision, transformers
+
 __all__ = ["openmmlab", "timm", "torch", "torchvision", "transformers"]
