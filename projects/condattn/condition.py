@@ -87,10 +87,10 @@ def condition(
             f"{type(model).__name__} has no attention site to condition: none of its modules is of the "
             f"{len(known_hosts())} classes that condattn knows{reasons}"
         )
-    chosen = _select([*sites, *siteless], include, exclude)
-    if methods and (left := [one for one in chosen if isinstance(one, Siteless)]):
+    selected = _select([*sites, *siteless], include, exclude)
+    if methods and (left := [one for one in selected if isinstance(one, Siteless)]):
         warnings.warn(f"left unconditioned: {describe_siteless(left)}", stacklevel=2)
-    chosen = [one for one in chosen if isinstance(one, AttentionSite)]
+    chosen = [one for one in selected if isinstance(one, AttentionSite)]
     if not chosen:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no attention site to condition")
     for method in methods:
@@ -132,8 +132,8 @@ def fold(model: nn.Module) -> int:
             )
     for module in foldable:
         module.fold()
-    for module in model.modules():
-        WeightLender.detach(module)
+    for reader in model.modules():
+        WeightLender.detach(reader)
     follow_all(model)
     for site in find_sites(model):
         if not _methods_of(site):
@@ -200,7 +200,7 @@ def _owners(site: AttentionSite) -> set[nn.Module]:
 
 def _check_adapters(model: nn.Module, sites: list[AttentionSite]) -> None:
     """Adapters that can be around a conditioned layer are those that add to it."""
-    owners = set().union(*map(_owners, sites))
+    owners = {owner for site in sites for owner in _owners(site)}
     for module in model.modules():
         if is_adapter(module) and inner(module) in owners:
             check_adapter(module, inner(module))

@@ -24,7 +24,7 @@ def thirds(owner: nn.Module, parameter: str = "weight") -> dict[str, Projection]
 def halves(owner: nn.Module, first: str, second: str) -> dict[str, Projection]:
     """Two of q, k and v as the two equal parts, in this order, of the rows of one weight."""
     size = _out_features(inner(owner), "weight") // 2
-    return split(owner, **{first: size, second: size})
+    return split(owner, "weight", **{first: size, second: size})
 
 
 def split(owner: nn.Module, parameter: str = "weight", **sizes: int) -> dict[str, Projection]:

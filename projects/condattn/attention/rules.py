@@ -88,7 +88,7 @@ def find_siteless(model: nn.Module) -> list[Siteless]:
         if reason:
             found = _attends(cls)
         else:
-            calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE)
+            calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE) is not None
             weights = any(parameter.ndim > 1 for parameter in module.parameters())
             found = calls_itself and weights and not any(_contains(name, s) or _contains(s, name) for s in sites)
         if found:

@@ -86,6 +86,10 @@ class AttentionSite:
     cross_covariance: bool = False
     obstacle: str = ""
 
+    def heads_of(self, part: Projection | HeadOutputs) -> int:
+        """Number of heads of one of its projections, or of its head outputs."""
+        return part.num_heads or self.num_heads
+
     def __str__(self) -> str:
         return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
 

@@ -37,7 +37,7 @@ def feed_forward(
     """
     if is_plain():
         return feed_forward_reference(x, weight_in, bias_in, weight_out, bias_out)
-    tensors = x, weight_in, bias_in, weight_out, bias_out
+    tensors: tuple[Tensor | None, ...] = (x, weight_in, bias_in, weight_out, bias_out)
     if dtype := autocast_dtype(x):  # as linear layers would
         tensors = tuple(one if one is None else one.to(dtype) for one in tensors)
     keep = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
@@ -62,7 +62,7 @@ class _FeedForward(torch.autograd.Function):
         for part in _parts(rows, features):
             before = hidden[part] if keep else hidden[: len(rows[part])]
             _project(rows[part], weight_in, bias_in, before)
-            after = torch._C._nn.gelu(before, out=active[: len(before)])
+            after = torch._C._nn.gelu(before, out=active[: len(before)])  # type: ignore[call-arg]  # not in its stub
             _project(after, weight_out, bias_out, outputs[part])
         if keep:
             ctx.save_for_backward(x, hidden, weight_in, weight_out)
@@ -81,19 +81,19 @@ class _FeedForward(torch.autograd.Function):
         buffer = _buffer(rows, features)
         for part in _parts(rows, features):
             before, change, beta = hidden[part], gradient[part], int(part.start > 0)
-            active = torch._C._nn.gelu(before, out=buffer[: len(before)])
-            if needs_out:
+            active = torch._C._nn.gelu(before, out=buffer[: len(before)])  # type: ignore[call-arg]
+            if grad_out is not None:
                 grad_out.addmm_(change.T, active, beta=beta)
             change = torch.mm(change, weight_out, out=active)
             torch.ops.aten.gelu_backward.grad_input(change, before, grad_input=change)
-            if needs_bias_in:
+            if grad_bias_in is not None:
                 grad_bias_in += change.sum(0)
-            if needs_in:
+            if grad_in is not None:
                 grad_in.addmm_(change.T, rows[part], beta=beta)
-            if needs_x:
+            if grad_x is not None:
                 torch.mm(change, weight_in, out=grad_x[part])
         grad_bias_out = gradient.sum(0) if needs_bias_out else None
-        return grad_x.view_as(x) if needs_x else None, grad_in, grad_bias_in, grad_out, grad_bias_out, None
+        return grad_x if grad_x is None else grad_x.view_as(x), grad_in, grad_bias_in, grad_out, grad_bias_out, None
 
 
 def _parts(rows: Tensor, features: int) -> Iterator[slice]:

@@ -61,7 +61,7 @@ def divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: float
     """The gradient of ``x`` from a contiguous one of ``y``; without ``y``, the norm is a constant."""
     result, detach = torch.empty_like(gradient), y is None
     grid, settings = _launch(gradient)
-    y = gradient if detach else y.contiguous()  # not read if detached
+    y = gradient if y is None else y.contiguous()  # not read if detached
     _backward[grid](y, norm, gradient, result, norm.numel(), eps, DETACH=detach, **settings)
     return result
 

@@ -129,7 +129,7 @@ class _Rows(torch.autograd.Function):
         return _Rows.apply(gradient, inverse, index, *reversed(ctx.zeros)), None, None, None, None
 
 
-def _cut(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cut(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, (B, windows, heads, size^2, d), by padding, rolling and cutting."""
     batch, size, rows, columns = qkv.shape[0], grid.size, grid.rows, grid.columns
     x = qkv.reshape(batch, grid.height, grid.width, -1)
@@ -206,8 +206,9 @@ def _gather(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int, part
     rows = qkv.view(-1, size)[part * heads :].index_select(0, grid.projected_rows(heads, len(qkv)))
     if grid.is_padded:
         outside = grid.padding_rows(heads, len(qkv))
-        values = 0.0 if padding is None else padding.view(3, heads, 1, size)[part]
-        filling = rows.new_empty(heads, len(outside) // heads, size).copy_(values)
+        filling = rows.new_zeros(heads, len(outside) // heads, size)
+        if padding is not None:
+            filling.copy_(padding.view(3, heads, 1, size)[part])
         rows.index_copy_(0, outside, filling.flatten(0, 1))
     return rows.view(-1, grid.size**2, size)
 

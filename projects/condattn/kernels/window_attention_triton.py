@@ -7,6 +7,8 @@ gradient of the bias for itself: no two programs write to the same place, and re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,8 +31,8 @@ def supports(qkv: Tensor, grid: Windows, heads: int) -> bool:
     size, places = qkv.shape[-1] // (3 * heads), _places(grid)
     if qkv.dtype not in DTYPES or size not in HEAD_SIZES or grid.size**2 > LARGEST or not len(qkv):
         return False
-    available = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin
-    return shared_memory(places, size, qkv.element_size()) <= available
+    gpu: Any = torch.cuda.get_device_properties(qkv.device)  # its stub lacks an attribute
+    return shared_memory(places, size, qkv.element_size()) <= gpu.shared_memory_per_block_optin
 
 
 def shared_memory(places: int, size: int, bytes_each: int) -> int:
@@ -228,8 +230,8 @@ class TritonWindowAttention(torch.autograd.Function):
             num_warps=BACKWARD_WARPS,
             **ctx.settings,
         )
-        grad_padding = grad_padding.sum(0).to(padding.dtype) if ctx.has_padding else None
-        return grad_qkv, grad_padding, grad_bias.sum(0), None, None, None, None, None
+        of_padding = grad_padding.sum(0).to(padding.dtype) if ctx.has_padding else None
+        return grad_qkv, of_padding, grad_bias.sum(0), None, None, None, None, None
 
 
 def _settings(qkv: Tensor, grid: Windows, heads: int, size: int, eps: float | None) -> dict:

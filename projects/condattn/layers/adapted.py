@@ -7,6 +7,8 @@ projection it is (W + BA + C) x.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..attention.adapters import INSIDE, inner, is_adapter
@@ -59,13 +61,13 @@ def follow(adapter: nn.Module, layer: nn.Module) -> None:
         adapter.register_forward_hook(finish, always_call=True)
 
 
-def prepare(adapter: nn.Module, args: tuple) -> tuple | None:
+def prepare(adapter: Any, args: tuple) -> tuple | None:
     """As a forward pre-hook of an adapter: normalise the head outputs that an output projection is given.
 
     Raises:
         RuntimeError: If a variant of LoRA that is a function of the weight (DoRA) is around a corrected layer.
     """
-    layer = inner(adapter)
+    layer: Any = inner(adapter)
     if isinstance(layer, CorrectedModule) and layer.corrections:
         if getattr(adapter, "lora_variant", None):
             raise RuntimeError(
@@ -83,7 +85,7 @@ def prepare(adapter: nn.Module, args: tuple) -> tuple | None:
 
 def finish(adapter: nn.Module, args: tuple, output: object) -> None:
     """As a forward hook of an adapter: what the layer in it is given next is not normalised."""
-    layer = inner(adapter)
+    layer: Any = inner(adapter)
     if getattr(layer, "is_prepared", False):
         layer.is_prepared = False
 

@@ -13,7 +13,7 @@ from ..attention.site import AttentionSite
 SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
 
 
-def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSite) -> None:
+def check_can_become(owner: nn.Module, layer: type[ConditionedLayer], site: AttentionSite) -> None:
     """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer``, whose host class is ``layer.host``.
 
     It can if it is the host class in all but the name, and its parameters are its own.
@@ -21,8 +21,8 @@ def check_can_become(owner: nn.Module, layer: type[nn.Module], site: AttentionSi
     if isinstance(owner, layer):
         return
     classes = type(owner).__mro__
-    added = classes[: classes.index(layer.host)] if layer.host in classes else classes
-    added = [cls for cls in added if qualified_name(cls) not in SAME]
+    own = classes[: classes.index(layer.host)] if layer.host in classes else classes
+    added = [cls for cls in own if qualified_name(cls) not in SAME]
     if nn.utils.parametrize.is_parametrized(owner):
         problem = f"parametrized {layer.host.__name__}"
     elif any(callable(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
@@ -62,7 +62,7 @@ def refuse_scripting() -> None:
     )
 
 
-def become(owner: nn.Module, layer: type[nn.Module]) -> Any:
+def become(owner: Any, layer: type[ConditionedLayer]) -> Any:
     """Turn ``owner`` in place into an instance of ``layer``, a subclass of its class, and return it.
 
     The object stays the same one: parameters, buffers, hooks, optimizer groups and references to it all remain.

@@ -11,6 +11,7 @@ class SpectralConv1D(SpectralLayer, Conv1D):
 
     host = Conv1D
     transposed = True
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Project with the effective weight."""

@@ -134,6 +134,10 @@ class CorrectedModule(nn.Module):
             corrected = matrix.scatter_add(1, getattr(self, f"{parameter}_columns")[:, None], constant[:, None])
         return corrected.T if self.transposed else corrected.view_as(weight)
 
+    def fold(self) -> None:
+        """Merge the corrections into the weights and, if nothing else conditions it, become the plain module again."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def merge_corrections(self) -> None:
         """Make W + C the weights and forget the corrections."""

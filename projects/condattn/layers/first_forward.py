@@ -26,7 +26,8 @@ class FirstForward:
     """
 
     def __init__(self, site: AttentionSite) -> None:
-        self.site, module = str(site), site.module
+        self.site = str(site)
+        module: Any = site.module
         parts = [part for part in (site.q, site.k, site.v, site.out) if part is not None and part.reader is None]
         owners = {inner(part.owner) for part in parts} - {module}
         # The adapters around a layer come first.

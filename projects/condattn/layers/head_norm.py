@@ -23,11 +23,13 @@ class HeadNorm:
     """
 
     def __init__(self, site: AttentionSite, eps: float, detach: bool, over_tokens: bool = False) -> None:
+        out = site.out
+        assert out is not None  # there is nothing to normalise
         self.eps, self.detach = eps, detach
-        self.axis = site.out.axis
-        self.channels = site.out.channels
-        self.num_heads = site.out.num_heads or site.num_heads
-        self.interleaved = site.out.interleaved
+        self.axis = out.axis
+        self.channels = out.channels
+        self.num_heads = site.heads_of(out)
+        self.interleaved = out.interleaved
         self.over_tokens = site.cross_covariance and over_tokens
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:

@@ -29,13 +29,13 @@ class Lender(ABC):
         reader.register_forward_hook(self.take_back, always_call=True)
 
     @abstractmethod
-    def parameters(self, layer: nn.Module, owner: nn.Module) -> Mapping[str, Tensor | None]:
+    def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:
         """What to lend in place of the parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
 
     def lend(self, reader: nn.Module, args: tuple) -> None:
         """Put other tensors in the place of the parameters."""
         layer = reader.get_submodule(self.path)
-        owner = inner(layer)
+        owner: Any = inner(layer)
         others = self.parameters(layer, owner)
         owner.lent = {**(getattr(owner, "lent", None) or {}), **{name: getattr(owner, name) for name in others}}
         for name, other in others.items():
@@ -43,7 +43,7 @@ class Lender(ABC):
 
     def take_back(self, reader: nn.Module, args: tuple, output: Any) -> Any:
         """Put the parameters in their places again."""
-        owner = inner(reader.get_submodule(self.path))
+        owner: Any = inner(reader.get_submodule(self.path))
         for name, parameter in (getattr(owner, "lent", None) or {}).items():
             _put(owner, name, parameter)
         owner.lent = None
@@ -68,7 +68,7 @@ class WeightLender(Lender):
         self.reader = type(reader).__name__
         self.parameter = parameter
 
-    def parameters(self, layer: nn.Module, owner: nn.Module) -> Mapping[str, Tensor | None]:
+    def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:
         """W + C.
 
         Raises:
@@ -108,7 +108,7 @@ class Postponement(Lender):
     The module has the identity in its place meanwhile. Hooks, norms and adapters of the layer see its input.
     """
 
-    def parameters(self, layer: nn.Module, owner: nn.Module) -> Mapping[str, Tensor | None]:
+    def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:
         """The identity as the weight, and no bias."""
         weight = owner.weight.detach()
         if is_plain():  # for what does not know our class
@@ -121,7 +121,7 @@ class Postponement(Lender):
         return None if output is None else reader.get_submodule(self.path)(output)
 
 
-def _put(owner: nn.Module, name: str, value: Tensor | None) -> None:
+def _put(owner: Any, name: str, value: Tensor | None) -> None:
     """Let ``value``, perhaps no parameter, be what ``owner`` has under the name of a parameter."""
     if name in owner._parameters:
         owner._parameters[name] = value

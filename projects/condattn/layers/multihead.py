@@ -137,7 +137,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _project(self, query: Tensor, key: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, query: Tensor, key: Tensor | None, value: Tensor) -> tuple[Tensor, ...]:
         """q, k and v of shape (batch, tokens, embed_dim); ``key`` None: all three from ``query``."""
         if self.in_proj_weight is not None:
             weight = self.effective_weight("in_proj_weight")
@@ -165,8 +165,8 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         sources = k.shape[2] - extra
         total = None
         if attn_mask is not None:
-            shapes = (targets, sources), (batch * heads, targets, sources)
-            total = _float_mask("attn_mask", attn_mask, q.dtype, *shapes)
+            own = (targets, sources), (batch * heads, targets, sources)
+            total = _float_mask("attn_mask", attn_mask, q.dtype, *own)
             total = total.unflatten(0, (batch, heads)) if total.dim() == 3 else total
         if key_padding_mask is not None:
             shapes = [(batch, sources)] if batch > 1 else [(batch, sources), (sources,)]

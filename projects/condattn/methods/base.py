@@ -28,6 +28,7 @@ class Method(ABC):
         alias_settings: Settings that the short name stands for, where they are not the defaults of the class.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     alias: ClassVar[str]
     alias_settings: ClassVar[Mapping[str, Any]] = {}
 
@@ -121,7 +122,7 @@ def _build(conditioning: Conditioning) -> list[Method]:
 def _read(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names and settings in a text such as 'sc(strength=3.0, relative=True)+pc'."""
     try:
-        node, terms = ast.parse(text.strip(), mode="eval").body, []
+        node, terms = ast.parse(text.strip(), mode="eval").body, list[ast.expr]()
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             terms.insert(0, node.right)
             node = node.left
@@ -133,9 +134,10 @@ def _read(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _read_term(node: ast.expr) -> tuple[str, dict[str, Any]]:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or call.args or any(keyword.arg is None for keyword in call.keywords):
+    settings = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+    if not isinstance(call.func, ast.Name) or call.args or len(settings) < len(call.keywords):
         raise ValueError("expected a name, or a name with settings")
-    return call.func.id, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return call.func.id, {name: ast.literal_eval(value) for name, value in settings.items()}
 
 
 def _instance(name: Any, settings: dict[str, Any]) -> Method:

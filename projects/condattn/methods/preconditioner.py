@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..attention.adapters import inner, is_copying
-from ..attention.site import AttentionSite
+from ..attention.site import AttentionSite, HeadOutputs
 from ..layers.class_swap import become, check_can_become, leave_out, refuse_scripting
 from ..layers.head_norm import PLAIN_LINEAR, HeadNorm, PreconditionedLinear
 from ..layers.lending import Postponement
@@ -64,7 +64,7 @@ class RowPreconditioner(Method):
             check_can_become(out.owner, ConditionedMultiheadAttention, site)
         if out.reader is not None:
             check_can_become(inner(out.owner), PreconditionedLinear, site)
-        channels, heads = _channels(site), out.num_heads or site.num_heads
+        channels, heads = _channels(site, out), site.heads_of(out)
         if channels and channels % heads:
             raise ValueError(
                 f"{site}: cannot be preconditioned: {heads} heads do not divide its {channels} channels; "
@@ -73,19 +73,21 @@ class RowPreconditioner(Method):
 
     def apply(self, site: AttentionSite) -> None:
         """Put the preconditioner in front of what receives the head outputs."""
-        owner = inner(site.out.owner)
+        out = site.out
+        assert out is not None  # see check
+        owner: Any = inner(out.owner)
         owner.preconditioner = self
         owner.head_norm = self.head_norm(site)
         owner.is_prepared = False
         if isinstance(owner, nn.MultiheadAttention):
             become_conditioned(owner)
-        elif type(owner) in PLAIN_LINEAR and owner is site.out.projection:
+        elif type(owner) in PLAIN_LINEAR and owner is out.projection:
             become(owner, PreconditionedLinear)
         else:
             owner.register_forward_pre_hook(owner.head_norm)
             owner.__prepare_scriptable__ = refuse_scripting
-        if site.out.reader is not None:
-            Postponement(site.out.reader, owner)
+        if out.reader is not None:
+            Postponement(out.reader, owner)
 
     def head_norm(self, site: AttentionSite) -> HeadNorm:
         """What normalises the head outputs of ``site``."""
@@ -94,12 +96,11 @@ class RowPreconditioner(Method):
     @classmethod
     def applied_to(cls, site: AttentionSite) -> RowPreconditioner | None:
         """The preconditioner of ``site``, or None."""
-        return getattr(site.out and inner(site.out.owner), "preconditioner", None)
+        return None if site.out is None else getattr(inner(site.out.owner), "preconditioner", None)
 
 
-def _channels(site: AttentionSite) -> int | None:
+def _channels(site: AttentionSite, out: HeadOutputs) -> int | None:
     """How many channels of head outputs lie along the axis, where the layers tell."""
-    out = site.out
     if out.channels is not None:
         return out.channels.stop - out.channels.start
     for name in ("in_features", "in_channels"):

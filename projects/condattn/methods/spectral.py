@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..attention.site import AttentionSite, Projection, is_transposed
-from ..layers.class_swap import become, check_can_become, leave_out
+from ..layers.class_swap import ConditionedLayer, become, check_can_become, leave_out
 from ..layers.corrected import SpectralConv2d, SpectralLinear
 from ..layers.correction import Block, Correction
 from ..layers.lending import WeightLender
@@ -84,7 +84,7 @@ class SpectralCorrection(Method):
             wanted = ", ".join(self.targets)
             raise ValueError(f"{site}: has no projection of its own for {wanted}: {site.obstacle}; {leave_out(site)}")
         for target, projection in projections.items():
-            owner, heads = projection.owner, projection.num_heads or site.num_heads
+            owner, heads = projection.owner, site.heads_of(projection)
             check_can_become(owner, _layer(owner), site)
             if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
                 raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
@@ -99,12 +99,14 @@ class SpectralCorrection(Method):
         by_weight: dict[tuple[nn.Module, str], list[Block]] = {}
         for target, projection in self._projections(site).items():
             blocks = by_weight.setdefault((projection.owner, projection.parameter), [])
-            blocks.extend(self._blocks(target, projection, projection.num_heads or site.num_heads))
+            blocks.extend(self._blocks(target, projection, site.heads_of(projection)))
         for (owner, parameter), blocks in by_weight.items():
-            is_whole = isinstance(owner, nn.MultiheadAttention)
-            layer = become_conditioned(owner) if is_whole else become(owner, _layer(owner))
+            if isinstance(owner, nn.MultiheadAttention):
+                layer = become_conditioned(owner)
+            else:
+                layer = become(owner, _layer(owner))
             layer.spectral = self
-            layer.add_correction(parameter, Correction(tuple(blocks), self.relative, self.form == "svd"))
+            layer.add_correction(parameter, Correction(tuple(blocks), bool(self.relative), self.form == "svd"))
         readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
         for (owner, parameter), reader in readers.items():
             WeightLender(reader, owner, parameter)
@@ -113,14 +115,16 @@ class SpectralCorrection(Method):
     def applied_to(cls, site: AttentionSite) -> SpectralCorrection | None:
         """The correction of ``site``, or None."""
         owners = (projection.owner for projection in (site.q, site.k, site.v) if projection is not None)
-        return next((owner.spectral for owner in owners if getattr(owner, "spectral", None)), None)
+        found = (getattr(owner, "spectral", None) for owner in owners)
+        return next((method for method in found if method is not None), None)
 
     def _projections(self, site: AttentionSite) -> dict[str, Projection]:
         """The projections of ``site`` that are targets; those that the site does not have are left out."""
         return {name: getattr(site, name) for name in self.targets if getattr(site, name) is not None}
 
     def _blocks(self, target: str, projection: Projection, num_heads: int) -> list[Block]:
-        strength = float(self.strength[target] if isinstance(self.strength, dict) else self.strength)
+        assert self.strength is not None  # see __post_init__
+        strength = float(self.strength[target] if isinstance(self.strength, Mapping) else self.strength)
         if self.layout == "fused":
             return [Block(projection.rows, strength)]
         if len(projection.rows) == num_heads:
@@ -130,7 +134,7 @@ class SpectralCorrection(Method):
         return [Block((slice(row, row + step),), strength) for row in range(rows.start, rows.stop, step)]
 
 
-def _layer(owner: nn.Module) -> type[nn.Module]:
+def _layer(owner: nn.Module) -> type[ConditionedLayer]:
     if isinstance(owner, nn.MultiheadAttention):
         return ConditionedMultiheadAttention
     if is_transposed(owner):

@@ -34,12 +34,12 @@ register_rule("mmpretrain.models.backbones.xcit.ClassAttntion", separate)
 register_rule("mmpretrain.models.utils.attention.CrossMultiheadAttention", lambda m: _read(m, separate(m)))
 
 
-def _read(module: nn.Module, described: dict[str, Any]) -> dict[str, Any]:
+def _read(module: Any, described: dict[str, Any]) -> dict[str, Any]:
     """The forward computes with the weights of the projections itself, because it makes their bias."""
     return described | read_by(module, {name: described[name] for name in "qkv"})
 
 
-def _beit(module: nn.Module) -> dict[str, Any]:
+def _beit(module: Any) -> dict[str, Any]:
     return _read(module, fused(module)) if module.bias == "qv_bias" else fused(module)
 
 
@@ -53,21 +53,22 @@ register_rule("mmpretrain.models.utils.attention.ChannelMultiheadAttention", cro
 register_rule("mmpretrain.models.backbones.davit.ChannelAttention", davit_channels)
 
 
-def _sized_heads(module: nn.Module) -> dict[str, Any]:
+def _sized_heads(module: Any) -> dict[str, Any]:
     """LeViT and its relatives: q, k and v of a head lie together, and a head's values are wider than its keys."""
     linear = getattr(module.qkv, "linear", module.qkv)
     each = split_each_head(linear, module.num_heads, q=module.key_dim, k=module.key_dim, v=module.d)
     return dict(num_heads=module.num_heads, out=_levit_out(module), **each)
 
 
-def _levit_downsample(module: nn.Module) -> dict[str, Any]:
+def _levit_downsample(module: Any) -> dict[str, Any]:
     each = split_each_head(module.kv.linear, module.num_heads, k=module.key_dim, v=module.d)
     return dict(num_heads=module.num_heads, out=_levit_out(module), q=whole(module.q[1].linear), **each)
 
 
-def _levit_out(module: nn.Module):
+def _levit_out(module: Any):
     """Its output projection is behind an activation."""
-    return into(module.proj, module.proj[1].linear if isinstance(module.proj, nn.Sequential) else None)
+    projection = module.proj
+    return into(projection, module.proj[1].linear if isinstance(projection, nn.Sequential) else None)
 
 
 register_rule("mmpretrain.models.backbones.levit.Attention", _sized_heads)
@@ -76,20 +77,20 @@ register_rule("mmpretrain.models.backbones.efficientformer.AttentionWithBias", _
 register_rule("mmpretrain.models.utils.attention.LeAttention", _sized_heads)
 
 
-def _deformable(module: nn.Module) -> dict[str, Any]:
+def _deformable(module: Any) -> dict[str, Any]:
     reason = "its weights come from the queries alone"
     return dict(num_heads=module.num_heads, v=whole(module.value_proj), out=into(module.output_proj), obstacle=reason)
 
 
-def _conditional(module: nn.Module) -> dict[str, Any]:
+def _conditional(module: Any) -> dict[str, Any]:
     """Conditional DETR: content and position have projections of their own; the content's are q and k."""
     q, k, v = (whole(layer) for layer in (module.qcontent_proj, module.kcontent_proj, module.v_proj))
     return dict(num_heads=module.num_heads, q=q, k=k, v=v, out=into(module.out_proj))
 
 
-def _non_local(module: nn.Module) -> dict[str, Any]:
+def _non_local(module: Any) -> dict[str, Any]:
     """One head between the pixels of a map; its layers may be followed by pooling."""
-    projections = dict(v=whole(_conv(module.g, 0)))
+    projections: dict[str, Any] = dict(v=whole(_conv(module.g, 0)))
     if module.mode == "gaussian":
         projections["obstacle"] = "it attends without q and k"
     else:
@@ -97,7 +98,7 @@ def _non_local(module: nn.Module) -> dict[str, Any]:
     return dict(num_heads=1, out=into(module.conv_out.conv), **projections)
 
 
-def _self_attention_block(module: nn.Module) -> dict[str, Any]:
+def _self_attention_block(module: Any) -> dict[str, Any]:
     """OCRNet, ANN, ISA and DANet: one head, each projection one or more convolutions, of which the last makes it."""
     q, k, v = (whole(_conv(getattr(module, f"{name}_project"), -1)) for name in ("query", "key", "value"))
     projections = dict(q=q, v=v) if module.share_key_query else dict(q=q, k=k, v=v)
@@ -105,7 +106,7 @@ def _self_attention_block(module: nn.Module) -> dict[str, Any]:
     return dict(num_heads=1, out=into(_conv(output, 0), axis=1), **projections)
 
 
-def _conv(layer: nn.Module, index: int) -> nn.Module:
+def _conv(layer: Any, index: int) -> nn.Module:
     layer = layer[index] if isinstance(layer, nn.Sequential) else layer
     return getattr(layer, "conv", layer)
 

@@ -38,7 +38,7 @@ for name in ("pvt_v2.Attention", "twins.GlobalSubSampleAttn", "volo.ClassAttenti
     register_rule(f"timm.models.{name}", q_and_kv)
 
 
-def _qk_and_v(module: nn.Module) -> dict[str, Any]:
+def _qk_and_v(module: Any) -> dict[str, Any]:
     projections = dict(v=whole(module.v), **halves(module.qk, "q", "k"))
     return dict(num_heads=module.num_heads, out=into(module.proj), **projections)
 
@@ -52,7 +52,7 @@ for name in ("xcit.XCA", "edgenext.CrossCovarianceAttn", "davit.ChannelAttention
 register_rule("timm.models.davit.ChannelAttention", davit_channels)
 
 
-def _read_by_host(module: nn.Module) -> dict[str, Any]:
+def _read_by_host(module: Any) -> dict[str, Any]:
     return dict(num_heads=module.num_heads, out=into(module.proj), **read_by(module, thirds(module.qkv)))
 
 
@@ -60,7 +60,7 @@ for name in ("beit.Attention", "swin_transformer_v2.WindowAttention"):
     register_rule(f"timm.models.{name}", _read_by_host)
 
 
-def _normed(module: nn.Module) -> dict[str, Any]:
+def _normed(module: Any) -> dict[str, Any]:
     """With a norm (or nothing) and perhaps a gate behind the heads, and q, k, v fused or not."""
     if module.qkv is None:
         groups = getattr(module, "num_kv_heads", module.num_heads)
@@ -78,24 +78,24 @@ for name in ("layers.attention.Attention", "layers.attention.AttentionRope", "mo
     register_rule(f"timm.{name}", _normed)
 
 
-def _differential(module: nn.Module) -> dict[str, Any]:
+def _differential(module: Any) -> dict[str, Any]:
     """Each head is the difference of two attention maps, with the values of one."""
-    parts = thirds(module.qkv) if hasattr(module, "qkv") else split(module.in_proj, **_in_split(module))
+    parts = thirds(module.qkv) if hasattr(module, "qkv") else split(module.in_proj, "weight", **_in_split(module))
     parts |= {name: replace(parts[name], num_heads=2 * module.num_heads) for name in "qk"}
     projection = module.proj if hasattr(module, "proj") else module.out_proj
     return dict(num_heads=module.num_heads, out=into(module.sub_norm, projection, num_heads=1), **parts)
 
 
-def _in_split(module: nn.Module) -> dict[str, int]:
+def _in_split(module: Any) -> dict[str, int]:
     return dict(zip(("mlp", "q", "k", "v"), module.in_split, strict=True))
 
 
-def _parallel(module: nn.Module) -> dict[str, Any]:
+def _parallel(module: Any) -> dict[str, Any]:
     if module.out_proj is None:
         out = into(module.attn_out_proj)
     else:
         out = into(module.out_proj, channels=slice(0, module.in_split[1]))
-    return dict(num_heads=module.num_heads, out=out, **split(module.in_proj, **_in_split(module)))
+    return dict(num_heads=module.num_heads, out=out, **split(module.in_proj, "weight", **_in_split(module)))
 
 
 register_rule("timm.layers.diff_attention.DiffAttention", _differential)
@@ -103,13 +103,13 @@ register_rule("timm.models.vision_transformer.DiffParallelScalingBlock", _differ
 register_rule("timm.models.vision_transformer.ParallelScalingBlock", _parallel)
 
 
-def _pool(module: nn.Module) -> dict[str, Any]:
+def _pool(module: Any) -> dict[str, Any]:
     """Attention pooling; the dropout between the heads and the projection is always there, the projection not."""
     projections = thirds(module.qkv) if module.qkv is not None else {n: whole(getattr(module, n)) for n in "qkv"}
     return dict(num_heads=module.num_heads, out=into(module.drop, module.proj), **projections)
 
 
-def _latent_pool(module: nn.Module) -> dict[str, Any]:
+def _latent_pool(module: Any) -> dict[str, Any]:
     q = None if isinstance(module.q, nn.Identity) else whole(module.q)
     return dict(num_heads=module.num_heads, out=into(module.proj), q=q, **halves(module.kv, "k", "v"))
 
@@ -123,7 +123,7 @@ register_rule(
 )
 
 
-def _sized_heads(module: nn.Module) -> dict[str, Any]:
+def _sized_heads(module: Any) -> dict[str, Any]:
     """LeViT and its relatives: q, k and v of a head lie together, and a head's values are wider than its keys."""
     sizes = dict(q=module.key_dim, k=module.key_dim, v=module.val_dim)
     return dict(
@@ -131,13 +131,13 @@ def _sized_heads(module: nn.Module) -> dict[str, Any]:
     )
 
 
-def _levit(module: nn.Module) -> dict[str, Any]:
+def _levit(module: Any) -> dict[str, Any]:
     sizes = dict(q=module.key_dim, k=module.key_dim, v=module.val_dim)
     projections = split_each_head(module.qkv.linear, module.num_heads, **sizes)
     return dict(num_heads=module.num_heads, out=into(module.proj, module.proj.ln.linear), **projections)
 
 
-def _levit_downsample(module: nn.Module) -> dict[str, Any]:
+def _levit_downsample(module: Any) -> dict[str, Any]:
     kv = split_each_head(module.kv.linear, module.num_heads, k=module.key_dim, v=module.val_dim)
     out = into(module.proj, module.proj.ln.linear)
     return dict(num_heads=module.num_heads, out=out, q=whole(module.q.ln.linear), **kv)
@@ -149,7 +149,7 @@ register_rule("timm.models.levit.Attention", _levit)
 register_rule("timm.models.levit.AttentionDownsample", _levit_downsample)
 
 
-def _maxvit(module: nn.Module) -> dict[str, Any]:
+def _maxvit(module: Any) -> dict[str, Any]:
     sizes = dict.fromkeys("qkv", module.dim_head)
     each = split_each_head(module.qkv, module.num_heads, **sizes) if module.head_first else thirds(module.qkv)
     return dict(num_heads=module.num_heads, out=into(module.proj), **each)
@@ -159,7 +159,7 @@ register_rule("timm.models.maxxvit.AttentionCl", _maxvit)
 register_rule("timm.models.maxxvit.Attention2d", _maxvit)
 
 
-def _conv_attention(module: nn.Module) -> dict[str, Any]:
+def _conv_attention(module: Any) -> dict[str, Any]:
     projection = module.upsampling if isinstance(module.o_proj, nn.Identity) else module.o_proj
     each = split_each_head(module.pwise, module.num_heads, **dict.fromkeys("qkv", module.head_dim))
     return dict(num_heads=module.num_heads, out=into(module.o_proj, projection, axis=1), **each)
@@ -169,7 +169,7 @@ register_rule("timm.models.cpubone.ConvAttention", _conv_attention)
 register_rule("timm.models.lowformer.ConvAttention", _conv_attention)
 
 
-def _efficientformer_v2(module: nn.Module) -> dict[str, Any]:
+def _efficientformer_v2(module: Any) -> dict[str, Any]:
     q = module.q.conv if hasattr(module.q, "conv") else module.q.proj.conv
     first = getattr(module, "upsample", None) or module.act
     projections = dict(q=whole(q), k=whole(module.k.conv), v=whole(module.v.conv))
@@ -180,36 +180,36 @@ register_rule("timm.models.efficientformer_v2.Attention2d", _efficientformer_v2)
 register_rule("timm.models.efficientformer_v2.Attention2dDownsample", _efficientformer_v2)
 
 
-def _multi_query(module: nn.Module) -> dict[str, Any]:
+def _multi_query(module: Any) -> dict[str, Any]:
     k, v = (whole(layer.proj, num_heads=1) for layer in (module.key, module.value))
     out = into(module.output, module.output.proj)
     return dict(num_heads=module.num_heads, out=out, q=whole(module.query.proj), k=k, v=v)
 
 
-def _gemma4(module: nn.Module) -> dict[str, Any]:
+def _gemma4(module: Any) -> dict[str, Any]:
     k, v = (whole(layer.linear, num_heads=module.num_kv_heads) for layer in (module.k_proj, module.v_proj))
     out = into(module.o_proj, module.o_proj.linear)
     return dict(num_heads=module.num_heads, out=out, q=whole(module.q_proj.linear), k=k, v=v)
 
 
-def _global_context(module: nn.Module) -> dict[str, Any]:
+def _global_context(module: Any) -> dict[str, Any]:
     if not module.use_global:
         return fused(module)
     projections = halves(module.qkv, "k", "v")
     return dict(num_heads=module.num_heads, out=into(module.proj), obstacle="its queries are global", **projections)
 
 
-def _bottleneck(module: nn.Module) -> dict[str, Any]:
+def _bottleneck(module: Any) -> dict[str, Any]:
     projections = split(module.qkv, q=module.dim_out_qk, k=module.dim_out_qk, v=module.dim_out_v)
     return dict(num_heads=module.num_heads, out=into(module.pool, axis=1), **projections)
 
 
-def _halo(module: nn.Module) -> dict[str, Any]:
+def _halo(module: Any) -> dict[str, Any]:
     kv = split_each_head(module.kv, module.num_heads, k=module.dim_head_qk, v=module.dim_head_v)
     return dict(num_heads=module.num_heads, out=into(module.pool, axis=1), q=whole(module.q), **kv)
 
 
-def _linear_attention(module: nn.Module) -> dict[str, Any]:
+def _linear_attention(module: Any) -> dict[str, Any]:
     """EfficientViT: ReLU attention at several scales, whose heads lie side by side."""
     projection, each = module.proj.conv, dict.fromkeys("qkv", module.dim)
     heads = module.qkv.conv.out_channels // (3 * module.dim)
@@ -218,19 +218,19 @@ def _linear_attention(module: nn.Module) -> dict[str, Any]:
     return dict(num_heads=projection.in_channels // module.dim, out=into(module.proj, projection), **parts)
 
 
-def _single_head(module: nn.Module) -> dict[str, Any]:
+def _single_head(module: Any) -> dict[str, Any]:
     """SHViT: one head on some of the channels; the others bypass it to the output projection."""
     out = into(module.proj, module.proj[1].c, channels=slice(0, module.pdim))
     return dict(num_heads=1, out=out, **split(module.qkv.c, q=module.qk_dim, k=module.qk_dim, v=module.pdim))
 
 
-def _modulated(module: nn.Module) -> dict[str, Any]:
+def _modulated(module: Any) -> dict[str, Any]:
     """iFormer: one head, multiplied by a gate in the forward itself."""
     projections = dict(q=whole(module.q.c), k=whole(module.k.c), **halves(module.v_gate.c, "v", "gate"))
     return dict(num_heads=1, obstacle="a gate multiplies its head output before any module receives it", **projections)
 
 
-def _cascaded(module: nn.Module) -> dict[str, Any]:
+def _cascaded(module: Any) -> dict[str, Any]:
     heads = len(module.qkvs)
     return dict(num_heads=heads, out=into(module.proj, axis=1), obstacle="each of its heads has a layer of its own")
 

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from ..builders import into, read_by, thirds
 from ..rules import register_rule
 
 
-def _shifted_window(module: nn.Module) -> dict[str, Any]:
+def _shifted_window(module: Any) -> dict[str, Any]:
     """Swin v1, and v2, which is a subclass: a function computes it all, with the weights of both layers."""
     projections = read_by(module, thirds(module.qkv))
     if module.dropout:

@@ -5,14 +5,12 @@ Its classes follow two conventions, and version 5 moves some from the first to t
 
 from typing import Any
 
-from torch import nn
-
 from ..builders import halves, into, thirds, whole
 from ..rules import register_exception, register_rule
 from .common import fused
 
 
-def _conventional(module: nn.Module) -> dict[str, Any]:
+def _conventional(module: Any) -> dict[str, Any]:
     """``query``, ``key`` and ``value`` in an inner module, ``output.dense`` beside it; or four ``*_proj`` in one.
 
     Heads are counted by their size, because keys and values may have fewer than the queries (grouped heads).
@@ -49,7 +47,7 @@ for name in ("hiera.modeling_hiera.HieraMaskUnitAttention", "vitdet.modeling_vit
     register_rule(f"transformers.models.{name}", fused)
 
 
-def _pvt(module: nn.Module) -> dict[str, Any]:
+def _pvt(module: Any) -> dict[str, Any]:
     q, k, v = (whole(layer) for layer in (module.query, module.key, module.value))
     return dict(num_heads=module.num_attention_heads, q=q, k=k, v=v, out=into(module.proj))
 
@@ -57,7 +55,7 @@ def _pvt(module: nn.Module) -> dict[str, Any]:
 register_rule("transformers.models.pvt_v2.modeling_pvt_v2.PvtV2SelfAttention", _pvt)
 
 
-def _gpt2(module: nn.Module) -> dict[str, Any]:
+def _gpt2(module: Any) -> dict[str, Any]:
     if module.is_cross_attention:
         projections = dict(q=whole(module.q_attn), **halves(module.c_attn, "k", "v"))
     else:
