@@ -6,11 +6,11 @@ from argparse import ArgumentParser, Namespace
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.model import is_model_wrapper
 
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.hooks.conditioning_guard import check_conditioning
+from condattn.openmmlab.models.wrapping import unwrapped
 from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import (
     add_checkpoint_arguments,
@@ -122,8 +122,7 @@ def train(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> No
     runner = build_runner(cfg, args.other_conditioning, given)
     drop_pretrained(runner.model, replaced)
     if args.compile:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        model.backbone.compile(backend=args.compile)
+        unwrapped(runner.model).backbone.compile(backend=args.compile)
     runner.train()
 
 

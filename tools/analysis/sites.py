@@ -12,6 +12,7 @@ from torch import nn
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.attention.rules import describe_siteless, find_siteless, find_sites
 from condattn.attention.site import AttentionSite, HeadOutputs, Projection
+from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.errors import UserError, run_tool
 
 
@@ -48,7 +49,7 @@ def build(name: str) -> nn.Module:
     Raises:
         UserError: If there is no such configuration, model or class.
     """
-    if name.endswith((".py", ".json", ".yaml", ".yml")):
+    if is_config(name):
         from condattn.openmmlab.runner.launch import build_model, load_config
 
         return build_model(load_config(name))

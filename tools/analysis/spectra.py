@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import condattn
+from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
 from condattn.openmmlab.runner.inference import Predictor, find_images, is_readable
@@ -52,7 +53,7 @@ def main() -> None:
     for name in ("num", "heads", "sites"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    if args.pretrained and (args.checkpoint or is_configuration(args.config)):
+    if args.pretrained and (args.checkpoint or is_config(args.config)):
         raise UserError("--pretrained is for the name of a model of timm, without a checkpoint")
     if args.jacobian and not (args.images or args.dataset):
         raise UserError("--jacobian expects images; add --images FOLDER or --dataset val")
@@ -90,7 +91,7 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     """The model under a conditioning (None: its own), and what runs it on the images, if there are any."""
     device = choose_device(args.device)
     torch.manual_seed(0)  # the same initial weights for every variant
-    if not is_configuration(args.config):
+    if not is_config(args.config):
         return build_timm(args, conditioning, paths, device)
     cfg = load_config(args.config, args.cfg_options)
     conditioned = list(conditioned_parts(cfg.model))
@@ -103,11 +104,6 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     if args.dataset:
         paths = dataset_images(cfg, args.dataset, args.num)
     return predictor.model, (lambda: [predictor.run([path]) for path in paths]) if paths else None
-
-
-def is_configuration(name: str) -> bool:
-    """Whether a name is that of a configuration file, and not of a model."""
-    return name.endswith((".py", ".json", ".yaml", ".yml"))
 
 
 def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], device: torch.device):

@@ -146,7 +146,7 @@ class HeadFunction:
             raise ValueError(f"{site}: its W_{name.upper()} belongs to a module outside it")
         self.site, self.name, self.sample, self.conditioned = site, name, sample, conditioned
         self.args, self.kwargs = doubled(args), doubled(without_caches(kwargs))
-        heads = projection.num_heads or site.num_heads
+        heads = site.heads_of(projection)
         rows = indices(projection.rows)
         size = len(rows) // heads
         self.head, group = head, head * heads // site.num_heads

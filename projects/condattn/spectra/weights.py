@@ -75,7 +75,7 @@ def weight_spectra(site: AttentionSite) -> list[Spectrum]:
         projection = getattr(site, name)
         if projection is None:
             continue
-        weights = {f"W_{name.upper()}": projection.weight.unflatten(0, (projection.num_heads or site.num_heads, -1))}
+        weights = {f"W_{name.upper()}": projection.weight.unflatten(0, (site.heads_of(projection), -1))}
         owner = projection.owner
         if isinstance(owner, CorrectedModule) and projection.parameter in owner.corrections:
             weights[f"W_{name.upper()} + C"] = effective_heads(site, name)
@@ -100,7 +100,7 @@ def effective_heads(site: AttentionSite, name: str) -> Tensor:
     if isinstance(owner, CorrectedModule):
         weight = owner.effective_weight(projection.parameter)
     matrix = as_matrix(owner, weight)[indices(projection.rows)]
-    return matrix.unflatten(0, (projection.num_heads or site.num_heads, -1))
+    return matrix.unflatten(0, (site.heads_of(projection), -1))
 
 
 def head_weight(site: AttentionSite, name: str, head: int) -> Tensor:
@@ -116,5 +116,5 @@ def head_bias(site: AttentionSite, name: str, head: int) -> Tensor | float:
     if bias is None:
         bias = getattr(site.module, f"{name}_bias", None)  # beside weights that the module itself reads
         return 0.0 if bias is None else bias.unflatten(0, (site.num_heads, -1))[head]
-    heads = bias[indices(projection.rows)].unflatten(0, (projection.num_heads or site.num_heads, -1))
+    heads = bias[indices(projection.rows)].unflatten(0, (site.heads_of(projection), -1))
     return heads[head * len(heads) // site.num_heads]

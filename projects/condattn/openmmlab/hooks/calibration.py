@@ -5,11 +5,11 @@ from itertools import islice
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ...weights.calibrate import calibrate
+from ..models.wrapping import unwrapped
 
 
 @HOOKS.register_module()
@@ -33,7 +33,7 @@ class CalibrationHook(Hook):
         """Calibrate, and log what it did to each site."""
         if runner.iter > 0:
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         samples = list(islice(runner.train_dataloader, self.batches))
 
         def run() -> None:

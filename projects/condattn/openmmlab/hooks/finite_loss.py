@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ...attention.rules import find_sites
 from ..errors import UserError
+from ..models.wrapping import unwrapped
 from .atomic_checkpoint import LAST
 
 
@@ -22,7 +22,7 @@ class FiniteLossHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Watch the losses that the model returns."""
         self._runner = runner
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         self._hook = model.register_forward_hook(self._check, with_kwargs=True)
 
     def after_train(self, runner: Runner) -> None:

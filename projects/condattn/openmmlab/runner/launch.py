@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ...stack import check_stack, describe_operators
+from ..config_files import is_config
 from ..errors import UserError
 from ..hooks.conditioning_guard import ConditioningGuardHook
 from ..hooks.exact_resume import ExactResumeHook
@@ -88,7 +89,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
         raise UserError(error) from error
     if not Path(path).is_file():
         raise UserError(f"no configuration file {path}; the ones of this project are in configs/")
-    if not path.endswith((".py", ".json", ".yaml", ".yml")):
+    if not is_config(path):
         raise UserError(f"expected a configuration file (.py, .json, .yaml, .yml), got {path}")
     try:
         with redirect_stdout(sys.stderr):  # toolboxes print which of their optional packages are missing
