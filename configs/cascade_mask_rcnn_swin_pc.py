@@ -1,6 +1,6 @@
 """Cascade Mask R-CNN, Swin-T, preconditioned attention (the default), COCO 1x, multi-scale with crop, AMP.
 
-Twin: cascade_mask_rcnn_swin_tiny_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_1x_coco.py of the Swin
+Reference: cascade_mask_rcnn_swin_tiny_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_1x_coco.py of the Swin
 authors' detection repository (mmdet has none): each stage has four convolutions with batch norm, one fully
 connected layer and a GIoU loss.
 """

@@ -1,6 +1,6 @@
 """DETR, ResNet-50, preconditioned attention in encoder and decoder, COCO 150 epochs.
 
-Twin: mmdet's detr/detr_r50_8xb2-150e_coco.py.
+Reference: mmdet's detr/detr_r50_8xb2-150e_coco.py.
 """
 
 _base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"

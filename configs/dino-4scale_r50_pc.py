@@ -1,6 +1,6 @@
 """DINO, four scales, ResNet-50, preconditioned attention in encoder and decoder, COCO 12 epochs.
 
-Twin: mmdet's dino/dino-4scale_r50_8xb2-12e_coco.py.
+Reference: mmdet's dino/dino-4scale_r50_8xb2-12e_coco.py.
 """
 
 _base_ = "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py"

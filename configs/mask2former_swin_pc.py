@@ -1,6 +1,6 @@
 """Mask2Former, Swin-T, preconditioned attention in backbone, pixel decoder and decoder, COCO instances, 50 epochs.
 
-Twin: mmdet's mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py.
+Reference: mmdet's mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py.
 """
 
 _base_ = "mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py"

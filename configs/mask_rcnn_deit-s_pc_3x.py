@@ -1,6 +1,6 @@
 """Mask R-CNN, DeiT-S, preconditioned attention (the default), COCO 3x, multi-scale with crop.
 
-Twin: none; a plain ViT with ViTDet's simple feature pyramid and global attention, with mmdet's Swin recipe.
+Reference: none; a plain ViT with ViTDet's simple feature pyramid and global attention, with mmdet's Swin recipe.
 """
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"

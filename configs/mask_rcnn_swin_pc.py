@@ -1,6 +1,6 @@
 """Mask R-CNN, Swin-T, preconditioned attention (the default), COCO 1x.
 
-Twin: mmdet's swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py.
+Reference: mmdet's swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py.
 """
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"

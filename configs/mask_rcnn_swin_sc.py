@@ -1,6 +1,6 @@
 """Mask R-CNN, Swin-T, spectral correction, COCO 1x.
 
-Twin: that of mask_rcnn_swin_pc.py, which it follows in all else.
+Reference: that of mask_rcnn_swin_pc.py, which it follows in all else.
 """
 
 _base_ = "./mask_rcnn_swin_pc.py"

@@ -1,6 +1,6 @@
 """RetinaNet, Swin-T, preconditioned attention (the default), COCO 1x, boxes only.
 
-Twin: mmdet's swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py.
+Reference: mmdet's swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py.
 """
 
 _base_ = "mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py"

@@ -1,6 +1,6 @@
 """SegFormer head, DeiT-S, preconditioned attention (the default), ADE20K 160k, 512 x 512.
 
-Twin: mmseg's segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py with another backbone.
+Reference: mmseg's segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py with another backbone.
 """
 
 _base_ = "segformer_xcit-s_pc.py"

@@ -1,6 +1,6 @@
 """UPerNet, DaViT-T, preconditioned attention (the default), ADE20K 160k, 512 x 512.
 
-Twin: the UPerNet of DaViT-T of the DaViT paper, with mmseg's Swin recipe.
+Reference: the UPerNet of DaViT-T of the DaViT paper, with mmseg's Swin recipe.
 """
 
 _base_ = [

@@ -1,6 +1,6 @@
 """UPerNet, DeiT-S, preconditioned attention (the default), ADE20K 160k, 512 x 512.
 
-Twin: mmseg's vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py, with timm's model and weights.
+Reference: mmseg's vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py, with timm's model and weights.
 """
 
 _base_ = "upernet_vit_pc.py"

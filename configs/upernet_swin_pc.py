@@ -1,6 +1,6 @@
 """UPerNet, Swin-T, preconditioned attention (the default), ADE20K 160k, 512 x 512.
 
-Twin: mmseg's swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py.
+Reference: mmseg's swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py.
 """
 
 _base_ = [

@@ -1,6 +1,6 @@
 """UPerNet, Swin-T, spectral correction, ADE20K 160k, 512 x 512.
 
-Twin: that of upernet_swin_pc.py, which it follows in all else.
+Reference: that of upernet_swin_pc.py, which it follows in all else.
 """
 
 _base_ = "./upernet_swin_pc.py"

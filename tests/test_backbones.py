@@ -1,4 +1,4 @@
-"""The registered faces: whole backbones against upstream's, with every option that touches attention."""
+"""The registered subclasses: whole backbones against upstream's, with every option that touches attention."""
 
 import importlib
 

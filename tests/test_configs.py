@@ -1,4 +1,4 @@
-"""Every config loads, builds and trains one step; each is its published twin in all but the conditioning."""
+"""Every config loads, builds and trains one step; each is its published reference in all but the conditioning."""
 
 import inspect
 import re
@@ -245,22 +245,22 @@ def test_every_config_on_public_data_has_its_twin_named():
 @pytest.mark.parametrize("name", TWINS)
 def test_is_its_published_twin_but_for_the_conditioning(name):
     toolbox, path = TWINS[name]
-    ours, twin = load(f"{name}.py"), Config.fromfile(Path(toolbox.__file__).parent / ".mim/configs" / path)
+    ours, reference = load(f"{name}.py"), Config.fromfile(Path(toolbox.__file__).parent / ".mim/configs" / path)
     if ours.model.type == "Conditioned":
         ours.model = ours.model.module
     else:
         backbone = ours.model.backbone
         backbone.pop("conditioning", None)
         if backbone.type == "ConditionedTimmBackbone":  # timm's model of the same network; all else is compared
-            del twin.model.pretrained, twin.model["backbone"], ours.model["backbone"]
+            del reference.model.pretrained, reference.model["backbone"], ours.model["backbone"]
         else:
-            assert backbone.type == f"Conditioned{twin.model.backbone.type}"
-            backbone.type = twin.model.backbone.type
-    if pretrained := twin.model.pop("pretrained", None):  # mmseg's older spelling of the backbone's init_cfg
-        twin.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
-    with scope(twin):
-        for setting in RECIPE & twin.keys():
-            assert effective(ours[setting]) == effective(twin[setting]), setting
+            assert backbone.type == f"Conditioned{reference.model.backbone.type}"
+            backbone.type = reference.model.backbone.type
+    if pretrained := reference.model.pop("pretrained", None):  # mmseg's older spelling of the backbone's init_cfg
+        reference.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
+    with scope(reference):
+        for setting in RECIPE & reference.keys():
+            assert effective(ours[setting]) == effective(reference[setting]), setting
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_swin_pc.py", "mask_rcnn_swin_sc.py", "upernet_vit_pc.py"])

@@ -47,7 +47,7 @@ def test_export(model, method):
     condattn.condition(model, METHODS[method])
     with torch.no_grad():
         want = model(image)
-        # Strict tracing cannot follow the weights that are lent to BEiT in older versions.
+        # Strict tracing cannot follow the overridden weights of BEiT in older versions.
         got = torch.export.export(model, (image,), strict=False).module()(image)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -104,10 +104,10 @@ def test_weights_that_the_host_reads_are_lent_for_its_forward_only():
     with pytest.raises(RuntimeError):
         model.blocks[0].attn(torch.randn(1, 3, 7))
     assert isinstance(linear.weight, torch.nn.Parameter)
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     condattn.fold(model)
     assert not model.blocks[0].attn._forward_hooks and not model.blocks[0].attn._forward_pre_hooks
-    torch.testing.assert_close(model(image), twin(image), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(image), reference(image), rtol=0, atol=1e-6)
 
 
 def test_replicas_of_a_model_get_the_corrected_weights():
@@ -141,12 +141,12 @@ def test_no_model_of_timm_has_attention_that_nobody_knows():
             warnings.simplefilter("ignore")
             model = timm.create_model(name)
         family = timm.models._registry._model_entrypoints[name].__module__.split(".")[-1]
-        siteless = sites.find_siteless(model)
-        assert all(one.reason for one in siteless), name
+        unsupported = sites.find_unsupported(model)
+        assert all(one.reason for one in unsupported), name
         if condattn.find_sites(model):
             families.add(family)
-        elif siteless:
-            excepted[family] = sites.describe_siteless(siteless)
+        elif unsupported:
+            excepted[family] = sites.describe_unsupported(unsupported)
     alone = {family: reasons for family, reasons in excepted.items() if family not in families}
     ratio = len(families) / (len(families) + len(alone))
     print(f"\n{len(families)} families conditioned, {ratio:.1%}; not: {alone}")

@@ -1,4 +1,4 @@
-"""Every fast path against its plain twin: values, gradients, precision, and bad input."""
+"""Every fast path against its plain reference: values, gradients, precision, and bad input."""
 
 import functools
 import os
@@ -38,9 +38,9 @@ def mlp(inside, hidden, outside, bias=True):
     return layers if bias else (layers[0], None, layers[2], None)
 
 
-def same(fast, twin, arguments, atol=1e-12, rtol=0.0):
+def same(fast, reference, arguments, atol=1e-12, rtol=0.0):
     """Values and gradients of two functions of the same tensors."""
-    got, want = fast(*arguments), twin(*arguments)
+    got, want = fast(*arguments), reference(*arguments)
     torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
     gradient = torch.randn_like(want)
     wanted = [a for a in arguments if a is not None]
@@ -62,17 +62,17 @@ def test_windows_of_any_map(size, window, shift, batch, padded, normalize):
     qkv, padding, bias = inputs(*size, window, batch)
     rest = (grid, 2, 0.6)
 
-    def twin(qkv, padding, bias):
+    def reference(qkv, padding, bias):
         x = attention.window_attention_reference(qkv, padding, bias, *rest)
         return normalize_rows_reference(x.unflatten(-1, (2, -1)), *normalize).flatten(-2) if normalize else x
 
     fast = lambda *given: attention.window_attention(*given, *rest, normalize)  # noqa: E731
-    same(fast, twin, (qkv, padding if padded else None, bias))
-    fused, plain_twin = (
+    same(fast, reference, (qkv, padding if padded else None, bias))
+    fused, plain_reference = (
         functools.partial(f, grid=grid, heads=2, scale=0.6)
         for f in (attention.window_attention_fused, attention.window_attention_reference)
     )
-    same(fused, plain_twin, (qkv, padding if padded else None, bias))
+    same(fused, plain_reference, (qkv, padding if padded else None, bias))
 
 
 def test_window_attention_by_hand():
@@ -152,10 +152,10 @@ def test_row_norm(detach, dim):
     with torch.no_grad():
         x[0] = 0.0
         x[1, 0] *= 1e-9  # shorter than eps
-    fast, twin = (
+    fast, reference = (
         functools.partial(f, eps=1e-6, detach=detach, dim=dim) for f in (normalize_rows, normalize_rows_reference)
     )
-    same(fast, twin, (x,), atol=1e-9, rtol=1e-9)
+    same(fast, reference, (x,), atol=1e-9, rtol=1e-9)
     (gradient,) = torch.autograd.grad(fast(x).sum(), x)
     assert gradient.isfinite().all()
 
@@ -167,23 +167,25 @@ def linear_of_rows(x, weight, bias, heads, eps, detach):
 @pytest.mark.parametrize("detach", [False, True])
 def test_normalized_linear(detach):
     torch.manual_seed(0)
-    fast, twin = (functools.partial(f, heads=2, eps=1e-6, detach=detach) for f in (normalized_linear, linear_of_rows))
+    fast, reference = (
+        functools.partial(f, heads=2, eps=1e-6, detach=detach) for f in (normalized_linear, linear_of_rows)
+    )
     x, weight, bias = random(2, 3, 6), random(4, 6), random(4)
     with torch.no_grad():
         x[0, 0] = 0.0
         x[1, 0] *= 1e-9  # shorter than eps
-    same(fast, twin, (x, weight, bias), atol=1e-9, rtol=1e-9)
-    same(fast, twin, (random(2, 6, 3).mT, weight, None))
-    same(fast, twin, (random(6), weight, bias))
+    same(fast, reference, (x, weight, bias), atol=1e-9, rtol=1e-9)
+    same(fast, reference, (random(2, 6, 3).mT, weight, None))
+    same(fast, reference, (random(6), weight, bias))
     assert not any(g.any() for g in torch.autograd.grad(fast(x[:0], weight, bias).sum(), (weight, bias)))
     directions = torch.randn(5, 2, 3, 4, dtype=torch.float64)
     x = random(2, 3, 6)
-    grads = (torch.autograd.grad(f(x, weight, bias), x, directions, is_grads_batched=True) for f in (fast, twin))
+    grads = (torch.autograd.grad(f(x, weight, bias), x, directions, is_grads_batched=True) for f in (fast, reference))
     torch.testing.assert_close(*(grad for (grad,) in grads), atol=1e-12, rtol=0)
     for frozen in range(3):
         tensors = [t.detach() if i == frozen else t for i, t in enumerate((random(3, 6), weight, bias))]
         wanted = [t for t in tensors if t.requires_grad]
-        grads = (torch.autograd.grad(f(*tensors).sum(), wanted) for f in (fast, twin))
+        grads = (torch.autograd.grad(f(*tensors).sum(), wanted) for f in (fast, reference))
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
@@ -212,7 +214,7 @@ def test_a_projection_keeps_what_attention_keeps():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    """No further from float64 than the plain twin is, but for a rounding."""
+    """No further from float64 than the plain reference is, but for a rounding."""
     torch.manual_seed(0)
     grid = Windows(9, 10, 4, 2, CPU)
     single = inputs(9, 10, 4, 2, d=8, dtype=torch.float32)
@@ -225,9 +227,9 @@ def test_half_precision(dtype):
         return [y, *torch.autograd.grad(y, arguments, gradient.to(y.dtype))]
 
     truth = run(attention.window_attention_reference, exact)
-    twin = run(attention.window_attention_reference, half)
+    reference = run(attention.window_attention_reference, half)
     for fast in (attention.window_attention, attention.window_attention_fused):
-        for got, eager, want in zip(run(fast, half), twin, truth, strict=True):
+        for got, eager, want in zip(run(fast, half), reference, truth, strict=True):
             error, own = ((x.double() - want).abs().max().item() for x in (got, eager))
             assert error <= 1.5 * own + torch.finfo(dtype).eps * want.abs().max().item()
 
@@ -253,7 +255,7 @@ def test_feed_forward(part, monkeypatch):
 
 
 def test_the_switch():
-    """Within ``plain`` the twin runs, which can be differentiated twice."""
+    """Within ``plain`` the reference runs, which can be differentiated twice."""
     qkv, padding, bias = inputs(4, 4, 2, 1)
     arguments = (qkv, padding, bias, Windows(4, 4, 2, 1, CPU), 2, 0.5)
     with plain():

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import condattn.registry
 from condattn.kernels.switch import plain
-from condattn.openmmlab.models.swin import again_in_backward
+from condattn.openmmlab.models.swin import recompute_in_backward
 
 SMALL = dict(embed_dims=16, depths=(2, 2, 2), num_heads=(1, 2, 2), strides=(4, 2, 2), out_indices=(0, 1, 2))
 SCOPES = ["mmdet", "mmseg"]
@@ -36,13 +36,13 @@ def build(scope, kind="ConditionedSwinTransformer", **settings):
 
 def pair(scope, dtype=torch.float64, **settings):
     """The same backbone, fast and as upstream has it, with weights that let every part count."""
-    twins = [build(scope, fast_attention=fast, **settings) for fast in (True, False)]
+    pairs = [build(scope, fast_attention=fast, **settings) for fast in (True, False)]
     torch.manual_seed(1)
-    for parameter in twins[0].parameters():
+    for parameter in pairs[0].parameters():
         if parameter.dim() < 2 or not parameter.any():
             nn.init.normal_(parameter, 1.0, 0.3)
-    twins[1].load_state_dict(twins[0].state_dict())
-    return [twin.to(dtype).train() for twin in twins]
+    pairs[1].load_state_dict(pairs[0].state_dict())
+    return [reference.to(dtype).train() for reference in pairs]
 
 
 def run(model, x, seed=2, half=False):
@@ -104,7 +104,7 @@ def test_double_precision_under_autocast():
 
 def test_on_the_meta_device():
     """Shapes without numbers, for what plans or counts."""
-    fast, slow = (twin.to("meta") for twin in pair("mmdet"))
+    fast, slow = (reference.to("meta") for reference in pair("mmdet"))
     x = torch.empty(2, 3, 50, 48, device="meta", dtype=torch.float64)
     assert [one.shape for one in fast(x)] == [one.shape for one in slow(x)]
 
@@ -219,8 +219,8 @@ def test_the_fast_path_is_taken(monkeypatch):
     def forward(self, *args):
         raise AssertionError(f"upstream's forward of {type(self).__name__}")
 
-    for face in type(fast).fast_faces:
-        monkeypatch.setattr(face, "forward", forward)
+    for cls in type(fast).fast_classes:
+        monkeypatch.setattr(cls, "forward", forward)
     for block in (block for stage in fast.stages for block in stage.blocks):
         monkeypatch.setattr(type(block.ffn.layers), "forward", forward)
         monkeypatch.setattr(type(block.attn.w_msa), "forward", forward)
@@ -334,7 +334,7 @@ def test_what_is_computed_again_is_not_kept():
         storages.append(StorageWeakRef(normalized.untyped_storage()))
         return linear(normalized)
 
-    y = again_in_backward(norm, x, then)
+    y = recompute_in_backward(norm, x, then)
     assert storages[0].expired()
     parameters = [x, *norm.parameters(), *linear.parameters()]
     got = torch.autograd.grad(y.square().sum(), parameters)
@@ -345,7 +345,7 @@ def test_what_is_computed_again_is_not_kept():
 def test_graphs_without_a_backward_are_freed():
     """With an operation in them that keeps its result."""
     norm, x = nn.LayerNorm(4), torch.randn(2, 5, 4, requires_grad=True)
-    y = again_in_backward(norm, x, lambda normalized: (normalized * 2).softmax(-1))
+    y = recompute_in_backward(norm, x, lambda normalized: (normalized * 2).softmax(-1))
     storage = StorageWeakRef(y.untyped_storage())
     del y
     assert storage.expired()

@@ -95,7 +95,7 @@ def test_none_is_the_untouched_model(family):
 def test_every_site_is_known(family):
     model, _ = family
     assert condattn.find_sites(model)
-    assert all(one.reason for one in sites.find_siteless(model))
+    assert all(one.reason for one in sites.find_unsupported(model))
 
 
 def test_preconditioned(family):

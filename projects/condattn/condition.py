@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from .attention.adapters import inner, is_adapter
-from .attention.rules import Siteless, describe_siteless, find_siteless, find_sites, known_hosts
+from .attention.rules import UnsupportedAttention, describe_unsupported, find_sites, find_unsupported, known_hosts
 from .attention.site import AttentionSite
 from .layers.adapted import check_adapter, follow_all
 from .layers.correction import CorrectedModule
 from .layers.first_forward import FirstForward
-from .layers.lending import WeightLender
+from .layers.overrides import CorrectedWeightOverride
 from .methods.base import DEFAULT, Conditioning, Method, parse, registered_methods
 
 
@@ -80,16 +80,16 @@ def condition(
     methods = parse(conditioning)
     if not methods and include is None and exclude is None:
         return Report((), (), ())
-    sites, siteless = find_sites(model), find_siteless(model)
+    sites, unsupported = find_sites(model), find_unsupported(model)
     if not sites:
-        reasons = f"; {describe_siteless(siteless)}" if siteless else ""
+        reasons = f"; {describe_unsupported(unsupported)}" if unsupported else ""
         raise ValueError(
             f"{type(model).__name__} has no attention site to condition: none of its modules is of the "
             f"{len(known_hosts())} classes that condattn knows{reasons}"
         )
-    selected = _select([*sites, *siteless], include, exclude)
-    if methods and (left := [one for one in selected if isinstance(one, Siteless)]):
-        warnings.warn(f"left unconditioned: {describe_siteless(left)}", stacklevel=2)
+    selected = _select([*sites, *unsupported], include, exclude)
+    if methods and (left := [one for one in selected if isinstance(one, UnsupportedAttention)]):
+        warnings.warn(f"left unconditioned: {describe_unsupported(left)}", stacklevel=2)
     chosen = [one for one in selected if isinstance(one, AttentionSite)]
     if not chosen:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no attention site to condition")
@@ -133,7 +133,7 @@ def fold(model: nn.Module) -> int:
     for module in foldable:
         module.fold()
     for reader in model.modules():
-        WeightLender.detach(reader)
+        CorrectedWeightOverride.detach(reader)
     follow_all(model)
     for site in find_sites(model):
         if not _methods_of(site):
@@ -165,16 +165,18 @@ def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
 
 
 def _select(
-    found: list[AttentionSite | Siteless], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> list[AttentionSite | Siteless]:
+    found: list[AttentionSite | UnsupportedAttention],
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> list[AttentionSite | UnsupportedAttention]:
     included = _matching(found, include, "include") if include is not None else found
     excluded = _matching(found, exclude, "exclude") if exclude is not None else []
     return [one for one in included if one not in excluded]
 
 
 def _matching(
-    found: list[AttentionSite | Siteless], patterns: str | Sequence[str], argument: str
-) -> list[AttentionSite | Siteless]:
+    found: list[AttentionSite | UnsupportedAttention], patterns: str | Sequence[str], argument: str
+) -> list[AttentionSite | UnsupportedAttention]:
     matched = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = [one for one in found if _matches(one.name, pattern)]

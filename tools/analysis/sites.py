@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from condattn import RowPreconditioner, SpectralCorrection
-from condattn.attention.rules import describe_siteless, find_siteless, find_sites
+from condattn.attention.rules import describe_unsupported, find_sites, find_unsupported
 from condattn.attention.site import AttentionSite, HeadOutputs, Projection
 from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.errors import UserError, run_tool
@@ -31,16 +31,16 @@ def main() -> None:
     """Print the table, and the attention that is not in it."""
     name = parse_args().model
     model = build(name)
-    sites, siteless = find_sites(model), find_siteless(model)
+    sites, unsupported = find_sites(model), find_unsupported(model)
     if not sites:
-        reasons = f"; {describe_siteless(siteless)}" if siteless else ""
+        reasons = f"; {describe_unsupported(unsupported)}" if unsupported else ""
         raise UserError(f"{name} has no attention site that condattn knows{reasons}")
     console = Console()
     # Without a terminal there is no width to fold the lines into.
     console = console if console.is_terminal else Console(width=200)
     console.print(table_of(name, sites))
-    if siteless:
-        console.print(f"Without a site: {describe_siteless(siteless)}", markup=False)
+    if unsupported:
+        console.print(f"Without a site: {describe_unsupported(unsupported)}", markup=False)
 
 
 def build(name: str) -> nn.Module:

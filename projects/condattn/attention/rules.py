@@ -60,7 +60,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
 
 
 @dataclass(frozen=True)
-class Siteless:
+class UnsupportedAttention:
     """Attention that has no site.
 
     Attributes:
@@ -74,14 +74,14 @@ class Siteless:
     reason: str
 
 
-def find_siteless(model: nn.Module) -> list[Siteless]:
+def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
     """Attention of ``model`` that has no site.
 
     These are the exceptions that attend, and what neither a rule nor an exception describes but looks like attention:
     its class says so, it has weights of its own, and no site is in it or around it.
     """
     sites = [site.name for site in find_sites(model)]
-    siteless = []
+    unsupported = []
     for name, module in _named_modules(model):
         cls = type(module)
         reason = look_up(_EXCEPTIONS, cls) or ""
@@ -92,20 +92,20 @@ def find_siteless(model: nn.Module) -> list[Siteless]:
             weights = any(parameter.ndim > 1 for parameter in module.parameters())
             found = calls_itself and weights and not any(_contains(name, s) or _contains(s, name) for s in sites)
         if found:
-            siteless.append(Siteless(name, module, reason))
-    return siteless
+            unsupported.append(UnsupportedAttention(name, module, reason))
+    return unsupported
 
 
-def describe_siteless(siteless: Sequence[Siteless]) -> str:
+def describe_unsupported(unsupported: Sequence[UnsupportedAttention]) -> str:
     """One text for all: each class once, where it is, why it has no site, and what to do about it."""
     places: dict[tuple[str, str], list[str]] = {}
-    for one in siteless:
+    for one in unsupported:
         key = qualified_name(type(one.module)), one.reason or "no rule describes it"
         places.setdefault(key, []).append(one.name or "the model itself")
     texts = []
     for (cls, reason), (first, *others) in places.items():
         texts.append(f"{cls} ({first}{f' and {len(others)} more' if others else ''}): {reason}")
-    if not all(one.reason for one in siteless):
+    if not all(one.reason for one in unsupported):
         texts.append(RULE)
     return "; ".join(texts)
 

@@ -48,7 +48,7 @@ def feed_forward(
 def feed_forward_reference(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> Tensor:
-    """The plain twin of :func:`feed_forward`."""
+    """The reference of :func:`feed_forward`."""
     return F.linear(F.gelu(F.linear(x, weight_in, bias_in)), weight_out, bias_out)
 
 

@@ -33,7 +33,7 @@ def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor
 
 
 def normalize_rows_reference(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor:
-    """The plain twin of :func:`normalize_rows`."""
+    """The reference of :func:`normalize_rows`."""
     return _divide_reference(x, eps, dim, detach)[0]
 
 
@@ -41,7 +41,7 @@ def normalized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
     """Project normalised rows, ``F.linear(y, weight, bias)``, where y are those of each head in ``x``.
 
     For the backward ``x`` is kept, which attention keeps anyway where it is fused, and y is computed again. It can be
-    differentiated once; its plain twin is the row norm and the linear layer one after the other.
+    differentiated once; its reference is the row norm and the linear layer one after the other.
 
     Args:
         x: The rows of all heads side by side, (..., heads * d).

@@ -1,4 +1,4 @@
-"""Whether fast paths are taken, or their plain twins."""
+"""Whether fast paths are taken, or their references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _lock, _plain = Lock(), 0
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Everything by its plain twin while the context lasts, in all threads."""
+    """Everything by its reference while the context lasts, in all threads."""
     global _plain
     with _lock:
         _plain += 1

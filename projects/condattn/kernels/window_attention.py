@@ -78,7 +78,7 @@ def window_attention(
 def window_attention_reference(
     qkv: Tensor, padding: Tensor | None, bias: Tensor, grid: Windows, heads: int, scale: float
 ) -> Tensor:
-    """The plain twin of :func:`window_attention`: pad, roll, cut into windows, attend, and back."""
+    """The reference of :func:`window_attention`: pad, roll, cut into windows, attend, and back."""
     q, k, v = _cut(qkv, padding, grid, heads)
     logits = (q * scale) @ k.mT + bias
     if grid.shift:

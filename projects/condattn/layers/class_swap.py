@@ -13,7 +13,7 @@ from ..attention.site import AttentionSite
 SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
 
 
-def check_can_become(owner: nn.Module, layer: type[ConditionedLayer], site: AttentionSite) -> None:
+def check_can_swap(owner: nn.Module, layer: type[ConditionedLayer], site: AttentionSite) -> None:
     """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer``, whose host class is ``layer.host``.
 
     It can if it is the host class in all but the name, and its parameters are its own.
@@ -38,7 +38,7 @@ def leave_out(site: AttentionSite) -> str:
 
 
 class ConditionedLayer:
-    """Mixin of the classes that layers become in place, see :func:`become`; ``host`` is the class they had."""
+    """Mixin of the classes that layers become in place, see :func:`swap_class`; ``host`` is the class they had."""
 
     host: ClassVar[type[nn.Module]]
 
@@ -62,7 +62,7 @@ def refuse_scripting() -> None:
     )
 
 
-def become(owner: Any, layer: type[ConditionedLayer]) -> Any:
+def swap_class(owner: Any, layer: type[ConditionedLayer]) -> Any:
     """Turn ``owner`` in place into an instance of ``layer``, a subclass of its class, and return it.
 
     The object stays the same one: parameters, buffers, hooks, optimizer groups and references to it all remain.
@@ -73,6 +73,6 @@ def become(owner: Any, layer: type[ConditionedLayer]) -> Any:
     return owner
 
 
-def restore(owner: nn.Module) -> None:
-    """Undo :func:`become`."""
+def restore_class(owner: nn.Module) -> None:
+    """Undo :func:`swap_class`."""
     owner.__class__ = owner.__dict__.pop("host_class")

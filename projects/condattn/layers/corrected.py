@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .class_swap import ConditionedLayer, restore
+from .class_swap import ConditionedLayer, restore_class
 from .correction import CorrectedModule
 
 
@@ -19,7 +19,7 @@ class SpectralLayer(ConditionedLayer, CorrectedModule):
         """Merge C into the weight and become the plain layer again."""
         self.merge_corrections()
         del self.spectral
-        restore(self)
+        restore_class(self)
 
     def extra_repr(self) -> str:
         """The settings, behind those of the plain layer."""

@@ -95,8 +95,8 @@ class CorrectedModule(nn.Module):
     transposed = False
     """Whether the weight is kept as (in features, out features)."""
     corrections: Mapping[str, Correction] = MappingProxyType({})
-    lent: Mapping[str, Tensor] | None = None
-    """The weights W in whose place W + C stands at the moment, see :class:`condattn.layers.lending.Lender`."""
+    overridden: Mapping[str, Tensor] | None = None
+    """The weights W in whose place W + C stands at the moment, see :class:`.overrides.ParameterOverride`."""
     unsettled: frozenset[str] = frozenset()
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
@@ -120,7 +120,9 @@ class CorrectedModule(nn.Module):
 
     def effective_weight(self, parameter: str = "weight") -> Tensor:
         """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
-        weight = self.lent[parameter] if self.lent and parameter in self.lent else getattr(self, parameter)
+        weight = (
+            self.overridden[parameter] if self.overridden and parameter in self.overridden else getattr(self, parameter)
+        )
         matrix = self._matrix(weight)
         correction = self.corrections.get(parameter)
         if correction is None:

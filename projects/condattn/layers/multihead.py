@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention.adapters import is_at_work
-from .class_swap import ConditionedLayer, become, restore
+from .class_swap import ConditionedLayer, restore_class, swap_class
 from .correction import CorrectedModule
 from .head_norm import HeadNorm
 from .hooks import remove_hooks
@@ -130,7 +130,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
             del self.spectral
         if self.preconditioner is None:
             remove_hooks(self, keep_fast_path_away.__eq__)
-            restore(self)
+            restore_class(self)
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
         if not batched:
@@ -184,11 +184,11 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(output, lengths, strict=True)])
 
 
-def become_conditioned(module: nn.MultiheadAttention) -> ConditionedMultiheadAttention:
+def swap_to_conditioned(module: nn.MultiheadAttention) -> ConditionedMultiheadAttention:
     """Turn ``module`` in place into a :class:`ConditionedMultiheadAttention`, and return it."""
     if keep_fast_path_away not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(keep_fast_path_away)
-    return become(module, ConditionedMultiheadAttention)
+    return swap_class(module, ConditionedMultiheadAttention)
 
 
 def keep_fast_path_away(module: nn.Module, args: tuple) -> None:

@@ -10,10 +10,10 @@ from torch import nn
 
 from ..attention.adapters import inner, is_copying
 from ..attention.site import AttentionSite, HeadOutputs
-from ..layers.class_swap import become, check_can_become, leave_out, refuse_scripting
+from ..layers.class_swap import check_can_swap, leave_out, refuse_scripting, swap_class
 from ..layers.head_norm import PLAIN_LINEAR, HeadNorm, PreconditionedLinear
-from ..layers.lending import Postponement
-from ..layers.multihead import ConditionedMultiheadAttention, become_conditioned
+from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
+from ..layers.overrides import PostponedProjection
 from .base import Method, register_method
 
 
@@ -61,9 +61,9 @@ class RowPreconditioner(Method):
                 "output projection; condition the model before get_peft_model"
             )
         if isinstance(out.owner, nn.MultiheadAttention):
-            check_can_become(out.owner, ConditionedMultiheadAttention, site)
+            check_can_swap(out.owner, ConditionedMultiheadAttention, site)
         if out.reader is not None:
-            check_can_become(inner(out.owner), PreconditionedLinear, site)
+            check_can_swap(inner(out.owner), PreconditionedLinear, site)
         channels, heads = _channels(site, out), site.heads_of(out)
         if channels and channels % heads:
             raise ValueError(
@@ -80,14 +80,14 @@ class RowPreconditioner(Method):
         owner.head_norm = self.head_norm(site)
         owner.is_prepared = False
         if isinstance(owner, nn.MultiheadAttention):
-            become_conditioned(owner)
+            swap_to_conditioned(owner)
         elif type(owner) in PLAIN_LINEAR and owner is out.projection:
-            become(owner, PreconditionedLinear)
+            swap_class(owner, PreconditionedLinear)
         else:
             owner.register_forward_pre_hook(owner.head_norm)
             owner.__prepare_scriptable__ = refuse_scripting
         if out.reader is not None:
-            Postponement(out.reader, owner)
+            PostponedProjection(out.reader, owner)
 
     def head_norm(self, site: AttentionSite) -> HeadNorm:
         """What normalises the head outputs of ``site``."""

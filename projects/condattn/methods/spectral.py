@@ -11,11 +11,11 @@ from typing import ClassVar
 from torch import nn
 
 from ..attention.site import AttentionSite, Projection, is_transposed
-from ..layers.class_swap import ConditionedLayer, become, check_can_become, leave_out
+from ..layers.class_swap import ConditionedLayer, check_can_swap, leave_out, swap_class
 from ..layers.corrected import SpectralConv2d, SpectralLinear
 from ..layers.correction import Block, Correction
-from ..layers.lending import WeightLender
-from ..layers.multihead import ConditionedMultiheadAttention, become_conditioned
+from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
+from ..layers.overrides import CorrectedWeightOverride
 from .base import Method, register_method
 
 
@@ -85,7 +85,7 @@ class SpectralCorrection(Method):
             raise ValueError(f"{site}: has no projection of its own for {wanted}: {site.obstacle}; {leave_out(site)}")
         for target, projection in projections.items():
             owner, heads = projection.owner, site.heads_of(projection)
-            check_can_become(owner, _layer(owner), site)
+            check_can_swap(owner, _layer(owner), site)
             if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
                 raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
             rows = len(projection.weight)
@@ -102,14 +102,14 @@ class SpectralCorrection(Method):
             blocks.extend(self._blocks(target, projection, site.heads_of(projection)))
         for (owner, parameter), blocks in by_weight.items():
             if isinstance(owner, nn.MultiheadAttention):
-                layer = become_conditioned(owner)
+                layer = swap_to_conditioned(owner)
             else:
-                layer = become(owner, _layer(owner))
+                layer = swap_class(owner, _layer(owner))
             layer.spectral = self
             layer.add_correction(parameter, Correction(tuple(blocks), bool(self.relative), self.form == "svd"))
         readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
         for (owner, parameter), reader in readers.items():
-            WeightLender(reader, owner, parameter)
+            CorrectedWeightOverride(reader, owner, parameter)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> SpectralCorrection | None:

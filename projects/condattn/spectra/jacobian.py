@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention.site import AttentionSite, as_matrix, indices, is_transposed
-from ..layers.class_swap import become, restore
+from ..layers.class_swap import restore_class, swap_class
 from ..layers.multihead import ConditionedMultiheadAttention
 from ..methods.preconditioner import RowPreconditioner
 from .capture import Seen, doubled, doubled_state, head_outputs, noise, precondition, without_caches
@@ -184,7 +184,7 @@ def _watch(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
         return
     plain = not isinstance(owner, ConditionedMultiheadAttention)
     before = {name: owner.__dict__.get(name) for name in ("preconditioner", "head_norm")}
-    become(owner, ConditionedMultiheadAttention)
+    swap_class(owner, ConditionedMultiheadAttention)
     owner.preconditioner, owner.head_norm = RowPreconditioner(), _Tap(seen)
     try:
         yield
@@ -192,7 +192,7 @@ def _watch(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
         for name, value in before.items():
             owner.__dict__.pop(name) if value is None else owner.__dict__.__setitem__(name, value)
         if plain:
-            restore(owner)
+            restore_class(owner)
 
 
 class _Tap:

@@ -1,4 +1,4 @@
-"""What the conditioned faces of upstream backbones share."""
+"""What the conditioned subclasses of upstream backbones share."""
 
 import logging
 from collections.abc import Collection, Mapping

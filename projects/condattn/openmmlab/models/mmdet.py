@@ -1,4 +1,4 @@
-"""Conditioned faces of mmdet's backbones."""
+"""Conditioned subclasses of mmdet's backbones."""
 
 from mmdet.models.backbones.swin import PatchEmbed, PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
 from mmdet.registry import MODELS
@@ -32,7 +32,7 @@ class ConditionedSwinTransformer(ConditionedSwin, SwinTransformer):
     rounded up, for each i of ``out_indices``.
     """
 
-    fast_faces = {  # noqa: RUF012
+    fast_classes = {  # noqa: RUF012
         PatchEmbed: FastEmbed,
         ShiftWindowMSA: FastAttention,
         SwinBlock: FastBlock,

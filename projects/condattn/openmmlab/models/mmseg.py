@@ -1,4 +1,4 @@
-"""Conditioned faces of mmseg's backbones."""
+"""Conditioned subclasses of mmseg's backbones."""
 
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmseg.models.backbones.swin import PatchEmbed, PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
@@ -29,7 +29,7 @@ class FastMerging(FastPatchMerging, PatchMerging):
 class ConditionedSwinTransformer(ConditionedSwin, SwinTransformer):
     """mmseg's ``SwinTransformer``, conditioned; shapes as in :mod:`condattn.openmmlab.models.mmdet`."""
 
-    fast_faces = {  # noqa: RUF012
+    fast_classes = {  # noqa: RUF012
         PatchEmbed: FastEmbed,
         ShiftWindowMSA: FastAttention,
         SwinBlock: FastBlock,
@@ -46,6 +46,6 @@ class ConditionedVisionTransformer(ConditionedBackbone, VisionTransformer):
     """
 
 
-# The name also answers without a scope; where mmdet is installed, its face does.
+# The name also answers without a scope; where mmdet is installed, it is mmdet's subclass.
 if "ConditionedSwinTransformer" not in ROOT_MODELS.module_dict:
     ROOT_MODELS.register_module(module=ConditionedSwinTransformer)

@@ -1,4 +1,4 @@
-"""Swin's blocks with less memory traffic: the same parameters, the same function, upstream's forward as the twin."""
+"""Swin's blocks with less memory traffic: the same parameters and function; upstream's forward is the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...kernels.feed_forward import feed_forward
 from ...kernels.switch import autocast, autocast_dtype, is_compiling, is_ordinary, is_upstream
 from ...kernels.window_attention import window_attention
 from ...kernels.windows import Windows
-from ...layers.class_swap import become
+from ...layers.class_swap import swap_class
 from ...layers.first_forward import FirstForward, count_hooks
 from ...layers.head_norm import PreconditionedLinear
 from ...methods.base import DEFAULT, Conditioning
@@ -66,8 +66,8 @@ class FastSwinBlock:
         checkpointed = self.with_cp and x.requires_grad and torch.is_grad_enabled()
         if is_upstream() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or is_watched(ffn):
             return super().forward(x, hw_shape)
-        x = x + again_in_backward(self.norm1, x, lambda normalized: self.attn(normalized, hw_shape))
-        out = again_in_backward(self.norm2, x, lambda normalized: _feed_forward(normalized, ffn))
+        x = x + recompute_in_backward(self.norm1, x, lambda normalized: self.attn(normalized, hw_shape))
+        out = recompute_in_backward(self.norm2, x, lambda normalized: _feed_forward(normalized, ffn))
         return x + drop_path(ffn.gamma2(out), ffn.dropout_layer)
 
 
@@ -104,7 +104,7 @@ class FastPatchMerging:
         x = x.view(len(x), height, 2, width, 2, channels).transpose(2, 3).reshape(len(x), height * width, 4, channels)
         # Two copies of rows are faster than one of single numbers.
         x = x.mT.reshape(len(x), height * width, 4 * channels)
-        return again_in_backward(self.norm, x, self.reduction) if self.norm else self.reduction(x), (height, width)
+        return recompute_in_backward(self.norm, x, self.reduction) if self.norm else self.reduction(x), (height, width)
 
 
 class FastPatchEmbed:
@@ -163,7 +163,7 @@ def drop_path(x: Tensor, layer: nn.Module) -> Tensor:
     return x * kept.floor_().div_(keep)
 
 
-def again_in_backward(module: nn.Module, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+def recompute_in_backward(module: nn.Module, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
     """``then(module(x))``, where ``module(x)`` is not kept for the backward, but computed again from ``x``.
 
     Args:
@@ -220,11 +220,11 @@ class ConditionedSwin(ConditionedBackbone):
         ValueError: As :class:`ConditionedBackbone`.
     """
 
-    fast_faces: ClassVar[Mapping[type[nn.Module], type[nn.Module]]]
+    fast_classes: ClassVar[Mapping[type[nn.Module], type[nn.Module]]]
     """Upstream's classes -> their subclasses with a fast forward."""
 
     def __init__(self, *args, conditioning: Conditioning = DEFAULT, fast_attention: bool = True, **kwargs) -> None:
         super().__init__(*args, conditioning=conditioning, **kwargs)
         for module in self.modules() if fast_attention else ():
-            if type(module) in self.fast_faces:
-                become(module, self.fast_faces[type(module)])
+            if type(module) in self.fast_classes:
+                swap_class(module, self.fast_classes[type(module)])

@@ -1,4 +1,4 @@
-"""Layers whose parameters another module reads without calling them: that module is lent others while it runs."""
+"""Override the parameters of a layer while another module runs, which reads them without calling the layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..kernels.switch import is_plain
 from .hooks import remove_methods
 
 
-class Lender(ABC):
-    """Forward hooks of a module that uses parameters of a layer in it: they lend it others.
+class ParameterOverride(ABC):
+    """Forward hooks of a module that reads parameters of a layer in it: they override these during its forward.
 
     Args:
         reader: The module that uses the parameters. A replica of it (``nn.DataParallel``) takes the hooks over.
@@ -25,36 +25,39 @@ class Lender(ABC):
 
     def __init__(self, reader: nn.Module, owner: nn.Module) -> None:
         self.path = next(path for path, module in reader.named_modules() if inner(module) is owner)
-        reader.register_forward_pre_hook(self.lend)
-        reader.register_forward_hook(self.take_back, always_call=True)
+        reader.register_forward_pre_hook(self.begin)
+        reader.register_forward_hook(self.end, always_call=True)
 
     @abstractmethod
     def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:
-        """What to lend in place of the parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
+        """What takes the place of the parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
 
-    def lend(self, reader: nn.Module, args: tuple) -> None:
+    def begin(self, reader: nn.Module, args: tuple) -> None:
         """Put other tensors in the place of the parameters."""
         layer = reader.get_submodule(self.path)
         owner: Any = inner(layer)
         others = self.parameters(layer, owner)
-        owner.lent = {**(getattr(owner, "lent", None) or {}), **{name: getattr(owner, name) for name in others}}
+        owner.overridden = {
+            **(getattr(owner, "overridden", None) or {}),
+            **{name: getattr(owner, name) for name in others},
+        }
         for name, other in others.items():
             _put(owner, name, other)
 
-    def take_back(self, reader: nn.Module, args: tuple, output: Any) -> Any:
-        """Put the parameters in their places again."""
+    def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
+        """Restore the parameters."""
         owner: Any = inner(reader.get_submodule(self.path))
-        for name, parameter in (getattr(owner, "lent", None) or {}).items():
+        for name, parameter in (getattr(owner, "overridden", None) or {}).items():
             _put(owner, name, parameter)
-        owner.lent = None
+        owner.overridden = None
 
     @classmethod
     def detach(cls, reader: nn.Module) -> None:
-        """Take all lenders of this class from ``reader``."""
+        """Remove all overrides of this class from ``reader``."""
         remove_methods(reader, cls)
 
 
-class WeightLender(Lender):
+class CorrectedWeightOverride(ParameterOverride):
     """Lends W + C in the place of the weight W of a corrected layer.
 
     Args:
@@ -102,7 +105,7 @@ class Identity(Tensor):
         )
 
 
-class Postponement(Lender):
+class PostponedProjection(ParameterOverride):
     """Postpones a linear layer that a module computes itself to the end of the module's forward, and calls it there.
 
     The module has the identity in its place meanwhile. Hooks, norms and adapters of the layer see its input.
@@ -115,9 +118,9 @@ class Postponement(Lender):
             return {"weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device), "bias": None}
         return {"weight": weight.as_subclass(Identity), "bias": None}
 
-    def take_back(self, reader: nn.Module, args: tuple, output: Any) -> Any:
+    def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
         """Put the parameters in their places again, and call the layer."""
-        super().take_back(reader, args, output)
+        super().end(reader, args, output)
         return None if output is None else reader.get_submodule(self.path)(output)
 
 

@@ -151,9 +151,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detection, tmp_path, monkeypatch):
-    from condattn.openmmlab.hooks import atomic_checkpoint as survival
+    from condattn.openmmlab.hooks import atomic_checkpoint
 
-    write, count = survival.write_whole, []
+    write, count = atomic_checkpoint.write_whole, []
 
     def full_at_the_second(path, *args, **kwargs):
         count.append(path)
@@ -161,7 +161,7 @@ def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detecti
             raise OSError(28, "No space left on device")
         write(path, *args, **kwargs)
 
-    monkeypatch.setattr(survival, "write_whole", full_at_the_second)
+    monkeypatch.setattr(atomic_checkpoint, "write_whole", full_at_the_second)
     options = [*detection.options, "train_cfg.max_epochs=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
     status, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
     assert status == 2
