@@ -108,6 +108,34 @@ class TestAgainstFormulas:
         agree(host, module, conditioned, batch, masked, precondition=rows_over_norm, corrections=corrections)
 
 
+def describe(module: nn.Module) -> list:
+    """Classes, names of attributes, and numbers of hooks of every module in ``module``."""
+    return [
+        (name, type(one), sorted(vars(one)), len(one._forward_hooks), len(one._forward_pre_hooks))
+        for name, one in module.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("run", [False, True], ids=["", "after a forward"])
+@pytest.mark.parametrize(
+    "conditioning", ["pc", "sc", SpectralCorrection(form="svd"), "sc+pc"], ids=["pc", "sc", "svd", "sc+pc"]
+)
+def test_removed(host, conditioning, run):
+    """What is left is upstream's: classes, attributes, hooks, keys, and the weights as they are."""
+    module, conditioned = build(host, conditioning)
+    before = describe(module)
+    x = host.inputs(2)
+    if run:
+        host.call(conditioned, x, None)
+    assert condattn.remove(conditioned) == 1
+    assert describe(conditioned) == before
+    assert list(conditioned.state_dict()) == list(module.state_dict())
+    assert not any(condattn.conditioning_of(conditioned).values())
+    torch.testing.assert_close(host.call(conditioned, x, None), host.call(module, x, None), rtol=0, atol=0)
+    assert condattn.remove(conditioned) == 0
+    condattn.condition(conditioned, conditioning)
+
+
 @pytest.mark.parametrize("conditioning", ["pc", GENTLE, [GENTLE, "pc"]], ids=["pc", "sc", "sc+pc"])
 class TestModes:
     def test_eval_agrees_with_train(self, host, conditioning):

@@ -236,3 +236,6 @@ def test_trains_copies_and_keeps_its_keys(family):
         m.eval()  # which some models do not return
     assert torch.equal(run(other, forward), run(conditioned, forward))
     assert condattn.conditioning_of(other) == condattn.conditioning_of(conditioned)
+    condattn.remove(other)
+    assert [type(one) for one in other.modules()] == [type(one) for one in model.modules()]
+    assert not any(condattn.conditioning_of(other).values())

@@ -11,7 +11,7 @@ from .attention import hosts as _hosts  # registers the rules  # noqa: F401
 from .attention.builders import halves, into, read_by, split, split_each_head, thirds, whole
 from .attention.rules import find_sites, register_exception, register_rule
 from .attention.site import AttentionSite, HeadOutputs, Projection
-from .condition import Report, condition, conditioning_of, fold
+from .condition import Report, condition, conditioning_of, fold, remove
 from .methods import Method, RowPreconditioner, SpectralCorrection, register_method
 
 __version__ = "0.2.0"
@@ -35,6 +35,7 @@ __all__ = [
     "register_exception",
     "register_method",
     "register_rule",
+    "remove",
     "split",
     "split_each_head",
     "thirds",

@@ -142,6 +142,26 @@ def fold(model: nn.Module) -> int:
     return len(foldable)
 
 
+def remove(model: nn.Module) -> int:
+    """Take every conditioning of ``model`` away, in place.
+
+    Classes, hooks and buffers are those of the unconditioned model again, and the trained weights stay as they are: a
+    model that was trained with a conditioning computes something else without it. See :func:`fold` for what keeps the
+    function.
+
+    Returns:
+        The number of sites that were conditioned.
+    """
+    conditioned = [(site, methods) for site in find_sites(model) if (methods := _methods_of(site))]
+    for site, methods in conditioned:
+        for method in reversed(methods):
+            type(method).remove(site)
+        FirstForward.forget(site.module)
+    follow_all(model)
+    _forget_compiled()
+    return len(conditioned)
+
+
 def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
     """How each attention site of ``model`` is conditioned.
 

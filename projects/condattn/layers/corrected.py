@@ -18,6 +18,10 @@ class SpectralLayer(ConditionedLayer, CorrectedModule):
     def fold(self) -> None:
         """Merge C into the weight and become the plain layer again."""
         self.merge_corrections()
+        self.release()
+
+    def release(self) -> None:
+        """Become the plain layer again, once the corrections are gone."""
         del self.spectral
         restore_class(self)
 

@@ -143,8 +143,13 @@ class CorrectedModule(nn.Module):
     @torch.no_grad()
     def merge_corrections(self) -> None:
         """Make W + C the weights and forget the corrections."""
-        for parameter, correction in self.corrections.items():
+        for parameter in self.corrections:
             getattr(self, parameter).copy_(self.effective_weight(parameter))
+        self.drop_corrections()
+
+    def drop_corrections(self) -> None:
+        """Forget the corrections; the weights stay W."""
+        for parameter, correction in self.corrections.items():
             delattr(self, f"{parameter}_correction")
             if not correction.svd:
                 delattr(self, f"{parameter}_columns")

@@ -128,7 +128,11 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         if self.spectral is not None:
             self.merge_corrections()
             del self.spectral
-        if self.preconditioner is None:
+        self.release()
+
+    def release(self) -> None:
+        """Become the plain module again, unless a method still conditions it."""
+        if self.preconditioner is None and self.spectral is None:
             remove_hooks(self, keep_fast_path_away.__eq__)
             restore_class(self)
 

@@ -54,6 +54,9 @@ class ParameterOverride(ABC):
     @classmethod
     def detach(cls, reader: nn.Module) -> None:
         """Remove all overrides of this class from ``reader``."""
+        for override in [getattr(hook, "__self__", None) for hook in reader._forward_hooks.values()]:
+            if isinstance(override, cls):
+                inner(reader.get_submodule(override.path)).__dict__.pop("overridden", None)
         remove_methods(reader, cls)
 
 

@@ -20,7 +20,7 @@ _ALIASES: dict[str, str] = {}
 class Method(ABC):
     """One way to condition an attention site; a dataclass whose fields are the settings.
 
-    Subclasses implement :meth:`check`, :meth:`apply` and :meth:`applied_to`, and are registered with
+    Subclasses implement :meth:`check`, :meth:`apply`, :meth:`applied_to` and :meth:`remove`, and are registered with
     :func:`register_method`.
 
     Attributes:
@@ -44,6 +44,11 @@ class Method(ABC):
     @abstractmethod
     def applied_to(cls, site: AttentionSite) -> Method | None:
         """The method of this class that conditions ``site`` now, or None."""
+
+    @classmethod
+    @abstractmethod
+    def remove(cls, site: AttentionSite) -> None:
+        """Undo :meth:`apply` of the method that conditions ``site`` now; the trained weights stay as they are."""
 
     def __str__(self) -> str:
         """The method as :func:`parse` reads it back: 'pc', or 'sc(strength=3.0, relative=True)'."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..attention.adapters import inner, is_copying
 from ..attention.site import AttentionSite, HeadOutputs
-from ..layers.class_swap import check_can_swap, leave_out, refuse_scripting, swap_class
+from ..layers.class_swap import check_can_swap, leave_out, refuse_scripting, restore_class, swap_class
 from ..layers.head_norm import PLAIN_LINEAR, HeadNorm, PreconditionedLinear
+from ..layers.hooks import remove_hooks
 from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
 from ..layers.overrides import PostponedProjection
 from .base import Method, register_method
@@ -97,6 +98,23 @@ class RowPreconditioner(Method):
     def applied_to(cls, site: AttentionSite) -> RowPreconditioner | None:
         """The preconditioner of ``site``, or None."""
         return None if site.out is None else getattr(inner(site.out.owner), "preconditioner", None)
+
+    @classmethod
+    def remove(cls, site: AttentionSite) -> None:
+        """Take the preconditioner away, and give the layer its own class back."""
+        assert site.out is not None
+        owner: Any = inner(site.out.owner)
+        norm = owner.head_norm
+        del owner.preconditioner, owner.head_norm, owner.is_prepared
+        if isinstance(owner, ConditionedMultiheadAttention):
+            owner.release()
+        elif isinstance(owner, PreconditionedLinear):
+            restore_class(owner)
+        else:
+            remove_hooks(owner, lambda hook: hook is norm)
+            del owner.__prepare_scriptable__
+        if site.out.reader is not None:
+            PostponedProjection.detach(site.out.reader)
 
 
 def _channels(site: AttentionSite, out: HeadOutputs) -> int | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -117,6 +117,20 @@ class SpectralCorrection(Method):
         owners = (projection.owner for projection in (site.q, site.k, site.v) if projection is not None)
         found = (getattr(owner, "spectral", None) for owner in owners)
         return next((method for method in found if method is not None), None)
+
+    @classmethod
+    def remove(cls, site: AttentionSite) -> None:
+        """Take C away from the projections of ``site``, and give the layers their own classes back; W stays."""
+        for projection in (site.q, site.k, site.v):
+            owner: Any = projection and projection.owner
+            if projection is None or getattr(owner, "spectral", None) is None:
+                continue
+            owner.drop_corrections()
+            if isinstance(owner, ConditionedMultiheadAttention):
+                del owner.spectral
+            owner.release()
+            if projection.reader is not None:
+                CorrectedWeightOverride.detach(projection.reader)
 
     def _projections(self, site: AttentionSite) -> dict[str, Projection]:
         """The projections of ``site`` that are targets; those that the site does not have are left out."""
