@@ -249,6 +249,40 @@ def test_parametrized_weights_are_refused():
         condattn.condition(module, "sc")
 
 
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ("pc", [RowPreconditioner()]),
+        ("sc", [SpectralCorrection(strength=1.0)]),
+        ("sc(strength=10.0)", [SpectralCorrection()]),
+        ("sc(relative=True, form='svd')", [SpectralCorrection(form="svd")]),
+        ("pc(detach=True, eps=1e-08)", [RowPreconditioner(detach=True, eps=1e-8)]),
+        (
+            "sc(strength={'q': 1.0, 'v': 2.0}, targets=('q', 'v'))+pc",
+            [SpectralCorrection(dict(q=1.0, v=2.0), targets=("q", "v")), RowPreconditioner()],
+        ),
+    ],
+)
+def test_names_take_settings_and_are_printed_with_them(text, methods):
+    assert condattn.methods.parse(text) == methods
+    assert "+".join(map(str, methods)) == text
+    assert str(condattn.condition(transformer(), methods)).endswith(f"attention sites: {text}")
+
+
+def test_a_short_name_in_the_long_form():
+    """It stands for the same settings there."""
+    assert condattn.methods.parse(dict(type="sc", targets=("q",))) == [SpectralCorrection(1.0, targets=("q",))]
+    assert condattn.methods.parse(dict(type="SpectralCorrection")) == [SpectralCorrection(10.0)]
+
+
+@pytest.mark.parametrize(
+    "text", ["pc(", "pc+", "pc(1)", "pc(**{})", "pc.sc", "sc-pc", "sc(strength=print(1))", "3", ""]
+)
+def test_texts_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="cannot read the conditioning .*expected a text such as"):
+        condattn.methods.parse(text)
+
+
 def test_conditioning_of_gives_the_long_form_back():
     model = transformer()
     methods = [SpectralCorrection(dict(q=1.0, v=2.0), targets=("q", "v")), RowPreconditioner(detach=True)]

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,33 @@ from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.progress import ProgressHook
 from condattn.openmmlab.runner import launch
 from condattn.openmmlab.runner.checkpoints import check_fit, check_pretrained, drop_pretrained
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("sc(strength=3.0,relative=True)+pc(detach=True)", "sc(strength=3.0,relative=True)+pc(detach=True)"),
+        ("pc+sc(targets=('q','k'))", "pc+sc(targets=('q','k'))"),
+        ("sc+pc", "sc+pc"),
+        ("[a,b]", ["a", "b"]),
+        ("(1,2)", (1, 2)),
+        ("a,b", ["a", "b"]),
+        ("3", 3),
+    ],
+)
+def test_options_of_a_configuration(value, expected):
+    """A conditioning with settings is one value; all else is as mmengine has it."""
+    parser = ArgumentParser()
+    launch.add_config_arguments(parser)
+    options = parser.parse_args(["config.py", "--cfg-options", f"model.conditioning={value}"]).cfg_options
+    assert options == {"model.conditioning": expected}
+
+
+def test_an_option_below_a_value_that_is_no_dictionary(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text('default_scope = "mmdet"\nmodel = dict(conditioning="pc")')
+    with pytest.raises(UserError, match="--cfg-options does not fit .*replaced as a whole"):
+        launch.load_config(str(path), {"model.conditioning.type": "RowPreconditioner"})
 
 
 @pytest.mark.parametrize(

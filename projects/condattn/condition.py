@@ -151,6 +151,9 @@ def remove(model: nn.Module) -> int:
 
     Returns:
         The number of sites that were conditioned.
+
+    Raises:
+        NotImplementedError: If a method does not say how it is removed.
     """
     conditioned = [(site, methods) for site in find_sites(model) if (methods := _methods_of(site))]
     for site, methods in conditioned:

@@ -20,8 +20,8 @@ _ALIASES: dict[str, str] = {}
 class Method(ABC):
     """One way to condition an attention site; a dataclass whose fields are the settings.
 
-    Subclasses implement :meth:`check`, :meth:`apply`, :meth:`applied_to` and :meth:`remove`, and are registered with
-    :func:`register_method`.
+    Subclasses implement :meth:`check`, :meth:`apply` and :meth:`applied_to`, :meth:`remove` if it is to be undone, and
+    are registered with :func:`register_method`.
 
     Attributes:
         alias: Short name.
@@ -46,9 +46,13 @@ class Method(ABC):
         """The method of this class that conditions ``site`` now, or None."""
 
     @classmethod
-    @abstractmethod
     def remove(cls, site: AttentionSite) -> None:
-        """Undo :meth:`apply` of the method that conditions ``site`` now; the trained weights stay as they are."""
+        """Undo :meth:`apply` of the method that conditions ``site`` now; the trained weights stay as they are.
+
+        Raises:
+            NotImplementedError: If the method does not say how.
+        """
+        raise NotImplementedError(f"{site}: {cls.__name__} cannot be removed: the class does not define remove")
 
     def __str__(self) -> str:
         """The method as :func:`parse` reads it back: 'pc', or 'sc(strength=3.0, relative=True)'."""

@@ -27,7 +27,8 @@ class ConditionedBackbone:
 
     Args:
         conditioning: How the attention is conditioned; see :func:`condattn.condition`. ``'none'`` is the upstream
-            backbone, bit for bit. Default: ``'pc'``.
+            backbone: bit for bit, but for Swin, which is so with ``fast_attention=False`` and equal to rounding
+            otherwise. Default: ``'pc'``.
         **kwargs: The upstream class's arguments.
 
     Raises:
