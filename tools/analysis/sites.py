@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from condattn import RowPreconditioner, SpectralCorrection
+import condattn
 from condattn.attention.rules import describe_unsupported, find_sites, find_unsupported
 from condattn.attention.site import AttentionSite, HeadOutputs, Projection
+from condattn.methods.base import registered_methods
 from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.errors import UserError, run_tool
 
@@ -90,13 +91,22 @@ def _refuse(name: str) -> nn.Module:
 def table_of(title: str, sites: list[AttentionSite]) -> Table:
     """One row a site."""
     table = Table(title=f"{title}: {len(sites)} attention sites", title_justify="left")
-    for column in ("name", "class", "heads", "q", "k", "v", "out", "PC", "SC"):
+    for column in (
+        "name",
+        "class",
+        "heads",
+        "q",
+        "k",
+        "v",
+        "out",
+        *(cls.alias.upper() for cls in registered_methods()),
+    ):
         table.add_column(column, overflow="fold")
     for site in sites:
         maps = [shape_of(projection) for projection in (site.q, site.k, site.v)]
-        methods = [ability(method, site) for method in (RowPreconditioner(), SpectralCorrection())]
+        abilities = [ability(cls(), site) for cls in registered_methods()]
         cls = type(site.module).__name__
-        table.add_row(site.name or "(itself)", cls, str(site.num_heads), *maps, shape_of_output(site.out), *methods)
+        table.add_row(site.name or "(itself)", cls, str(site.num_heads), *maps, shape_of_output(site.out), *abilities)
     return table
 
 
@@ -113,14 +123,13 @@ def shape_of_output(out: HeadOutputs | None) -> str:
     return " x ".join(map(str, weight.flatten(1).shape))
 
 
-def ability(method: RowPreconditioner | SpectralCorrection, site: AttentionSite) -> str:
+def ability(method: condattn.Method, site: AttentionSite) -> str:
     """Whether ``method`` can condition ``site``, or why not."""
     try:
         method.check(site)
     except ValueError as error:
         return site.obstacle or str(error)
-    targets = [name for name in "qkv" if getattr(site, name) is not None]
-    return ", ".join(targets) if isinstance(method, SpectralCorrection) else "yes"
+    return method.parts(site)
 
 
 if __name__ == "__main__":

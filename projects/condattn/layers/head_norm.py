@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention.adapters import inner
 from ..attention.site import AttentionSite
 from ..kernels.row_norm import normalize_rows, normalized_linear
 from ..kernels.switch import is_ordinary, is_plain
@@ -22,7 +23,7 @@ class HeadNorm:
         over_tokens: Whether, where attention is between channels, a row is one channel over all tokens.
     """
 
-    def __init__(self, site: AttentionSite, eps: float, detach: bool, over_tokens: bool = False) -> None:
+    def __init__(self, site: AttentionSite, eps: float = 1e-6, detach: bool = False, over_tokens: bool = False) -> None:
         out = site.out
         assert out is not None  # there is nothing to normalise
         self.eps, self.detach = eps, detach
@@ -81,6 +82,11 @@ class HeadNorm:
             return x, x.dim() - 1
         axis = self.axis % x.dim()
         return x.unflatten(axis, (-1, self.num_heads) if self.interleaved else (self.num_heads, -1)), axis
+
+
+def head_norm_of(site: AttentionSite) -> HeadNorm | None:
+    """What normalises the head outputs of ``site``, or None."""
+    return None if site.out is None else getattr(inner(site.out.owner), "head_norm", None)
 
 
 class PreconditionedLinear(ConditionedLayer, nn.Linear):

@@ -45,6 +45,10 @@ class Method(ABC):
     def applied_to(cls, site: AttentionSite) -> Method | None:
         """The method of this class that conditions ``site`` now, or None."""
 
+    def parts(self, site: AttentionSite) -> str:
+        """What of ``site`` the method conditions, for a table of sites; :meth:`check` has passed."""
+        return "yes"
+
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
         """Undo :meth:`apply` of the method that conditions ``site`` now; the trained weights stay as they are.

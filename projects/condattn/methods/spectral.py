@@ -118,6 +118,10 @@ class SpectralCorrection(Method):
         found = (getattr(owner, "spectral", None) for owner in owners)
         return next((method for method in found if method is not None), None)
 
+    def parts(self, site: AttentionSite) -> str:
+        """The projections that are corrected."""
+        return ", ".join(self._projections(site))
+
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
         """Take C away from the projections of ``site``, and give the layers their own classes back; W stays."""

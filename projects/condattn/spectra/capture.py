@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention.site import AttentionSite
 from ..kernels.row_norm import normalize_rows
-from ..methods.preconditioner import RowPreconditioner
+from ..layers.head_norm import HeadNorm, head_norm_of
 
 aten = torch.ops.aten
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
@@ -280,10 +280,9 @@ def doubled_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def precondition(site: AttentionSite, outputs: Tensor) -> Tensor:
-    """C A(X), with the preconditioner of the site, or the default one: (samples, heads, N, d)."""
-    method = RowPreconditioner.applied_to(site) or RowPreconditioner()
-    over_tokens = site.cross_covariance and method.cross_covariance == "tokens"
-    return normalize_rows(outputs, method.eps, method.detach, dim=-2 if over_tokens else -1)
+    """C A(X), with the norm of the site's head outputs, or the default one: (samples, heads, N, d)."""
+    norm = head_norm_of(site) or HeadNorm(site)
+    return normalize_rows(outputs, norm.eps, norm.detach, dim=-2 if norm.over_tokens else -1)
 
 
 def noise(seen: Seen) -> float:
@@ -304,7 +303,7 @@ def head_outputs(site: AttentionSite, passed: Tensor) -> Tensor:
     """What passes where ``site.out`` says, as head outputs (samples, heads, N, d)."""
     if site.out.num_heads == 1 < site.num_heads:  # the heads have an axis of their own
         return _by_head(passed, site.num_heads)
-    return RowPreconditioner().head_norm(site).rows(passed)
+    return HeadNorm(site).rows(passed)
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor | None:

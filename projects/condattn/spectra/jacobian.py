@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention.site import AttentionSite, as_matrix, indices, is_transposed
 from ..layers.class_swap import restore_class, swap_class
+from ..layers.head_norm import head_norm_of
 from ..layers.multihead import ConditionedMultiheadAttention
-from ..methods.preconditioner import RowPreconditioner
 from .capture import Seen, doubled, doubled_state, head_outputs, noise, precondition, without_caches
 from .extremes import Extremes, jacobian_extremes, kronecker_extremes
 from .kronecker import RowKronecker, row_kronecker
@@ -58,7 +58,7 @@ def head_jacobians(
     """
     found, failed = [], {}
     for name in ("q", "k", "v"):
-        for conditioned in (False, True) if RowPreconditioner.applied_to(site) else (False,):
+        for conditioned in (False, True) if head_norm_of(site) else (False,):
             output, weight = "C A(X)" if conditioned else "A(X)", f"W_{name.upper()}"
             try:
                 extremes, plain = _head_extremes(site, seen, name, head, sample, conditioned)
@@ -79,7 +79,8 @@ def _head_extremes(
     structured = _structured(site, seen, function, outputs)
     if structured:
         return kronecker_extremes(structured, noise(seen)), True
-    rows = conditioned and not RowPreconditioner.applied_to(site).detach and not site.cross_covariance
+    norm = head_norm_of(site)
+    rows = conditioned and norm and not norm.detach and not site.cross_covariance
     null = unchanging(seen.outputs[sample, head]) if rows else None
     return jacobian_extremes(function, function.block, null, tolerance=noise(seen)), False
 
@@ -185,7 +186,7 @@ def _watch(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
     plain = not isinstance(owner, ConditionedMultiheadAttention)
     before = {name: owner.__dict__.get(name) for name in ("preconditioner", "head_norm")}
     swap_class(owner, ConditionedMultiheadAttention)
-    owner.preconditioner, owner.head_norm = RowPreconditioner(), _Tap(seen)
+    owner.preconditioner = owner.head_norm = _Tap(seen)
     try:
         yield
     finally:

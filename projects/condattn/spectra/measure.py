@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention.rules import find_sites
 from ..attention.site import AttentionSite
 from ..layers.correction import CorrectedModule
-from ..methods.preconditioner import RowPreconditioner
+from ..layers.head_norm import head_norm_of
 from .bound import head_bound
 from .capture import Seen, capture, precondition
 from .extremes import RELIABLE
@@ -71,7 +71,7 @@ def measure(
         raise ValueError(f"unknown quantity {unknown[0]!r}; known are {', '.join(known)}")
     found = _select(model, sites)
     depths = {site.name: depth for depth, site in enumerate(find_sites(model))}
-    preconditioned = {site.name for site in found if RowPreconditioner.applied_to(site)}
+    preconditioned = {site.name for site in found if head_norm_of(site)}
     measurement = Measurement({site.name: depths[site.name] for site in found}, preconditioned)
     wanted = [name for name in quantities if name != "weights"]
     if wanted and inputs is None:

@@ -17,8 +17,7 @@ from ..attention.adapters import inner, is_at_work
 from ..attention.rules import find_sites
 from ..attention.site import AttentionSite
 from ..kernels.switch import plain
-from ..layers.head_norm import HeadNorm
-from ..methods.preconditioner import RowPreconditioner
+from ..layers.head_norm import HeadNorm, head_norm_of
 
 
 @dataclass
@@ -66,7 +65,7 @@ def calibrate(
     Raises:
         ValueError: If the model has no preconditioned site, or ``run`` reaches none of them.
     """
-    found = [site for site in find_sites(model) if RowPreconditioner.applied_to(site)]
+    found = [site for site in find_sites(model) if head_norm_of(site)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no preconditioned attention site; condition it with 'pc' first")
     training = {name: module.training for name, module in model.named_modules()}
