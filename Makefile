@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-stock | test-newest | test-transformers | lint | operators | benchmark.  PYTHON=python3.11 chooses the interpreter.
+# make demo | test | test-fast | test-all | test-stock | test-newest | test-transformers | lint | operators | benchmark.  PYTHON=python3.11 chooses the interpreter.
 SHELL := bash -o pipefail
 VENV := .venv
 STOCK := .venv-stock
@@ -13,16 +13,17 @@ TABLES := work_dirs/benchmark
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
 REQUIREMENTS := pyproject.toml $(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*)
 
-.PHONY: help setup demo test test-slow test-all test-stock test-newest test-transformers lint operators test-operators benchmark
+.PHONY: help setup demo test test-fast test-slow test-all test-stock test-newest test-transformers lint operators test-operators benchmark
 
 help:
 	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
 	@echo "make test        the tests, up to 15 minutes on two cores"
+	@echo "make test-fast   the core, on one model of each library, in less than two minutes"
 	@echo "make test-all    the tests and their repetitions, up to 30 minutes"
 	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
 	@echo "make test-newest  core tests and short trainings on the newest torch that pip offers, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
-	@echo "make lint        ruff, and the directions of imports"
+	@echo "make lint        ruff, the types of the core, and the directions of imports"
 	@echo "make test-operators  compile mmcv's operators, and compare those on torchvision with them"
 	@echo "make operators   compile mmcv's operators, 15 to 20 minutes on two cores; not needed for anything here"
 	@echo "make benchmark   every table of docs/performance.md, for an idle machine; DTYPE=bfloat16 for a GPU"
@@ -68,6 +69,12 @@ $(WORK)/metrics.txt: $(WORK)/trained
 test: setup
 	$(PY) -m pytest
 
+# One model of timm, torchvision, mmdet, mmseg, mmpretrain and transformers each, by the ends of their names.
+test-fast: setup
+	$(PY) -m pytest tests/test_condition.py tests/test_preconditioner.py tests/test_spectral.py tests/test_multihead.py \
+	    tests/test_first_forward.py tests/test_kernels.py tests/test_swin.py tests/test_walk.py tests/test_contributing.py \
+	    tests/test_metafile.py -k 'not test_walk and not interpreter or xcit] or swintransformer] or maxvit] or segformer]'
+
 test-slow: setup
 	$(PY) -m pytest -m slow
 
@@ -92,6 +99,7 @@ test-transformers: $(TRANSFORMERS)/.installed
 
 lint: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
 
 benchmark: setup
