@@ -1,40 +1,19 @@
 """Conditioned subclasses of mmseg's backbones."""
 
 from mmengine.registry import MODELS as ROOT_MODELS
-from mmseg.models.backbones.swin import PatchEmbed, PatchMerging, ShiftWindowMSA, SwinBlock, SwinTransformer
+from mmseg.models.backbones import swin
 from mmseg.models.backbones.vit import VisionTransformer
 from mmseg.registry import MODELS
 
 from .base import ConditionedBackbone
-from .swin import ConditionedSwin, FastPatchEmbed, FastPatchMerging, FastShiftWindowMSA, FastSwinBlock
-
-
-class FastAttention(FastShiftWindowMSA, ShiftWindowMSA):
-    """mmseg's ``ShiftWindowMSA`` with a fast forward."""
-
-
-class FastBlock(FastSwinBlock, SwinBlock):
-    """mmseg's ``SwinBlock`` with a fast forward."""
-
-
-class FastEmbed(FastPatchEmbed, PatchEmbed):
-    """mmseg's ``PatchEmbed`` with a fast forward."""
-
-
-class FastMerging(FastPatchMerging, PatchMerging):
-    """mmseg's ``PatchMerging`` with a fast forward."""
+from .swin import ConditionedSwin, make_fast_classes
 
 
 @MODELS.register_module()
-class ConditionedSwinTransformer(ConditionedSwin, SwinTransformer):
+class ConditionedSwinTransformer(ConditionedSwin, swin.SwinTransformer):
     """mmseg's ``SwinTransformer``, conditioned; shapes as in :mod:`condattn.openmmlab.models.mmdet`."""
 
-    fast_classes = {  # noqa: RUF012
-        PatchEmbed: FastEmbed,
-        ShiftWindowMSA: FastAttention,
-        SwinBlock: FastBlock,
-        PatchMerging: FastMerging,
-    }
+    fast_classes = make_fast_classes(swin, __name__)
 
 
 @ROOT_MODELS.register_module()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -205,6 +207,34 @@ def _has_saved_tensors_hooks() -> bool:
     """Whether someone else says how tensors are kept for the backward, or that nobody may; older PyTorch hides it."""
     find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return not torch._C._autograd._saved_tensors_hooks_is_enabled() or (find is not None and find(True) is not None)
+
+
+MIXINS = {
+    "PatchEmbed": FastPatchEmbed,
+    "ShiftWindowMSA": FastShiftWindowMSA,
+    "SwinBlock": FastSwinBlock,
+    "PatchMerging": FastPatchMerging,
+}
+"""Name of an upstream class -> the mixin that gives it a fast forward."""
+
+
+def make_fast_classes(upstream: ModuleType, place: str) -> dict[type[nn.Module], type[nn.Module]]:
+    """Subclasses with a fast forward of a toolbox's Swin.
+
+    Args:
+        upstream: The toolbox's module with the classes.
+        place: Name of the module that is to have the subclasses, where pickle looks for them.
+
+    Returns:
+        Upstream's classes -> their subclasses.
+    """
+    made = {}
+    for name, mixin in MIXINS.items():
+        cls = getattr(upstream, name)
+        text = f"``{cls.__module__}.{name}`` with a fast forward."
+        made[cls] = type(f"Fast{name}", (mixin, cls), {"__module__": place, "__doc__": text})
+        setattr(sys.modules[place], f"Fast{name}", made[cls])
+    return made
 
 
 class ConditionedSwin(ConditionedBackbone):
