@@ -27,9 +27,10 @@ from pycocotools.cocoeval import COCOeval
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.data_check import coco as coco_check
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
-from condattn.openmmlab.data_check.images import find_missing, sample
+from condattn.openmmlab.data_check.images import find_missing
 from condattn.openmmlab.data_check.label_maps import MapUse, to_classes
 from condattn.openmmlab.data_check.paths import leaves
+from condattn.openmmlab.data_check.sampling import sample
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.launch import load_config
 
@@ -141,7 +142,6 @@ def test_the_summary_counts_as_mmdet_does(coco):
     objects[3]["bbox"] = [500, 3, 10, 10]
     coco.content["categories"].append(dict(id=9, name="bird"))
     objects[4]["category_id"] = objects[5]["category_id"] = 9
-    objects[6]["area"] = 0
     coco.cfg.train_dataloader.dataset.indices = 4
     coco.write()
     findings = coco.check()
@@ -149,10 +149,10 @@ def test_the_summary_counts_as_mmdet_does(coco):
     kept = [instance for i in range(len(dataset)) for instance in dataset.get_data_info(i)["instances"]]
     objects = sum(not instance["ignore_flag"] for instance in kept)
     assert findings.summary.startswith(f"{len(dataset)} of 6 images, {objects} of 12 objects")
-    for part in ("1 images without objects", "1 images left out by 'indices'", "1 crowds"):
+    for part in ("1 image without objects", "1 image left out by 'indices'", "1 crowd "):
         assert part in findings.summary
     warnings = " ".join(findings.warnings)
-    for part in ("bird 2; left out", "3 objects are smaller than a pixel, or outside", "1 objects are marked 'ignore'"):
+    for part in ("bird 2; left out", "2 objects are smaller than a pixel, or outside", "1 object is marked 'ignore'"):
         assert part in warnings
 
 
@@ -184,24 +184,24 @@ def _corners(entry: dict) -> list[float]:
         (lambda c: c.update(images={}), "a list of objects named 'images'"),
         (lambda c: c["categories"].append(dict(id=8, name="cat")), "category 'cat' stands there 2 times"),
         (_first("id", 7, "categories"), "two categories have the id 7"),
-        (_first("name", None, "categories"), "1 of 2 entries of categorys have no 'name'"),
-        (_each("id", None, "categories"), "2 of 2 entries .* have no 'id'"),
+        (_first("name", None, "categories"), "1 of 2 categories have no 'name'"),
+        (_each("id", None, "categories"), "2 of 2 categories have no 'id'"),
         (_first("segmentation", None), "1 of 12 objects have no segmentation, such as annotation 1"),
         (_each("segmentation", []), "12 of 12 objects have no segmentation"),
         (_each("segmentation", [[1, 2, 3, 4]]), "no object has a polygon of three points"),
         (_first("segmentation", dict(size=[48, 32], counts=[1, 2])), "annotation 1: expected polygons, or run lengths"),
-        (_first("bbox", None, number=4), "1 of 12 entries of annotations have no 'bbox': annotation 5"),
+        (_first("bbox", None, number=4), "1 of 12 annotations have no 'bbox': annotation 5"),
         (_first("bbox", [1, 2, 3]), "annotation 1: expected a bbox of 4 numbers"),
         (_first("bbox", [1, 2, 3, "x"]), "annotation 1: expected a bbox of 4 numbers"),
         (_first("bbox", [1, 2, 3, float("nan")]), "annotation 1: its bbox is not finite"),
-        (_first("width", None, "images", 2), "1 of 6 entries of images have no 'width': image 3"),
+        (_first("width", None, "images", 2), "1 of 6 images have no 'width': image 3"),
         (_first("width", 0, "images"), "image 1 has no size"),
         (_first("file_name", None, "images"), "have no 'file_name'"),
         (_first("id", None, "images"), "have no 'id'"),
         (_first("id", 2, "images"), "several images have the id 2: '1.jpg', '2.jpg'"),
         (
             _first("category_id", 12),
-            "1 annotations have a category_id that no category has, such as 12 of annotation 1",
+            "1 annotation has a category_id that no category has, such as 12 of annotation 1",
         ),
         (_first("category_id", "x"), "expected a number for 'category_id', found 'x'"),
         (
@@ -216,7 +216,7 @@ def _corners(entry: dict) -> list[float]:
         (lambda c: c.update(images=[]), "the list of images is empty"),
         (
             _first("width", 63, "images"),
-            "1 images are not as large as their annotation says .*1.jpg is 64 x 48, its annotation 63 x 48",
+            "1 image is not as large as the annotation says .*1.jpg is 64 x 48, its annotation 63 x 48",
         ),
     ],
 )
@@ -250,13 +250,13 @@ def test_boxes_that_reach_beyond(coco):
     coco.write()
     findings = coco.check()
     assert findings.errors == []
-    assert any("1 boxes reach beyond their image: annotation 12" in warning for warning in findings.warnings)
+    assert any("1 box reaches beyond its image: annotation 12" in warning for warning in findings.warnings)
 
 
 def test_objects_without_an_image(coco):
     coco.content["annotations"][0]["image_id"] = 99
     coco.write()
-    assert any("images that are not in the file, such as image 99" in warning for warning in coco.check().warnings)
+    assert any("an image that is not in the file, such as image 99" in warning for warning in coco.check().warnings)
 
 
 def test_a_class_without_an_object(coco):
@@ -405,7 +405,7 @@ def test_rotation_in_the_header(coco, as_stored):
     (entry,) = find(coco.cfg, "train")
     assert entry.findings.errors == []
     assert entry.findings.as_annotated == as_stored
-    assert any("rotated by their EXIF header" in warning for warning in entry.findings.warnings) == as_stored
+    assert any("rotated by its EXIF header" in warning for warning in entry.findings.warnings) == as_stored
     adapt(coco.cfg, entry)
     assert (entry.settings["pipeline"][0]["type"] == AS_ANNOTATED) == as_stored
     sample = DATASETS.build({**coco.cfg.train_dataloader.dataset, "pipeline": entry.settings["pipeline"][:1]})[0]
@@ -574,7 +574,7 @@ def test_classes_without_pixels_and_maps_without_labels(segmentation):
     assert segmentation.check().errors == []
     absent, ignored = segmentation.check().warnings
     assert "no pixel of class 'dog'" in absent
-    assert "1 label maps are ignored in every pixel" in ignored and "5.png" in ignored
+    assert "1 label map is ignored in every pixel" in ignored and "5.png" in ignored
 
 
 def test_missing_label_maps(segmentation):
@@ -598,7 +598,7 @@ def test_another_suffix(segmentation):
         shutil.move(segmentation.folder / "images" / f"{i}.jpg", segmentation.folder / "images" / f"{i}.JPG")
     findings = segmentation.check()
     assert findings.summary.startswith("3 of 3 images")
-    assert any("3 images in" in warning and "0.JPG" in warning for warning in findings.warnings)
+    assert any("3 images have another suffix" in warning and "0.JPG" in warning for warning in findings.warnings)
     segmentation.dataset.img_suffix = ".png"
     (error,) = segmentation.check().errors
     assert "no image with the suffix .png" in error and "set img_suffix" in error
@@ -687,7 +687,7 @@ def test_every_error_is_printed(coco, capsys):
     """The last one by the exception, which the tools print."""
     (coco.folder / "images" / "1.jpg").unlink()
     (coco.folder / "images" / "2.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="train: 1 images cannot be read"):
+    with pytest.raises(UserError, match="train: 1 image cannot be read"):
         check_data(coco.cfg, "train")
     captured = capsys.readouterr()
     assert "error: train: 1 of 6 images are missing" in captured.err
@@ -767,7 +767,7 @@ train_cfg = dict(max_epochs=1)
     )
     result = run(TOOLS / "train.py", config, "--work-dir", tmp_path / "work", cwd=tmp_path)
     assert "numbered anew from 1" in result.stderr
-    assert "rotated by their EXIF header" in result.stderr
+    assert "rotated by its EXIF header" in result.stderr
     assert "coco/bbox_mAP" in result.stdout
 
 

@@ -29,12 +29,16 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     if args.out and cfg.default_scope not in PARTS:
         raise UserError(f"{args.config} is of a classifier; --out is for detection and segmentation")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out: expected a folder, {args.out} is a file; name another folder, or remove the file")
     checked = find(cfg, "train", "val", "test", read_all=args.images)
-    if args.out:
-        for entry in checked:
-            adapt(cfg, entry)
-        print(f"page: {write_page(cfg, checked, args.out)}")
-    report(checked)
+    try:
+        report(checked)
+    finally:
+        if args.out:
+            for entry in checked:
+                adapt(cfg, entry)
+            print(f"page: {write_page(cfg, checked, args.out)}")
 
 
 if __name__ == "__main__":

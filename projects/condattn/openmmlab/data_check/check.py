@@ -1,6 +1,7 @@
 """Check the data of every loader of a configuration, say what is used, and adapt the configuration where that helps."""
 
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -12,24 +13,30 @@ from mmengine.registry import DATASETS
 
 from ..errors import UserError
 from ..processes import local_rank
-from .coco import CocoUse, check_coco
+from .coco import check_coco
+from .evaluation import MetricUse, check_metric, metrics, reads_coco
 from .findings import Findings, remember
+from .heads import check_heads
 from .label_maps import MapUse, check_label_maps
 from .paths import as_list, check_paths, is_local, leaves, named_paths
+from .settings import misshapen, slips
+from .transforms import PLAIN, loads_annotations, options, reads_plain_annotations, reads_plain_images, transform_class
+from .usage import CocoUse
+from .wording import counted, one_line
 
 AS_ANNOTATED = "condattn.openmmlab.data_check.orientation.LoadImageAsAnnotated"
-OTHER_HEADS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_head", "panoptic_fusion_head")
-"""Parts of a model whose number of classes need not be that of the data."""
+PATIENCE = 60
+"""Seconds that a process waits for the first one to say what is wrong and end the run."""
 
 
 @dataclass
 class Checked:
-    """The check of one data set.
+    """The check of one data set, or of the annotation file of one metric.
 
     Attributes:
         label: Name of the loader, with a number if it has several data sets.
         loader: 'train', 'val' or 'test'.
-        settings: Of the data set, as they stand in the configuration.
+        settings: Of the data set or metric, as they stand in the configuration.
         findings: What was found.
     """
 
@@ -43,7 +50,8 @@ def check_data(cfg: Config, *loaders: str, read_all: bool = False) -> None:
     """Check the data of ``loaders``, print what is used and what is lost, and adapt ``cfg``.
 
     Adapted are annotation files of which a repaired copy was made, and the loading of images whose annotations do not
-    have the rotation of the image's header; both are printed.
+    have the rotation of the image's header; both are printed. Of several processes the first one of a machine prints;
+    the others wait until it has ended the run, if there are errors.
 
     Args:
         cfg: The configuration; its default scope has been entered.
@@ -53,32 +61,66 @@ def check_data(cfg: Config, *loaders: str, read_all: bool = False) -> None:
     Raises:
         UserError: If the data cannot be used; of several reasons the last one, after the others were printed.
     """
-    checked = find(cfg, *loaders, read_all=read_all)
-    if cfg.get("launcher") and local_rank(cfg.launcher) > 0:
-        if any(entry.findings.errors for entry in checked):
-            raise SystemExit(2)  # the first process says why
-    else:
-        report(checked)
+    follows = bool(cfg.get("launcher")) and local_rank(cfg.launcher) > 0
+    try:
+        checked = find(cfg, *loaders, read_all=read_all)
+        if not follows:
+            report(checked)
+        elif any(entry.findings.errors for entry in checked):
+            _wait_for_the_end()
+    except UserError:
+        if follows:
+            _wait_for_the_end()
+        raise
     for entry in checked:
         adapt(cfg, entry)
+
+
+def _wait_for_the_end() -> None:
+    """Wait until the launcher ends this process, because the first one has said what is wrong and left."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(0.1)
+    raise SystemExit(2)
 
 
 def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
     """Check the data of ``loaders``; nothing is printed or changed.
 
     Raises:
-        UserError: If a file or folder is missing, or a data set cannot be built.
+        UserError: If a file or folder is missing, or the settings of a loader have no data set.
     """
     there = [loader for loader in loaders if cfg.get(f"{loader}_dataloader")]
     for loader in there:
-        check_paths(cfg, loader)
-    checked = []
+        settings = cfg[f"{loader}_dataloader"]
+        dataset = settings.get("dataset") if isinstance(settings, dict) else None
+        for problem in misshapen(dataset, f"{loader}_dataloader.dataset"):
+            raise UserError(problem)
+        check_paths(cfg, loader, metrics(cfg, loader))
+    checked, heads = [], set()
     for loader in there:
         settings = list(leaves(cfg[f"{loader}_dataloader"]["dataset"]))
+        entries = []
         for i, leaf in enumerate(settings, 1):
             label = loader if len(settings) == 1 else f"{loader} ({i} of {len(settings)})"
-            checked.append(Checked(label, loader, leaf, _check(cfg, loader, leaf, read_all)))
+            entries.append(Checked(label, loader, leaf, _check(cfg, loader, leaf, read_all, heads)))
+        _judge_together(entries)
+        checked += entries + list(_check_metrics(cfg, loader, settings))
+    for entry in checked:
+        findings = entry.findings
+        findings.summary = one_line(findings.summary)
+        findings.warnings, findings.errors = (
+            [one_line(text) for text in texts] for texts in (findings.warnings, findings.errors)
+        )
     return checked
+
+
+def _judge_together(entries: list[Checked]) -> None:
+    """Make what is too little in each data set of a loader an error, unless they have enough together."""
+    shown = {counted.name for entry in entries for counted in entry.findings.classes if counted.count}
+    if all(entry.findings.barren for entry in entries) and len(shown) < 2:
+        for entry in entries:
+            entry.findings.errors.append(entry.findings.barren)
 
 
 def report(checked: list[Checked]) -> None:
@@ -99,46 +141,88 @@ def report(checked: list[Checked]) -> None:
         raise UserError(errors[-1])
 
 
-def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool) -> Findings:
-    """Check one data set."""
+def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads: set[str]) -> Findings:
+    """Check one data set; ``heads`` has what was said of the model's heads already."""
+    name = leaf["type"] if isinstance(leaf["type"], str) else leaf["type"].__name__
     if _class(leaf) is None:
-        return Findings(errors=[f"no data set {leaf['type']} is registered; import its module with custom_imports"])
+        return Findings(errors=[f"no data set {name} is registered; import its module with custom_imports"])
     kind = _kind(leaf)
     if kind is None or not is_local(leaf):
         return Findings(
-            summary=f"{leaf['type']}, not read by this check, which knows local files of CocoDataset and BaseSegDataset"
+            summary=f"{name}, not read by this check, which knows local files of CocoDataset and BaseSegDataset"
         )
+    if problems := list(slips(leaf)):
+        return Findings(errors=problems)
     if not any(named_paths(leaf)) and not _data_root(leaf).is_dir():
-        return Findings(summary=f"{leaf['type']}, which writes its data to {_data_root(leaf)} when the run begins")
-    classes = (leaf.get("metainfo") or {}).get("classes")
-    if isinstance(classes, str) and not Path(classes).is_file():
-        error = (
-            f"classes is the text {classes!r}, each letter of which would be a class; write classes = ({classes!r},)"
-        )
-        return Findings(errors=[error])
+        return Findings(summary=f"{name}, which writes its data to {_data_root(leaf)} when the run begins")
     try:
         dataset = DATASETS.build({**leaf, "pipeline": [], "lazy_init": True})
-    except (TypeError, ValueError, KeyError) as error:
-        return Findings(errors=[f"the data set {leaf['type']} cannot be built: {' '.join(map(str, error.args))}"])
-    if wrong := _check_heads(cfg, dataset.metainfo.get("classes") or ()):
-        return Findings(errors=wrong)
-    evaluators = as_list(cfg.get(f"{loader}_evaluator")) if loader != "train" else []
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, OSError) as error:
+        reason = " ".join(map(str, error.args)) or type(error).__name__
+        return Findings(errors=[f"the data set {name} cannot be built: {reason}; correct its settings"])
+    if isinstance(classes := dataset.metainfo.get("classes") or (), str):
+        classes = (classes,)
+    wrong, doubtful = ([text for text in texts if text not in heads] for texts in check_heads(cfg, list(classes)))
+    heads.update(wrong, doubtful)
+    if wrong:
+        return Findings(errors=wrong, warnings=doubtful)
+    evaluators = metrics(cfg, loader)
     evaluated = loader == "train" or not evaluators or any(not entry.get("format_only") for entry in evaluators)
-    if kind == "coco":
-        metrics = [metric for entry in evaluators for metric in as_list(entry.get("metric", "bbox"))]
-        use = CocoUse(
-            ann_file=dataset.ann_file,
-            folder=dataset.data_prefix.get("img", ""),
-            classes=list(dataset.metainfo["classes"]),
-            with_masks="segm" in metrics or (loader == "train" and any(_asks_for_masks(leaf, cfg, loader))),
-            training=not dataset.test_mode,
-            needs_objects=evaluated,
-            filter_cfg=leaf.get("filter_cfg"),
-            indices=leaf.get("indices"),
-            read_all=read_all,
-        )
-        return remember(asdict(use), lambda: check_coco(use))
-    return _check_maps(dataset, leaf, evaluated, loader, read_all)
+    check = _check_coco if kind == "coco" else _check_maps
+    findings = check(dataset, leaf, cfg, loader, evaluated, read_all)
+    findings.warnings = doubtful + findings.warnings
+    return findings
+
+
+def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:
+    if not dataset.ann_file:
+        return Findings(errors=["the data set has no ann_file; name its annotation file in COCO's format"])
+    if Path(dataset.ann_file).is_dir():
+        return Findings(errors=[f"ann_file {dataset.ann_file} is a folder; name the annotation file in it"])
+    from mmdet.datasets.transforms import LoadAnnotations
+
+    pipelines = _pipelines(cfg[f"{loader}_dataloader"]["dataset"], leaf)
+    loaded = any(options(pipelines, "with_mask")) and reads_plain_annotations(
+        leaf.get("pipeline"), LoadAnnotations, "cv2"
+    )
+    use = CocoUse(
+        ann_file=dataset.ann_file,
+        folder=dataset.data_prefix.get("img") or "",
+        classes=list(dataset.metainfo["classes"]),
+        with_masks=loaded if loader == "train" else any(_evaluates_masks(entry) for entry in metrics(cfg, loader)),
+        training=not dataset.test_mode,
+        needs_objects=evaluated,
+        filter_cfg=leaf.get("filter_cfg"),
+        indices=leaf.get("indices"),
+        read_all=read_all,
+        plain_images=reads_plain_images(leaf.get("pipeline")),
+    )
+    return remember(asdict(use), lambda: check_coco(use))
+
+
+def _evaluates_masks(metric: dict[str, Any]) -> bool:
+    return "segm" in as_list(metric.get("metric", "bbox")) and not metric.get("format_only")
+
+
+def _check_metrics(cfg: Config, loader: str, settings: list[dict[str, Any]]) -> Iterator[Checked]:
+    """Check the annotation files of the metrics of ``loader`` that are not those of its data sets, ``settings``."""
+    data = [leaf for leaf in settings if _kind(leaf) == "coco" and is_local(leaf) and leaf.get("ann_file")]
+    files = [str(Path(leaf.get("data_root") or "", leaf["ann_file"])) for leaf in data]
+    resolved = {Path(path).resolve() for path in files}
+    for metric in metrics(cfg, loader):
+        path = metric.get("ann_file")
+        if (
+            files
+            and isinstance(path, str)
+            and "://" not in path
+            and Path(path).resolve() not in resolved
+            and reads_coco(metric)
+        ):
+            dataset = DATASETS.build({**data[0], "pipeline": [], "lazy_init": True})
+            use = MetricUse(path, files, list(dataset.metainfo["classes"]), _evaluates_masks(metric))
+            yield Checked(
+                f"{loader}_evaluator", loader, metric, remember(asdict(use), lambda use=use: check_metric(use))
+            )
 
 
 def _class(leaf: dict[str, Any]) -> Any:
@@ -166,35 +250,41 @@ def _kind(leaf: dict[str, Any]) -> str | None:
     return None
 
 
-def _asks_for_masks(leaf: dict[str, Any], cfg: Config, loader: str) -> Iterator[bool]:
-    """Whether a transform loads masks, of those of the data set and of the wrappers around it."""
-    pipelines = [leaf.get("pipeline") or []]
-    dataset = cfg[f"{loader}_dataloader"]["dataset"]
-    while "dataset" in dataset:
-        pipelines.append(dataset.get("pipeline") or [])
-        dataset = dataset["dataset"]
-    for pipeline in pipelines:
-        for transform in pipeline:
-            yield bool(transform.get("with_mask"))
+def _pipelines(dataset: dict[str, Any], leaf: dict[str, Any]) -> list[Any]:
+    """Pipelines of ``leaf`` and of the wrappers around it in ``dataset``; none if it is not in it."""
+    if dataset is leaf:
+        return [leaf.get("pipeline") or []]
+    for child in (child for key in ("dataset", "datasets") for child in as_list(dataset.get(key))):
+        if inner := _pipelines(child, leaf):
+            return [*inner, dataset.get("pipeline") or []]
+    return []
 
 
-def _check_maps(dataset: Any, leaf: dict, evaluated: bool, loader: str, read_all: bool) -> Findings:
-    prefix = dataset.data_prefix
-    loads = any("LoadAnnotations" in transform["type"] for transform in leaf.get("pipeline") or [])
-    if prefix.get("seg_map_path") is None and (evaluated or loads):
-        reader = "the evaluation" if evaluated else "LoadAnnotations"
+def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    prefix, pipeline = dataset.data_prefix, leaf.get("pipeline")
+    if prefix.get("img_path") is None:
+        return Findings(errors=["data_prefix has no img_path; name the folder of the images there, below data_root"])
+    if prefix.get("seg_map_path") is None and (evaluated or loads_annotations(pipeline)):
+        reader = "training" if loader == "train" else "the evaluation" if evaluated else "LoadAnnotations"
         error = (
             f"no label maps: data_prefix has no seg_map_path, which {reader} needs; name their folder there, or "
             "predict the images with tools/predict.py"
         )
         return Findings(errors=[error])
     samples = dataset.load_data_list()
-    total = len(samples)
-    if (indices := leaf.get("indices")) is not None:
-        samples = samples[:indices] if isinstance(indices, int) else [samples[i] for i in indices]
+    total, indices = len(samples), leaf.get("indices")
+    if isinstance(indices, int):
+        samples = samples[:indices] if indices >= 0 else samples[indices:]
+    elif indices is not None:
+        if beyond := [i for i in indices if not -total <= i < total]:
+            there = counted(total, "image is", "images are")
+            return Findings(errors=[f"indices has {beyond[0]}, and {there} there; give indices below {total}"])
+        samples = [samples[i] for i in indices]
     if prefix.get("seg_map_path") is None:
-        return Findings(summary=f"{len(samples)} of {total} images, without label maps")
-    listed = Path(dataset.ann_file).is_file() if dataset.ann_file else False
+        return Findings(summary=f"{len(samples)} of {counted(total, 'image', 'images')}, without label maps")
+    listed = bool(dataset.ann_file) and Path(dataset.ann_file).is_file()
     use = MapUse(
         images=[entry["img_path"] for entry in samples],
         maps=[entry["seg_map_path"] for entry in samples],
@@ -207,46 +297,12 @@ def _check_maps(dataset: Any, leaf: dict, evaluated: bool, loader: str, read_all
         reduce_zero_label=dataset.reduce_zero_label,
         label_map=dataset.label_map,
         training=loader == "train",
+        list_file=str(dataset.ann_file) if listed else "",
         read_all=read_all,
+        plain_images=reads_plain_images(pipeline),
+        plain_maps=reads_plain_annotations(pipeline, LoadAnnotations, "pillow"),
     )
     return remember(asdict(use), lambda: check_label_maps(use))
-
-
-def _check_heads(cfg: Config, classes: Any) -> list[str]:
-    """Compare the number of classes of the model's heads with the data's, and refuse one class with a softmax."""
-    if not classes:
-        return []
-    wrong = []
-    for where, head in _heads(cfg.get("model") or {}, "model"):
-        number = head["num_classes"]
-        if number != len(classes):
-            names = ", ".join(map(repr, classes[:5])) + (", ..." if len(classes) > 5 else "")
-            wrong.append(
-                f"{where}.num_classes is {number}, but the data have {len(classes)} classes ({names}); set it to that"
-            )
-        elif number == 1 and cfg.get("default_scope") == "mmseg" and _is_softmax(head):
-            wrong.append(
-                f"{where} has one class, {classes[0]!r}, and a softmax, whose loss is 0 for ever; add a class "
-                "'background', or set num_classes=2, out_channels=1 and loss_decode.use_sigmoid=True"
-            )
-    return wrong
-
-
-def _heads(node: Any, where: str) -> Iterator[tuple[str, dict]]:
-    if isinstance(node, dict):
-        if isinstance(node.get("num_classes"), int):
-            yield where, node
-        for key, child in node.items():
-            if key not in OTHER_HEADS:
-                yield from _heads(child, f"{where}.{key}")
-    elif isinstance(node, list | tuple):
-        for i, child in enumerate(node):
-            yield from _heads(child, f"{where}.{i}")
-
-
-def _is_softmax(head: dict[str, Any]) -> bool:
-    losses = as_list(head.get("loss_decode") or {"type": "CrossEntropyLoss"})
-    return all(loss.get("type") == "CrossEntropyLoss" and not loss.get("use_sigmoid") for loss in losses)
 
 
 def adapt(cfg: Config, entry: Checked) -> None:
@@ -255,14 +311,14 @@ def adapt(cfg: Config, entry: Checked) -> None:
     if findings.ann_file:
         old = Path(leaf.get("data_root") or "", leaf["ann_file"])
         leaf["ann_file"] = findings.ann_file
-        for evaluator in as_list(cfg.get(f"{entry.loader}_evaluator")):
-            if evaluator.get("ann_file") and Path(evaluator["ann_file"]).resolve() == old.resolve():
-                evaluator["ann_file"] = findings.ann_file
+        for metric in metrics(cfg, entry.loader):
+            if metric.get("ann_file") and Path(metric["ann_file"]).resolve() == old.resolve():
+                metric["ann_file"] = findings.ann_file
     if findings.as_annotated:
         pipelines = [leaf.get("pipeline") or []]
         if entry.loader == "test":
             pipelines.append(cfg.get("tta_pipeline") or [])
         for pipeline in pipelines:
             for transform in pipeline:
-                if transform["type"] in ("LoadImageFromFile", "mmcv.LoadImageFromFile"):
+                if isinstance(transform, dict) and transform_class(transform) is PLAIN[0]:
                     transform["type"] = AS_ANNOTATED

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from ...weights.atomic import write_whole
 
-FORMAT = 1
+FORMAT = 2
 """Of the cache's files; another number makes every check run anew."""
 
 
@@ -50,6 +50,7 @@ class Findings:
         as_annotated: Whether some images carry a rotation in their header that their annotations do not have, so that
             :class:`.orientation.LoadImageAsAnnotated` is to load them.
         with_masks: Whether masks are trained or evaluated.
+        barren: Why there is nothing to learn from this data set alone; an error unless another one of its loader helps.
     """
 
     summary: str = ""
@@ -59,18 +60,32 @@ class Findings:
     ann_file: str = ""
     as_annotated: bool = False
     with_masks: bool = False
+    barren: str = ""
 
 
-def cache_folder() -> Path:
-    """A folder for this user's caches: ``condattn`` in $XDG_CACHE_HOME or ~/.cache, else below the temporary folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "condattn")
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    folder = Path(tempfile.gettempdir(), f"condattn-{os.getuid()}")
-    folder.mkdir(exist_ok=True)
-    return folder
+def cache_folders() -> list[Path]:
+    """Folders for this user's caches: ``condattn`` in $XDG_CACHE_HOME or ~/.cache, then below the temporary folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [Path(home, "condattn").absolute(), Path(tempfile.gettempdir(), f"condattn-{os.getuid()}").absolute()]
+
+
+def write_cached(name: str, write: Callable[[Path], object]) -> Path:
+    """Write the file ``name`` into the first cache folder that takes it, unless one has it already; return its path.
+
+    Raises:
+        OSError: If none of them can be written.
+    """
+    paths = [folder / name for folder in cache_folders()]
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    for path in paths:
+        try:
+            write_whole(path, write, overwrite=True)
+            return path
+        except OSError as error:
+            reason = error
+    raise reason
 
 
 def remember(settings: dict[str, Any], check: Callable[[], tuple[Findings, Iterable[str | Path]]]) -> Findings:
@@ -82,14 +97,19 @@ def remember(settings: dict[str, Any], check: Callable[[], tuple[Findings, Itera
         settings: All that the findings depend on, beside the files.
         check: Returns the findings, and the files and folders that they were taken from.
     """
-    key = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True, default=str).encode()).hexdigest()
-    try:
-        path = cache_folder() / "data_checks" / f"{key[:32]}.json"
-        path.parent.mkdir(exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
-    except OSError:  # a cache that cannot be written is no reason to stop
-        return check()[0]
+    here = os.path.abspath("")  # relative paths are of this folder
+    key = hashlib.sha256(json.dumps([FORMAT, here, settings], sort_keys=True, default=str).encode()).hexdigest()
+    for folder in cache_folders():
+        path = folder / "data_checks" / f"{key[:32]}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock"))
+            lock.acquire()
+            break
+        except (OSError, NotImplementedError):  # a folder that cannot be written, or has no locks
+            continue
+    else:
+        return check()[0]  # a cache that cannot be written is no reason to stop
     try:
         if known := _read(path):
             return known
@@ -117,6 +137,6 @@ def _read(path: Path) -> Findings | None:
 def _state(path: str | Path) -> tuple[int, int]:
     try:
         stat = os.stat(path)
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return -1, -1
     return stat.st_size, stat.st_mtime_ns

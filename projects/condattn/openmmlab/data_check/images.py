@@ -1,23 +1,27 @@
 """Check image files: there, readable, as large as their annotations say, upright, and bright enough to be seen."""
 
 import os
+import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
-SAMPLE = 5000
-"""Files that are read where not all of them are asked for."""
+from .sampling import in_parallel, sample
+from .wording import counted, some
 
 ORIENTATION = 0x0112
 """EXIF's tag for the orientation; 1 is upright, 2 to 4 keep the sides' lengths, 5 to 8 exchange them."""
+
+DARK = 2**14
+"""Images with 16 bits a channel whose values are below are nearly black when the upper 8 bits are loaded."""
+
+WIDTH_TAG, HEIGHT_TAG = 256, 257
+"""TIFF's tags of the size as stored."""
 
 
 @dataclass
@@ -54,53 +58,40 @@ class ImageReport:
     read: list[str] = field(default_factory=list)
 
 
-def some(names: Iterable[Any], number: int = 3) -> str:
-    """The first of ``names``, and how many more there are."""
-    names = list(names)
-    rest = f" and {len(names) - number} more" if len(names) > number else ""
-    return ", ".join(map(str, names[:number])) + rest
-
-
-def sample(items: Sequence[Any], read_all: bool, number: int = SAMPLE) -> list[Any]:
-    """``items``, or if they are more than ``number`` and not all are asked for, as many at even distances."""
-    if read_all or len(items) <= number:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, number).round().astype(int)]
-
-
-def in_parallel(function: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
-    """``function`` of every item, by several threads, with a progress bar on a terminal."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(function, items)
-        return list(tqdm(results, desc=what, total=len(items), unit="file", leave=False, disable=None))
-
-
 def check_images(
     paths: Sequence[str],
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, int] | None],
     read_all: bool = False,
     annotation: str = "annotation",
+    look: bool = True,
+    everywhere: Sequence[str] = (),
 ) -> ImageReport:
     """Check the images at ``paths``.
 
     Args:
         paths: Of the images.
-        sizes: Width and height that their annotations have.
+        sizes: Width and height that their annotations have; None where that is not known.
         read_all: Read each of them, not a sample.
         annotation: What has the sizes.
+        look: Whether files are read; else it is checked alone that they are there.
+        everywhere: Paths that must be there, if they are more than ``paths``.
     """
     report = ImageReport()
-    missing = find_missing(paths)
+    missing = find_missing(everywhere or paths)
     if missing:
-        report.errors.append(_describe_missing(missing, len(paths)))
+        report.errors.append(_describe_missing(missing, len(everywhere or paths)))
+    report.read = sorted({os.path.dirname(path) for path in paths})
+    if not look:
+        return report
     expected = dict(zip(paths, sizes, strict=True))
     gone = set(missing)
     images = in_parallel(inspect, sample([path for path in paths if path not in gone], read_all), "images")
-    report.read = [*sorted({os.path.dirname(path) for path in paths}), *(image.path for image in images)]
+    report.read += [image.path for image in images]
     if bad := [f"{image.path} {image.problem}" for image in images if image.problem]:
-        report.errors.append(f"{len(bad)} images cannot be read: {some(bad)}")
+        number = counted(len(bad), "image", "images")
+        report.errors.append(f"{number} cannot be read: {some(bad)}; replace them, or take them out")
     good = [image for image in images if not image.problem]
-    _check_sizes(report, good, expected, annotation)
+    _check_sizes(report, [image for image in good if expected[image.path]], expected, annotation)
     _check_depth(report, good)
     return report
 
@@ -112,51 +103,80 @@ def find_missing(paths: Iterable[str]) -> list[str]:
         folders[os.path.dirname(path)].append(path)
     missing = []
     for folder, files in folders.items():
-        there = _names(folder)
+        there = names_in(folder)
         missing += [path for path in files if os.path.basename(path) not in there]
     return missing
 
 
-def _names(folder: str) -> set[str]:
+def names_in(folder: str) -> set[str]:
+    """Names of what is in ``folder``; none if it cannot be listed."""
     try:
         with os.scandir(folder or ".") as entries:
             return {entry.name for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):
         return set()
 
 
 def _describe_missing(missing: list[str], number: int) -> str:
     first = Path(missing[0])
-    alike = [name for name in _names(str(first.parent)) if Path(name).stem.lower() == first.stem.lower()]
+    alike = [name for name in names_in(str(first.parent)) if Path(name).stem.lower() == first.stem.lower()]
     if alike:
         hint = f"; the folder has {some(sorted(alike))}: rename the files, or write their names as they are"
     else:
         hint = "; put them there, or set data_root and data_prefix to where they are"
-    return f"{len(missing)} of {number} images are missing: {some(missing)}{hint}"
+    verb = "is" if number == 1 else "are"
+    return f"{len(missing)} of {counted(number, 'image', 'images')} {verb} missing: {some(map(_short, missing))}{hint}"
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:100]}...{path[-80:]}"
 
 
 def inspect(path: str) -> ImageFile:
     """Read the header of an image file, and see that the file goes to its end."""
-    if not os.path.getsize(path):
-        return ImageFile(path, problem="is empty")
+    if problem := no_file(path):
+        return ImageFile(path, problem=problem)
     try:
         with Image.open(path) as image:
-            result = ImageFile(path, size=image.size, orientation=image.getexif().get(ORIENTATION, 1))
+            size = image.size
+            if image.format == "TIFF":  # Pillow turns its size
+                size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
+            result = ImageFile(path, size=size, orientation=_orientation(image))
             if not _ends(path, image.format):
                 image.load()
             deep = _is_deep(path, image)
+            rotated = image.format == "TIFF" and result.orientation != 1
     except UnidentifiedImageError:
         with open(path, "rb") as file:
             start = file.read(16)
         return ImageFile(path, problem=f"is no image; it begins with {start!r}")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, OverflowError, struct.error, MemoryError) as error:
         return ImageFile(path, problem=f"is damaged or cut short ({error})")
-    if deep:
-        pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+    if deep or rotated:
+        pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED if deep else cv2.IMREAD_COLOR)
         if pixels is None:
-            return ImageFile(path, problem="cannot be decoded by OpenCV, which loads images in training")
+            turned = f", with the orientation {result.orientation} in its header" if rotated else ""
+            return ImageFile(path, problem=f"cannot be decoded by OpenCV, which loads images in training{turned}")
         result.brightest = int(pixels.max()) if pixels.dtype == np.uint16 else -1
     return result
+
+
+def no_file(path: str) -> str:
+    """Why ``path`` is no file with content; empty if it is."""
+    try:
+        if os.path.isdir(path):
+            return "is a folder"
+        return "" if os.path.getsize(path) else "is empty"
+    except FileNotFoundError:
+        return f"is a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "is not there"
+    except (OSError, ValueError) as error:
+        return f"cannot be opened ({error})"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation; what is none of its eight values is upright, as OpenCV takes it."""
+    value = image.getexif().get(ORIENTATION, 1)
+    return value if type(value) is int and 1 <= value <= 8 else 1
 
 
 def _ends(path: str, format: str | None) -> bool:
@@ -180,46 +200,57 @@ def _is_deep(path: str, image: Image.Image) -> bool:
 
 def _check_sizes(report: ImageReport, images: list[ImageFile], expected: dict, annotation: str) -> None:
     """Compare sizes with those of the annotations, upright and as stored."""
-    wrong, unclear = [], []
+    wrong, turned, unclear = [], [], []
     for image in images:
         size = expected[image.path]
         fits_upright, fits_stored = size == image.upright_size, size == image.size
         if not fits_upright and not fits_stored:
             wrong.append(f"{image.path} is {_by(image.upright_size)}, its {annotation} {_by(size)}")
         elif not fits_upright:
-            report.as_annotated = True
+            turned.append(image.path)
         elif fits_stored and image.orientation != 1:
             unclear.append(image.path)
+    report.as_annotated = bool(turned)
     if wrong:
+        number = counted(len(wrong), "image is", "images are")
         report.errors.append(
-            f"{len(wrong)} images are not as large as their {annotation} says (width x height): {some(wrong)}; the "
-            f"labels would lie beside the objects: make the {annotation} for the images as they are, or the reverse"
+            f"{number} not as large as the {annotation} says (width x height): {some(wrong)}; the labels would lie "
+            f"beside the objects: make the {annotation} for the images as they are, or the reverse"
         )
-    if report.as_annotated:
-        report.warnings.append(
-            "some images are rotated by their EXIF header while their annotations are not; these images are loaded as "
-            "stored, as they were annotated"
+    if turned:
+        number = counted(
+            len(turned),
+            "image is rotated by its EXIF header while its annotation is not",
+            "images are rotated by their EXIF header while their annotations are not",
         )
+        report.warnings.append(f"{number}: {some(turned)}; loaded as stored, as annotated")
     if unclear:
-        report.warnings.append(
-            f"{len(unclear)} images are turned or mirrored by their EXIF header, and their sizes do not tell whether "
-            f"their annotations are too: {some(unclear)}; they are loaded as the header says: look at them with --out"
+        number = counted(
+            len(unclear),
+            "image is turned or mirrored by its EXIF header, and its size does not tell whether its annotation is",
+            "images are turned or mirrored by their EXIF header, and their sizes do not tell whether their annotations "
+            "are",
         )
+        report.warnings.append(f"{number} too: {some(unclear)}; loaded as the header says: look at them with --out")
 
 
 def _check_depth(report: ImageReport, images: list[ImageFile]) -> None:
+    """Say which images have 16 bits; refuse them if most use the lower bits alone, which are not loaded."""
     deep = [image for image in images if image.brightest >= 0]
-    if not deep:
-        return
-    brightest = max(image.brightest for image in deep)
-    names = some(image.path for image in deep)
-    if brightest < 2**14:
+    dark = [image for image in deep if image.brightest < DARK]
+    names = some(f"{image.path} ({image.brightest})" for image in dark)
+    if 2 * len(dark) > len(deep):
+        number = counted(len(dark), "image has", "images have")
         report.errors.append(
-            f"{len(deep)} images have 16 bits a channel, but no value above {brightest}: {names}; only the upper 8 "
-            f"bits are loaded, 0 to {brightest >> 8} of 255, nearly black: scale the values to 0..65535, or to 8 bits"
+            f"{number} 16 bits a channel, but no value above {max(image.brightest for image in dark)}: {names}; only "
+            "the upper 8 bits are loaded, nearly black: scale the values to 0..65535, or to 8 bits"
         )
-    else:
-        report.warnings.append(f"{len(deep)} images have 16 bits a channel: {names}; the upper 8 bits are used")
+    elif deep:
+        number = counted(len(deep), "image has", "images have")
+        report.warnings.append(
+            f"{number} 16 bits a channel: {some(image.path for image in deep)}; the upper 8 bits are used"
+            + (f", which leaves {len(dark)} nearly black: {names}" if dark else "")
+        )
 
 
 def _by(size: tuple[int, int]) -> str:

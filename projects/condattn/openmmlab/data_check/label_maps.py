@@ -1,16 +1,18 @@
 """Check the label maps of a semantic segmentation as mmseg will read them."""
 
 import os
-from collections import Counter
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .findings import ClassCount, Findings
-from .images import check_images, find_missing, in_parallel, sample, some
+from .images import check_images, find_missing, names_in, no_file
+from .sampling import in_parallel, sample
+from .wording import counted, listed, some
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -31,7 +33,10 @@ class MapUse:
         reduce_zero_label: Whether 0 is ignored, and every other value is one too high.
         label_map: From a value to that of the chosen classes.
         training: Whether the data train.
+        list_file: File that lists the images; empty if the folder was searched.
         read_all: Read every file, not a sample.
+        plain_images: Whether images are loaded as mmcv does by default; of others only the existence is checked.
+        plain_maps: The same of label maps, as mmseg does.
     """
 
     images: Sequence[str]
@@ -45,7 +50,10 @@ class MapUse:
     reduce_zero_label: bool
     label_map: dict[int, int] | None
     training: bool
+    list_file: str = ""
     read_all: bool = False
+    plain_images: bool = True
+    plain_maps: bool = True
 
 
 @dataclass
@@ -62,7 +70,7 @@ class LabelMap:
     path: str
     problem: str = ""
     size: tuple[int, int] = (0, 0)
-    values: np.ndarray | None = None
+    values: dict[int, int] = field(default_factory=dict)
 
 
 def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
@@ -72,33 +80,52 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
         The findings, and the files and folders that they were taken from.
     """
     findings = Findings()
-    read = [use.folder] if use.folder else []
-    others = _other_images(use)
+    others, read = _other_images(use) if use.folder else ([], [])
+    if use.list_file:
+        read.append(use.list_file)
+        if problem := _check_list(use):
+            findings.errors.append(problem)
+            return findings, read
     if not use.images:
-        hint = f"; it has {some(others)}: set img_suffix" if others else ""
-        findings.errors.append(f"no image with the suffix {use.suffix} in {use.folder or 'the list'}{hint}")
+        hint = f"; it has {some(others)}: set img_suffix" if others else ": put the images there, or set data_prefix"
+        findings.errors.append(f"no image with the suffix {use.suffix} in {use.folder or use.list_file}{hint}")
         return findings, read
     if others:
+        has = counted(len(others), "image has", "images have")
         findings.warnings.append(
-            f"{len(others)} images in {use.folder} have another suffix than {use.suffix}: {some(others)}; left out: "
-            "rename them, or make them a data set of their own with another img_suffix"
+            f"{has} another suffix than {use.suffix} in {use.folder}: {some(others)}; left out: rename them, or make "
+            "them a data set of their own with another img_suffix"
         )
-    missing = set(find_missing(use.maps))
+    missing = find_missing(use.maps)
     if missing:
-        findings.errors.append(
-            f"{len(missing)} of {len(use.maps)} images have no label map: {some(sorted(missing))} not there; expected "
-            f"the image's name with {use.map_suffix} in place of {use.suffix}"
-        )
-    pairs = [(image, path) for image, path in zip(use.images, use.maps, strict=True) if path not in missing]
-    pairs = sample(pairs, use.read_all)
-    maps = in_parallel(read_label_map, [path for _, path in pairs], "label maps")
-    read += sorted({os.path.dirname(path) for path in use.maps}) + [label_map.path for label_map in maps]
+        findings.errors.append(_describe_missing(use, missing))
+    gone = set(missing)
+    pairs = sample(list(zip(use.images, use.maps, strict=True)), use.read_all)
+    there = [path for _, path in pairs if path not in gone] if use.plain_maps else []
+    maps = in_parallel(read_label_map, there, "label maps")
+    read += sorted({os.path.dirname(path) for path in use.maps}) + there
     if bad := [f"{label_map.path} {label_map.problem}" for label_map in maps if label_map.problem]:
-        findings.errors.append(f"{len(bad)} label maps cannot be used: {some(bad)}")
-    good = [(image, entry) for (image, _), entry in zip(pairs, maps, strict=True) if not entry.problem]
-    pixels = _check_values(findings, use, good)
+        number = counted(len(bad), "label map", "label maps")
+        findings.errors.append(
+            f"{number} cannot be used: {some(bad)}; write them anew, with one channel of class indices"
+        )
+    image_of = {path: image for image, path in pairs}
+    good = [(image_of[entry.path], entry) for entry in maps if not entry.problem]
+    pixels = np.zeros((0, 0), dtype=np.int64)
+    if not use.classes:
+        findings.warnings.append(
+            "metainfo has no classes, so that the values of label maps cannot be checked; name them"
+        )
+    elif use.plain_maps:
+        pixels = _check_values(findings, use, good)
+    sizes = {entry.path: entry.size for _, entry in good}
     report = check_images(
-        [image for image, _ in good], [entry.size for _, entry in good], read_all=True, annotation="label map"
+        [image for image, _ in pairs],
+        [sizes.get(path) for _, path in pairs],
+        read_all=True,
+        annotation="label map",
+        look=use.plain_images,
+        everywhere=use.images,
     )
     findings.errors += report.errors
     findings.warnings += report.warnings
@@ -106,30 +133,71 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     total = max(pixels.sum(), 1)
     shares = sorted(zip(use.classes, pixels.sum(0), strict=True), key=lambda entry: -entry[1]) if len(pixels) else []
     part = f", {len(pairs)} of them read" if len(pairs) < len(use.images) else ""
+    parts = f" ({some((f'{name} {100 * share / total:.3g} %' for name, share in shares), 10)})" if shares else ""
     findings.summary = (
-        f"{len(use.images)} of {use.total} images{part}, {len(use.classes)} classes "
-        f"({some((f'{name} {100 * count / total:.3g} %' for name, count in shares), 10)})"
+        f"{len(use.images)} of {counted(use.total, 'image', 'images')}{part}, "
+        f"{counted(len(use.classes), 'class', 'classes')}{parts}"
     )
-    return findings, [*read, *report.read]
+    return findings, read + report.read
 
 
-def _other_images(use: MapUse) -> list[str]:
-    """Images in the folder that have another suffix than is looked for."""
-    if not use.folder:
-        return []
-    files = (name for _, _, names in os.walk(use.folder) for name in names)
-    # A label map may lie beside its image.
-    return sorted(
-        name
-        for name in files
-        if Path(name).suffix.lower() in SUFFIXES and not name.endswith((use.suffix, use.map_suffix))
+def _check_list(use: MapUse) -> str:
+    """What is wrong with the lines of the file that lists the images; empty if nothing is."""
+    lines = Path(use.list_file).read_text(errors="replace").splitlines()
+    if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        return (
+            f"{use.list_file}: {counted(len(blank), 'line is', 'lines are')} blank: line {some(blank)}; take them out"
+        )
+    whole = [line.strip() for line in lines if line.strip().endswith(use.suffix)] if use.suffix else []
+    if whole:
+        has = counted(len(whole), "name has", "names have")
+        return (
+            f"{use.list_file}: {has} the suffix {use.suffix}, such as {whole[0]}, which mmseg adds; write names "
+            "without it, or set img_suffix and seg_map_suffix"
+        )
+    return ""
+
+
+def _describe_missing(use: MapUse, missing: list[str]) -> str:
+    verb = "has" if len(use.maps) == 1 else "have"
+    hint = ""
+    folder = os.path.dirname(missing[0])
+    if len(missing) == len(use.maps):
+        names = sorted(names_in(folder))
+        hint = f"; {folder} has {some(names)}: set seg_map_suffix" if names else f"; {folder} is empty, or not there"
+    return (
+        f"{len(missing)} of {counted(len(use.maps), 'image', 'images')} {verb} no label map: {some(missing)} not "
+        f"there; expected the image's name with {use.map_suffix} in place of {use.suffix}{hint}"
     )
+
+
+def _other_images(use: MapUse) -> tuple[list[str], list[str]]:
+    """Images that are left out for their suffix, and the folders that were searched for them.
+
+    What accompanies an image that is used, such as a_color.png beside a.jpg, is none of them.
+    """
+    folders, others = [], []
+    used = {os.path.relpath(path, use.folder).removesuffix(use.suffix) for path in use.images}
+    for folder, _, names in os.walk(use.folder):
+        folders.append(folder)
+        for name in names:
+            if Path(name).suffix.lower() not in SUFFIXES or name.endswith((use.suffix, use.map_suffix)):
+                continue
+            path = os.path.relpath(os.path.join(folder, name), use.folder)
+            other_case = path.lower().endswith(use.suffix.lower())
+            if other_case or not _accompanies(path, used):
+                others.append(name)
+    return sorted(others), folders
+
+
+def _accompanies(path: str, used: set[str]) -> bool:
+    return any(path[:i] in used for i, letter in enumerate(path) if not letter.isalnum())
 
 
 def read_label_map(path: str) -> LabelMap:
     """Read a label map, and count the pixels of each value."""
-    if not os.path.getsize(path):
-        return LabelMap(path, "is empty")
+    if problem := no_file(path):
+        return LabelMap(path, problem)
     try:
         with Image.open(path) as image:
             if len(image.getbands()) != 1:
@@ -137,13 +205,16 @@ def read_label_map(path: str) -> LabelMap:
                     path, f"has {len(image.getbands())} channels ({image.mode}); expected one, whose values are classes"
                 )
             if image.mode in ("L", "P"):
-                values = np.array(image.histogram(), dtype=np.int64)
+                numbers = enumerate(image.histogram())
             else:
-                values = np.bincount(np.asarray(image).astype(np.int64).clip(0).ravel(), minlength=256)
+                numbers = zip(
+                    *(part.tolist() for part in np.unique(np.asarray(image), return_counts=True)), strict=True
+                )
+            values = {number if number % 1 else int(number): count for number, count in numbers if count}
             return LabelMap(path, size=image.size, values=values)
     except UnidentifiedImageError:
         return LabelMap(path, "is no image")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, OverflowError, struct.error, MemoryError) as error:
         return LabelMap(path, f"is damaged or cut short ({error})")
 
 
@@ -160,30 +231,35 @@ def to_classes(values: np.ndarray, use: MapUse) -> np.ndarray:
 def _check_values(findings: Findings, use: MapUse, good: list[tuple[str, LabelMap]]) -> np.ndarray:
     """Check the values of label maps; return the pixels of each class, (number of maps, classes)."""
     number = len(use.classes)
-    labels = to_classes(np.arange(256), use)
+    labels = to_classes(np.arange(256), use).tolist()
+    ignored = {use.ignore_index}
+    if use.label_map or use.reduce_zero_label:
+        ignored.add(255)  # as mmseg writes what is left out
     classes = np.zeros((len(good), number), dtype=np.int64)
-    too_high: dict[str, list[int]] = {}
-    raw = Counter()
+    strange: dict[str, list[float]] = {}
+    raw = set()
     for row, (_, entry) in enumerate(good):
-        for value in np.flatnonzero(entry.values).tolist():
-            raw[value] += int(entry.values[value])
-            label = labels[value] if value < 256 else value
-            if label < number and value < 256:
-                classes[row, label] += entry.values[value]
-            elif label != use.ignore_index:
-                too_high.setdefault(entry.path, []).append(value)
-    names = ", ".join(map(repr, use.classes))
-    if set(raw) == {0, 255} and number > 1 and use.ignore_index == 255 and not use.reduce_zero_label:
+        raw |= set(entry.values)
+        for value, pixels in entry.values.items():
+            label = labels[value] if value in range(256) else -1
+            if 0 <= label < number and label not in ignored:
+                classes[row, label] += pixels
+            elif label not in ignored:
+                strange.setdefault(entry.path, []).append(value)
+    if raw == {0, 255} and number > 1 and use.ignore_index == 255 and not use.reduce_zero_label:
         findings.errors.append(
             f"the label maps hold 0 and 255 alone; 255 is ignored, so that {use.classes[1]!r} has no pixel: write 1 in "
             "place of 255 (values are indices of classes)"
         )
-    elif too_high:
-        first, values = next(iter(too_high.items()))
+    elif strange:
+        first, values = next(iter(strange.items()))
         reduced = " (reduce_zero_label takes 1 off)" if use.reduce_zero_label else ""
+        has = counted(len(strange), "label map has", "label maps have")
         findings.errors.append(
-            f"{len(too_high)} label maps have values that no class has, such as {some(values)} in {first}; expected 0 "
-            f"to {number - 1}{reduced} for {number} classes ({names}), or {use.ignore_index} for pixels to ignore"
+            f"{has} values that no class has, such as {some(values)} in {first}; expected 0 to {number - 1}{reduced} "
+            "for "
+            f"{counted(number, 'class', 'classes')} ({listed(use.classes)}), or {use.ignore_index} for pixels to "
+            "ignore: write the maps anew, or name all classes"
         )
     else:
         _check_classes(findings, use, good, classes)
@@ -199,19 +275,22 @@ def _check_classes(findings: Findings, use: MapUse, good: list, classes: np.ndar
         return
     shown = np.flatnonzero(classes.sum(0))
     if not len(shown):
-        findings.errors.append(
-            f"every pixel of the label maps is ignored ({use.ignore_index}); there is nothing to learn from"
+        findings.barren = (
+            f"every pixel of the label maps is ignored ({use.ignore_index}); there is nothing to learn from: write the "
+            "index of its class into each pixel"
         )
         return
     if len(shown) == 1 and use.training:
-        findings.errors.append(
+        findings.barren = (
             f"every labelled pixel is {use.classes[shown[0]]!r}; with one class alone there is nothing to learn: label "
             "what is not the object as a class of its own, such as 'background'"
         )
         return
-    absent = [repr(name) for label, name in enumerate(use.classes) if label not in set(shown)]
+    absent = [name for label, name in enumerate(use.classes) if label not in set(shown)]
     if absent:
-        findings.warnings.append(f"no pixel of class {some(absent, 10)}")
+        findings.warnings.append(f"no pixel of class {listed(absent)}")
     ignored = [entry.path for row, (_, entry) in enumerate(good) if not classes[row].any()]
     if ignored:
-        findings.warnings.append(f"{len(ignored)} label maps are ignored in every pixel: {some(ignored)}")
+        findings.warnings.append(
+            f"{counted(len(ignored), 'label map is', 'label maps are')} ignored in every pixel: {some(ignored)}"
+        )

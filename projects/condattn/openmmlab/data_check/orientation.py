@@ -5,6 +5,8 @@ from typing import Any
 from mmcv.transforms import TRANSFORMS, LoadImageFromFile
 from PIL import Image
 
+from .sampling import any_size
+
 
 @TRANSFORMS.register_module()
 class LoadImageAsAnnotated(LoadImageFromFile):
@@ -33,6 +35,6 @@ def annotated_size(results: dict[str, Any]) -> tuple[int, int] | None:
     if "height" in results and "width" in results:
         return results["height"], results["width"]
     if results.get("seg_map_path"):
-        with Image.open(results["seg_map_path"]) as image:
+        with any_size(), Image.open(results["seg_map_path"]) as image:
             return image.size[::-1]
     return None

@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS, VISUALIZERS
 from PIL import Image
 
 from .check import Checked
+from .transforms import image_loader
 
 TEMPLATE = Path(__file__).with_name("page.html")
 WIDTH = 480
@@ -32,22 +33,27 @@ def write_page(cfg: Config, checked: list[Checked], folder: Path) -> Path:
         folder: Made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    samples = [{} if entry.findings.errors else _draw_samples(cfg, entry, folder) for entry in checked]
+    samples = [
+        {} if entry.findings.errors or not entry.findings.classes else _draw_samples(cfg, entry, folder, number)
+        for number, entry in enumerate(checked, 1)
+    ]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     path = folder / "index.html"
-    path.write_text(page.render(config=Path(cfg.filename).name, entries=list(zip(checked, samples, strict=True))))
+    text = page.render(config=Path(cfg.filename).name, entries=list(zip(checked, samples, strict=True)))
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
-def _draw_samples(cfg: Config, entry: Checked, folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """Name of a class -> paths of pictures, below ``folder``, and names of the images that they show."""
+def _draw_samples(cfg: Config, entry: Checked, folder: Path, number: int) -> dict[str, list[tuple[str, str]]]:
+    """Name of a class -> paths of pictures, below ``folder``, and names of the images that they show.
+
+    ``number`` is that of the data set, in the names of the pictures.
+    """
     kind, annotations = PARTS[cfg.default_scope]
     settings: dict[str, Any] = entry.settings
     if cfg.default_scope == "mmdet" and entry.findings.with_masks:
         annotations = [{**annotations[0], "with_mask": True}, *annotations[1:]]
-    loading = next(
-        (t for t in settings.get("pipeline") or [] if "LoadImage" in t["type"]), {"type": "LoadImageFromFile"}
-    )
+    loading = image_loader(settings.get("pipeline")) or {"type": "LoadImageFromFile"}
     with redirect_stdout(None):  # pycocotools says that it is loading
         dataset = DATASETS.build({**settings, "pipeline": [loading, *annotations]})
     places = {dataset.get_data_info(i)["img_path"]: i for i in range(len(dataset))}
@@ -56,7 +62,7 @@ def _draw_samples(cfg: Config, entry: Checked, folder: Path) -> dict[str, list[t
     pictures: dict[str, str] = {}
     for path in sorted({path for counted in entry.findings.classes for path in counted.examples}):
         sample = dataset[places[path]]
-        name = f"{entry.loader}_{places[path]}.png"
+        name = f"{entry.loader}_{number}_{places[path]}.png"
         image = sample["inputs"].numpy().transpose(1, 2, 0)
         if cfg.default_scope == "mmdet":
             gt = sample["data_samples"].gt_instances

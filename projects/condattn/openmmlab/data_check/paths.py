@@ -1,6 +1,7 @@
 """The files and folders that a configuration names: are they there, and if not, where do they come from?"""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,31 @@ def is_local(dataset: dict) -> bool:
     """Whether a data set reads from a disk."""
     if (dataset.get("backend_args") or {}).get("backend", "local") != "local":
         return False
-    return not any("://" in path for path in named_paths(dataset))
+    return not any("://" in path for path in (str(dataset.get("data_root") or ""), *named_paths(dataset)))
 
 
 def named_paths(dataset: dict) -> Iterator[str]:
     """What a data set reads, joined to its data_root as mmengine joins it."""
-    root = dataset.get("data_root") or ""
-    for path in (dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()):
+    root = str(dataset.get("data_root") or "")
+    prefix = dataset.get("data_prefix")
+    for path in (dataset.get("ann_file"), *(prefix.values() if isinstance(prefix, dict) else ())):
         if isinstance(path, str) and path:
-            yield path if "://" in path else str(Path(root, path))
+            if "://" in path:
+                yield path
+            else:
+                remote = "://" in root and not path.startswith("/")
+                yield f"{root.rstrip('/')}/{path}" if remote else str(Path(root, path))
 
 
-def check_paths(cfg: Config, loader: str) -> None:
-    """Check that the files and folders that a data loader and its evaluators name are there.
+def check_paths(cfg: Config, loader: str, metrics: Iterable[dict]) -> None:
+    """Check that the files and folders that a data loader and its metrics name are there.
 
     Data sets that know their own files, as the built-in ones do, and remote data are left alone.
+
+    Args:
+        cfg: The configuration.
+        loader: 'train', 'val' or 'test'.
+        metrics: Settings of the loader's metrics.
 
     Raises:
         UserError: If one is missing; the message says how to get it.
@@ -56,13 +67,13 @@ def check_paths(cfg: Config, loader: str) -> None:
             for path in named_paths(dataset):
                 found = True
                 _check_path(path, f"{loader}_dataloader", cfg)
-    for evaluator in as_list(cfg.get(f"{loader}_evaluator")):
-        if found and evaluator.get("ann_file"):
-            _check_path(evaluator["ann_file"], f"{loader}_evaluator", cfg)
+    for metric in metrics:
+        if found and metric.get("ann_file"):
+            _check_path(str(metric["ann_file"]), f"{loader}_evaluator", cfg)
 
 
 def _check_path(path: str, where: str, cfg: Config) -> None:
-    if "://" in path or Path(path).exists():
+    if "://" in path or os.path.exists(path):
         return
     folders = Path(path).parts
     source = next((text for folder, text in SOURCES.items() if folder in folders), None)

@@ -1,0 +1,72 @@
+"""Compare the number of classes of a model's heads with that of the data."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config
+
+from .paths import as_list
+from .wording import counted, listed
+
+OTHER_PARTS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_head", "panoptic_fusion_head")
+"""Parts of a model whose number of classes need not be that of the data."""
+OPEN_HEADS = ("ATSSVLFusionHead", "GroundingDINOHead")
+"""Heads that compare objects with words, so that their number of classes is no limit."""
+OF_TWO = "STDCHead"
+"""mmseg's head that tells edges from the rest, whatever the classes are."""
+
+
+def check_heads(cfg: Config, classes: list[str]) -> tuple[list[str], list[str]]:
+    """Compare the heads of ``cfg.model`` with ``classes``; refuse one class with a softmax.
+
+    Returns:
+        Errors and warnings.
+    """
+    errors, warnings = [], []
+    model = cfg.get("model") or {}
+    if not classes or _is_open(model):
+        return errors, warnings
+    for where, head in _heads(model, "model"):
+        number = head["num_classes"]
+        auxiliary = cfg.get("default_scope") == "mmseg" and "auxiliary_head" in where
+        if number != len(classes) and _type(head) != OF_TWO:
+            have = counted(len(classes), "class", "classes")
+            message = f"{where}.num_classes is {number}, but the data have {have} ({listed(classes)}); set it to that"
+            (warnings if auxiliary else errors).append(message)
+        elif number == 1 and cfg.get("default_scope") == "mmseg" and _is_softmax(head):
+            names = ("background", classes[0])
+            errors.append(
+                f"{where} has one class, {classes[0]!r}, and a softmax, whose loss is 0 for ever; set "
+                f"classes = {names} with num_classes=2, in the label maps too, or num_classes=2, out_channels=1 and "
+                "loss_decode.use_sigmoid=True"
+            )
+    return errors, warnings
+
+
+def _is_open(node: Any) -> bool:
+    """Whether a detector has an open vocabulary."""
+    if isinstance(node, dict):
+        return bool(node.get("language_model")) or _type(node) in OPEN_HEADS or any(map(_is_open, node.values()))
+    return isinstance(node, list | tuple) and any(map(_is_open, node))
+
+
+def _type(node: dict[str, Any]) -> str:
+    kind = node.get("type")
+    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+
+
+def _heads(node: Any, where: str) -> Iterator[tuple[str, dict]]:
+    if isinstance(node, dict):
+        if isinstance(node.get("num_classes"), int):
+            yield where, node
+        for key, child in node.items():
+            if key not in OTHER_PARTS:
+                yield from _heads(child, f"{where}.{key}")
+    elif isinstance(node, list | tuple):
+        for i, child in enumerate(node):
+            yield from _heads(child, f"{where}.{i}")
+
+
+def _is_softmax(head: dict[str, Any]) -> bool:
+    losses = as_list(head.get("loss_decode") or {"type": "CrossEntropyLoss"})
+    return all(_type(loss) == "CrossEntropyLoss" and not loss.get("use_sigmoid") for loss in losses)

@@ -1,0 +1,213 @@
+"""What mmdet's CocoDataset uses of an annotation file, and what it leaves out."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .annotations import Annotations
+from .findings import ClassCount, Findings
+from .sampling import sample
+from .wording import counted, listed, some
+
+SMALL, LARGE = 32**2, 96**2
+"""COCO's bounds between small, medium and large objects, in pixels."""
+
+BARE = "there is no annotation in the file; it has images alone: annotate them"
+
+
+@dataclass
+class CocoUse:
+    """How a data set uses an annotation file.
+
+    Attributes:
+        ann_file: The annotation file.
+        folder: Where the images are.
+        classes: Names of the classes.
+        with_masks: Whether masks are trained or evaluated.
+        training: Whether images are left out by ``filter_cfg``.
+        needs_objects: Whether objects are needed, because the data train or are evaluated.
+        filter_cfg: mmdet's.
+        indices: mmengine's: the part of the images that is used.
+        read_all: Read every image, not a sample.
+        plain_images: Whether images are loaded as mmcv does by default; of others only the existence is checked.
+    """
+
+    ann_file: str
+    folder: str
+    classes: Sequence[str]
+    with_masks: bool
+    training: bool
+    needs_objects: bool
+    filter_cfg: dict[str, Any] | None
+    indices: int | Sequence[int] | None
+    read_all: bool = False
+    plain_images: bool = True
+
+
+class Usage:
+    """What is used of an annotation file.
+
+    Args:
+        table: Its content.
+        use: How it is used.
+
+    Attributes:
+        kept: Indices of the images that are used.
+        loaded: Which objects are loaded, crowds included.
+        masked: Indices of the objects whose masks are read.
+
+    Raises:
+        UserError: If no image is left.
+    """
+
+    def __init__(self, table: Annotations, use: CocoUse) -> None:
+        self.table, self.use = table, use
+        there = table.image_of >= 0
+        image_of = np.where(there, table.image_of, 0)
+        x, y, w, h = table.boxes.T
+        inside_w = np.minimum(x + w, table.widths[image_of]) - np.maximum(x, 0)
+        inside_h = np.minimum(y + h, table.heights[image_of]) - np.maximum(y, 0)
+        self._labels = np.array([table.labels.get(category, -1) for category in table.category_ids], dtype=int)
+        self._empty = (inside_w <= 0) | (inside_h <= 0) | (table.areas <= 0) | (w < 1) | (h < 1)
+        self._others = there & (self._labels < 0)
+        of_class = there & (self._labels >= 0)
+        self._left_out: list[str] = []
+        self.kept = self._kept_images(np.unique(table.image_of[of_class]))
+        self._chosen = of_class & np.isin(table.image_of, self.kept)
+        self.loaded = self._chosen & ~table.ignored & ~self._empty
+        # pycocotools draws the masks of all objects of an image, mmdet those that it loads.
+        self.masked = np.flatnonzero(self.loaded if use.training else self._chosen)
+
+    def _kept_images(self, with_objects: np.ndarray) -> list[int]:
+        """Indices of the images that are used, of which ``with_objects`` have an annotation of the classes."""
+        table, use = self.table, self.use
+        filters = (use.filter_cfg or {}) if use.training else {}
+        small = np.minimum(table.widths, table.heights) < filters.get("min_size", 0)
+        kept, bare = ~small, np.ones(len(table.images), dtype=bool)
+        bare[with_objects] = False
+        if small.any():
+            images = counted(small.sum(), "image", "images")
+            self._left_out.append(f"{images} smaller than {filters['min_size']} pixels left out")
+        if filters.get("filter_empty_gt"):
+            if (bare & kept).any():
+                self._left_out.append(f"{counted((bare & kept).sum(), 'image', 'images')} without objects left out")
+            kept = kept & ~bare
+        places = np.flatnonzero(kept)
+        chosen = self._choose(places)
+        if len(chosen) < len(places):
+            images = counted(len(places) - len(chosen), "image", "images")
+            self._left_out.append(f"{images} left out by 'indices'")
+        if not len(chosen) and use.needs_objects and not table.objects:
+            table.fail(BARE)
+        if not len(chosen):
+            table.fail(
+                f"none of the {len(table.images)} images is left; "
+                f"{'; '.join(self._left_out) or 'indices choose none'}: "
+                "change filter_cfg or indices, or add images with objects"
+            )
+        return chosen.tolist()
+
+    def _choose(self, places: np.ndarray) -> np.ndarray:
+        """Those of ``places`` that mmengine's ``indices`` choose."""
+        indices = self.use.indices
+        if indices is None:
+            return places
+        if isinstance(indices, int):
+            return places[:indices] if indices >= 0 else places[indices:]
+        beyond = [i for i in indices if not -len(places) <= i < len(places)]
+        if beyond:
+            self.table.fail(
+                f"indices has {some(beyond)}, and {counted(len(places), 'image is', 'images are')} there; give indices "
+                f"below {len(places)}"
+            )
+        return places[list(indices)]
+
+    def summarize(self, findings: Findings) -> None:
+        """Say what is used, and what is lost."""
+        table, use = self.table, self.use
+        left = self.loaded & ~table.crowd
+        for label, name in enumerate(use.classes):
+            findings.classes.append(self._count(name, np.flatnonzero(left & (self._labels == label))))
+        counts = [(entry.name, entry.count) for entry in findings.classes]
+        crowds = (self.loaded & table.crowd).sum()
+        if use.needs_objects and not left.any():
+            findings.barren = self._why_nothing_is_left(crowds)
+        elif use.needs_objects and (none := [name for name, count in counts if not count]):
+            findings.warnings.append(f"no object of class {listed(none)}")
+        self._say_what_is_lost(findings)
+        if crowds:
+            self._left_out.append(f"{counted(crowds, 'crowd', 'crowds')} (iscrowd) neither trained nor counted")
+        images, objects = (
+            counted(len(entries), *words)
+            for entries, *words in ((table.images, "image", "images"), (table.objects, "object", "objects"))
+        )
+        findings.summary = "; ".join(
+            [
+                f"{len(self.kept)} of {images}, {left.sum()} of {objects} "
+                f"({some((f'{name} {count}' for name, count in counts), 10)})",
+                *self._left_out,
+            ]
+        )
+
+    def _say_what_is_lost(self, findings: Findings) -> None:
+        table = self.table
+        if self._others.any():
+            names = {category["id"]: category["name"] for category in table.categories}
+            categories = Counter(names[table.category_ids[i]] for i in np.flatnonzero(self._others)).most_common()
+            objects = counted(
+                self._others.sum(), "object is of a category that is", "objects are of categories that are"
+            )
+            findings.warnings.append(
+                f"{objects} not among classes: {some((f'{name} {count}' for name, count in categories), 10)}; left out"
+            )
+        for one, many, chosen in (
+            (
+                "object is smaller than a pixel, or outside its image",
+                "objects are smaller than a pixel, or outside their images",
+                self._empty & self._chosen,
+            ),
+            ("object is marked 'ignore'", "objects are marked 'ignore'", table.ignored & self._chosen),
+        ):
+            if chosen.any():
+                lost = counted(chosen.sum(), one, many)
+                findings.warnings.append(f"{lost}: {table.names(np.flatnonzero(chosen))}; left out")
+
+    def _why_nothing_is_left(self, crowds: int) -> str:
+        table = self.table
+        if not table.objects:
+            return f"{table.path}: {BARE}"
+        reasons = [
+            f"{number} {what}"
+            for number, what in (
+                (crowds, "crowds (iscrowd)"),
+                ((table.ignored & self._chosen).sum(), "marked 'ignore'"),
+                ((self._empty & self._chosen & ~table.ignored).sum(), "smaller than a pixel, or outside their images"),
+                (self._others.sum(), "of other categories"),
+                ((table.image_of < 0).sum(), "of images that are not in the file"),
+            )
+            if number
+        ]
+        reasons += (
+            [f"{len(table.images) - len(self.kept)} images left out"] if len(self.kept) < len(table.images) else []
+        )
+        of = counted(len(table.objects), "object", "objects")
+        return (
+            f"{table.path}: no object of the classes {listed(self.use.classes)} is left of {of}: {', '.join(reasons)}; "
+            "annotate some, or choose other classes"
+        )
+
+    def _count(self, name: str, objects: np.ndarray) -> ClassCount:
+        sizes = np.digitize(self.table.areas[objects], [SMALL, LARGE])
+        images = np.unique(self.table.image_of[objects])
+        names = [self.table.images[i]["file_name"] for i in sample(images, read_all=False, number=4)]
+        return ClassCount(
+            name=name,
+            count=len(objects),
+            images=len(images),
+            sizes=np.bincount(sizes, minlength=3).tolist(),
+            examples=[os.path.join(self.use.folder, name) for name in names],
+        )
