@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +19,25 @@ from runs import CONFIGS, DEMO, TOOLS, error_lines, run
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset  # noqa: F401 (registers)
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS, init_default_scope
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
+from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from condattn.openmmlab.data_check import check as check_module
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.data_check import coco as coco_check
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
 from condattn.openmmlab.data_check.images import find_missing
-from condattn.openmmlab.data_check.label_maps import MapUse, to_classes
-from condattn.openmmlab.data_check.paths import leaves
+from condattn.openmmlab.data_check.label_maps import MapUse, check_label_maps, to_classes
+from condattn.openmmlab.data_check.paths import leaves, named_paths
+from condattn.openmmlab.data_check.runs import count_runs
 from condattn.openmmlab.data_check.sampling import sample
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.launch import load_config
@@ -699,10 +707,677 @@ def test_the_other_processes_end_with_the_first(coco, capsys, monkeypatch):
     coco.cfg.launcher = "pytorch"
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
+    slept = []
+    monkeypatch.setattr(check_module.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(check_module.time, "sleep", slept.append)
     with pytest.raises(SystemExit) as exit_:
         check_data(coco.cfg, "train")
     assert exit_.value.code == 2
+    assert sum(slept) >= check_module.PATIENCE
+    coco.cfg.train_dataloader.dataset.ann_file = "missing.json"
+    slept.clear()
+    with pytest.raises(SystemExit):
+        check_data(coco.cfg, "train")
+    assert sum(slept) >= check_module.PATIENCE
     assert capsys.readouterr().err == ""
+
+
+def _squares(box: list[float]) -> list[list[float]]:
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+RUNS = dict(size=[HEIGHT, WIDTH], counts=[10, 20, HEIGHT * WIDTH - 30])
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[3, 2, float("nan"), 2, 23, 18]], "polygon that is not finite.*annotation 4"),
+        ([[3, 2, None, 2, 23, 18]], "annotation 4: expected a list of polygons"),
+        ([["3", "2", "23", "2", "23", "18"]], "annotation 4: expected a list of polygons.* of numbers in pixels"),
+        ([[[3, 2], [23, 2], [23, 18]]], r"annotation 4: expected a list of polygons, \[\[x1, y1.*found \[\[\[3, 2\]"),
+        ([3, 2, 23, 2, 23, 18], "annotation 4: expected a list of polygons"),
+        ([[3000, 2000, 23000, 2000, 23000, 18000]], "lies further outside its image.*annotation 4"),
+        ("[[3, 2, 23, 2, 23, 18]]", "annotation 4: expected polygons"),
+        (dict(RUNS, counts=[10, 20]), "annotation 4: .* with the sum 3072.*found counts with the sum 30"),
+        (dict(RUNS, counts=[10, -20, 3082]), "annotation 4: .*run lengths|run lengths.*annotation 4"),
+        (dict(RUNS, counts=["10", "20", "3042"]), "run lengths that cannot be decoded, such as annotation 4"),
+        (dict(RUNS, counts="abc"), "run lengths that cannot be decoded, such as annotation 4"),
+        (dict(RUNS, counts={}), "run lengths that cannot be decoded, such as annotation 4"),
+        (dict(RUNS, size=[WIDTH, HEIGHT]), r"image's size \[48, 64\] \(height, width\), found the size \[64, 48\]"),
+        (dict(RUNS, size=5), "found the size 5"),
+    ],
+)
+def test_segmentations_that_cannot_work(coco, segmentation, message):
+    coco.content["annotations"][3]["segmentation"] = segmentation
+    coco.write()
+    (error,) = coco.check().errors
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda box: _squares([value / 64 for value in box]),
+            "all polygons lie within 0..1",
+        ),
+        (lambda box: _squares([box[0] + 20, *box[1:]]), "polygons of 12 of 12 objects lie beside the boxes"),
+        (lambda box: [[-40, 5, -30, 5, -30, 9]], "polygons of 12 of 12 objects lie beside"),
+        (lambda box: dict(RUNS, counts=[HEIGHT * WIDTH]), "no object has a pixel in its mask"),
+    ],
+)
+def test_all_segmentations_are_wrong(coco, change, message):
+    for entry in coco.content["annotations"]:
+        entry["segmentation"] = change(entry["bbox"])
+    coco.write()
+    (error,) = coco.check().errors
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (_squares([0.1, 0.1, 0.5, 0.5]), "1 object has its polygon beside its box: annotation 4"),
+        (dict(RUNS, counts=[HEIGHT * WIDTH]), "1 object has no pixel in the mask: annotation 4"),
+        ([[12, 8, 32, 8, 12, 8]], "1 object has no pixel in the mask: annotation 4"),
+    ],
+)
+def test_some_masks_are_lost(coco, segmentation, message):
+    coco.content["annotations"][3]["segmentation"] = segmentation
+    coco.write()
+    findings = coco.check()
+    assert findings.errors == []
+    assert any(message in warning for warning in findings.warnings), findings.warnings
+
+
+def test_run_lengths_are_counted_as_pycocotools_counts_them():
+    """Texts of many masks at once, some of them damaged, and lists of numbers between them."""
+    rng = np.random.default_rng(0)
+    drawn = [
+        np.asfortranarray(rng.random((h, w)) < share, np.uint8)
+        for h, w, share in [
+            (1, 1, 0),
+            (1, 1, 1),
+            (7, 9, 0.5),
+            (300, 500, 0.5),
+            (480, 640, 0),
+            (480, 640, 1),
+            (2000, 1500, 1e-5),
+        ]
+    ]
+    texts = [masks.encode(image)["counts"].decode() for image in drawn]
+    totals, pixels = count_runs([*texts, "~", "P", texts[3][:-3], [2, 3, 4], None, ""])
+    assert totals[:7].tolist() == [image.size for image in drawn]
+    assert pixels[:7].tolist() == [int(image.sum()) for image in drawn]
+    assert (totals[7], totals[8], totals[10], pixels[10], totals[11], totals[12]) == (-1, -1, 9, 3, -1, -1)
+    assert totals[9] != drawn[3].size
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        (dict(ignore=1), True),
+        (dict(bbox=[1, 1, 0, 0]), True),
+        (dict(category_id=9), True),
+        (dict(iscrowd=1), False),
+    ],
+)
+def test_masks_that_are_not_loaded_may_be_missing(coco, change, warned):
+    coco.content["categories"].append(dict(id=9, name="bird"))
+    del coco.content["annotations"][0]["segmentation"]
+    coco.content["annotations"][0].update(change)
+    coco.write()
+    errors = coco.check().errors
+    assert errors == [] if warned else "no segmentation, such as annotation 1" in errors[0]
+
+
+def test_corners_some_of_which_are_degenerate(coco):
+    """Polygons tell, whatever part of the boxes could be corners."""
+    for entry in coco.content["annotations"]:
+        entry["bbox"] = _corners(entry)
+    coco.content["annotations"][2]["bbox"] = [50, 40, 20, 10]
+    coco.write()
+    (error,) = coco.check().errors
+    assert "x1, y1, x2, y2" in error
+
+
+def test_flags_written_as_text(coco):
+    for entry in coco.content["annotations"]:
+        entry["iscrowd"], entry["ignore"] = "0", "0"
+    coco.content["annotations"][0]["iscrowd"] = "1"
+    coco.content["annotations"][1]["ignore"] = "1"
+    coco.write()
+    assert "10 of 12 objects" in coco.check().summary
+    assert [entry["iscrowd"] for entry in coco.repaired()["annotations"]] == [1] + 11 * [0]
+
+
+def test_flags_that_are_none(coco):
+    coco.content["annotations"][0]["iscrowd"] = "no"
+    coco.write()
+    assert "annotation 1: expected 0 or 1 for 'iscrowd', found 'no'" in coco.check().errors[0]
+
+
+def test_areas_of_nothing_are_filled_in(coco):
+    coco.content["annotations"][0]["area"] = 0
+    coco.content["annotations"][1].update(area=0, segmentation=RUNS)
+    coco.write()
+    areas = [entry["area"] for entry in coco.repaired()["annotations"]]
+    assert areas == [320, 20] + 10 * [320]
+
+
+def test_why_nothing_is_left(coco):
+    for entry in coco.content["annotations"][:4]:
+        entry["iscrowd"] = 1
+    for entry in coco.content["annotations"][4:8]:
+        entry["ignore"] = 1
+    for entry in coco.content["annotations"][8:]:
+        entry["bbox"] = [500, 500, 9, 9]
+    coco.write()
+    (error,) = coco.check().errors
+    for part in ("4 crowds", "4 marked 'ignore'", "4 smaller than a pixel"):
+        assert part in error
+
+
+def test_images_alone_where_nothing_is_evaluated(coco):
+    """A list for a submission has no annotations."""
+    coco.cfg.val_evaluator.format_only = True
+    del coco.content["annotations"]
+    coco.write()
+    findings = coco.check("val")
+    assert (findings.errors, findings.summary[:13]) == ([], "6 of 6 images")
+    assert "a list of objects named 'annotations'" in coco.check("train").errors[0]
+
+
+def test_negatives_beside_other_data(coco):
+    """A data set without objects is an error by itself, and none in a loader that has objects elsewhere."""
+    leaf = coco.cfg.train_dataloader.dataset
+    del leaf["filter_cfg"]
+    negatives = {**copy.deepcopy(leaf), "ann_file": "negatives.json"}
+    (coco.folder / "negatives.json").write_text(json.dumps({**coco.content, "annotations": []}))
+    coco.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[leaf, negatives])
+    assert [entry.findings.errors for entry in find(coco.cfg, "train")] == [[], []]
+    coco.cfg.train_dataloader.dataset = negatives
+    assert "no annotation in the file" in coco.check().errors[0]
+
+
+def test_one_class_in_each_data_set(segmentation):
+    """Is enough where they have different ones."""
+    for i in range(6):
+        segmentation.label(i, FULL * (i >= 3))
+    halves = [{**copy.deepcopy(segmentation.dataset), "indices": list(half)} for half in ((0, 1, 2), (3, 4, 5), (0, 1))]
+    for chosen, wrong in ((halves[:2], 0), (halves[::2], 2), (halves[:1], 1)):
+        segmentation.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=chosen)
+        entries = find(segmentation.cfg, "train")
+        assert sum(bool(entry.findings.errors) for entry in entries) == wrong
+
+
+def test_remote_data_are_left_alone(coco):
+    coco.cfg.train_dataloader.dataset.data_root = "s3://bucket/data"
+    assert next(named_paths(coco.cfg.train_dataloader.dataset)) == "s3://bucket/data/annotations.json"
+    findings = coco.check()
+    assert (findings.errors, "not read by this check" in findings.summary) == ([], True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dict(language_model=dict(type="BertModel"), bbox_head=dict(num_classes=80)),
+        dict(bbox_head=dict(type="GroundingDINOHead", num_classes=256)),
+        dict(bbox_head=dict(type="ATSSVLFusionHead", num_classes=80)),
+    ],
+)
+def test_open_vocabularies(coco, model):
+    coco.cfg.model = model
+    assert coco.check().errors == []
+
+
+def test_auxiliary_heads(segmentation):
+    """One for edges has two classes by design; others with another number are doubtful."""
+    decode = dict(num_classes=3)
+    segmentation.cfg.model = dict(decode_head=decode, auxiliary_head=[dict(type="STDCHead", num_classes=2)])
+    findings = segmentation.check()
+    assert (findings.errors, findings.warnings) == ([], [])
+    segmentation.cfg.model.auxiliary_head.append(dict(type="FCNHead", num_classes=2))
+    findings = segmentation.check()
+    assert findings.errors == []
+    assert "model.auxiliary_head.1.num_classes is 2" in findings.warnings[0]
+
+
+def test_heads_are_compared_once(coco):
+    coco.cfg.model = dict(bbox_head=dict(num_classes=80))
+    errors = [error for entry in find(coco.cfg, "train", "val") for error in entry.findings.errors]
+    assert len(errors) == 1
+
+
+def test_other_loaders_of_images(coco):
+    """Their files need not be images; they must be there."""
+    (coco.folder / "images" / "1.jpg").write_text("raw")
+    assert "cannot be read" in coco.check().errors[0]
+    coco.cfg.train_dataloader.dataset.pipeline[0] = dict(type="LoadMultiChannelImageFromFiles")
+    assert coco.check().errors == []
+    (coco.folder / "images" / "1.jpg").unlink()
+    assert "1 of 6 images are missing" in coco.check().errors[0]
+
+
+def test_other_loaders_of_label_maps(segmentation):
+    segmentation.label(0, FULL, "RGB")
+    segmentation.dataset.pipeline[1] = dict(type="LoadAnnotations", imdecode_backend="cv2")
+    assert segmentation.check().errors == []
+
+
+def test_images_of_every_size(coco, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert coco.check().errors == []
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_transforms_that_are_classes(coco):
+    """As configurations in pure Python name them."""
+    coco.cfg.train_dataloader.dataset.pipeline[0]["type"] = LoadImageFromFile
+    rotated(coco.folder / "images" / "1.jpg")
+    (entry,) = find(coco.cfg, "train")
+    assert entry.findings.as_annotated
+    adapt(coco.cfg, entry)
+    assert entry.settings["pipeline"][0]["type"] == AS_ANNOTATED
+
+
+def test_transforms_of_label_maps_that_are_classes(segmentation):
+    dataset = segmentation.cfg.test_dataloader.dataset
+    dataset.pipeline[1]["type"] = LoadAnnotations
+    del dataset.data_prefix["seg_map_path"]
+    segmentation.cfg.test_evaluator.format_only = True
+    assert "which LoadAnnotations needs" in segmentation.check("test").errors[0]
+
+
+def test_links_to_nowhere_and_folders(coco):
+    for i, make in ((1, lambda path: path.symlink_to("nowhere.jpg")), (2, Path.mkdir)):
+        path = coco.folder / "images" / f"{i}.jpg"
+        path.unlink()
+        make(path)
+    (error,) = coco.check().errors
+    assert "1.jpg is a link to nowhere.jpg, which is not there" in error and "2.jpg is a folder" in error
+
+
+VALUES = (
+    *(None, "x", "", "3", [], [1], [[1]], {}, {"a": 1}, 10**400, 10**20, -(10**20), 1e308, -1, 0, 0.5, True),
+    *(float("nan"), float("inf"), "nan", "1e999", [None] * 4, [10**400] * 4, [1e308] * 4, [[]], [["a"] * 6]),
+    *([[None] * 6], [[1, 2, 3, 4, 5, [6]]], [[10**400] * 6], dict(RUNS, counts="abc"), dict(RUNS, counts=[1, "x"])),
+    *(dict(counts={}, size=5), dict(counts=None, size="ab"), "a\\b", "\0", "..", "/", "\ud800", "a" * 5000, "a\nb"),
+)
+
+
+def _places(node, place: tuple = ()):
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+        yield (*place, key)
+        if isinstance(child, dict | list):
+            yield from _places(child, (*place, key))
+
+
+def test_no_content_raises_anything(coco):
+    """What is accepted, mmdet reads, masks included."""
+    rng, path = random.Random(0), coco.folder / "changed.json"
+    leaf = {**coco.cfg.train_dataloader.dataset, "ann_file": path.name}
+    coco.cfg.train_dataloader.dataset = leaf
+    coco.content["annotations"][0].update(iscrowd=1, segmentation=RUNS)
+    places, refused = list(_places(coco.content)), 0
+    for _ in range(200):
+        content = copy.deepcopy(coco.content)
+        for place in rng.sample(places, rng.choice([1, 1, 2, 3])):
+            node = content
+            try:
+                for key in place[:-1]:
+                    node = node[key]
+                node[place[-1]] = rng.choice(VALUES)
+            except (KeyError, IndexError, TypeError):  # another change has taken the place away
+                continue
+        path.write_text(json.dumps(content))
+        findings = coco.check()
+        lines = [findings.summary, *findings.errors, *findings.warnings]
+        assert not any("\n" in line or len(line) > 2000 for line in lines), lines
+        refused += bool(findings.errors)
+        if not findings.errors:
+            dataset = DATASETS.build({**leaf, "ann_file": findings.ann_file or str(path)})
+            for i in range(len(dataset)):
+                assert len(dataset[i]["gt_masks"]) == len(dataset[i]["gt_bboxes_labels"])
+    assert 50 < refused < 200
+
+
+def test_nested_without_end(coco):
+    (coco.folder / "annotations.json").write_text("[" * 100000)
+    (error,) = coco.check().errors
+    assert "is no JSON file" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("ann_file"), "has no ann_file"),
+        (lambda d: d.update(ann_file=None), "has no ann_file"),
+        (lambda d: d.update(ann_file="images"), "is a folder; name the annotation file"),
+        (lambda d: d.update(data_prefix=None), "data_prefix: expected dict"),
+        (lambda d: d.update(data_prefix="images"), "data_prefix: expected dict"),
+        (lambda d: d.update(metainfo="cat"), "metainfo: expected dict"),
+        (lambda d: d.metainfo.update(classes=[]), "classes is empty; name the classes"),
+        (lambda d: d.metainfo.update(classes=["cat", "cat"]), "classes has 'cat' 2 times"),
+        (lambda d: d.metainfo.update(classes=[1, 2]), "classes: expected names"),
+        (lambda d: d.filter_cfg.update(min_size="32"), "filter_cfg.min_size: expected a number of pixels, found '32'"),
+        (lambda d: d.update(indices="3"), "indices: expected a whole number"),
+        (lambda d: d.update(indices=[0, 99]), "indices has 99, and 6 images are there"),
+        (lambda d: d.update(data_root=5), "data_root: expected the path"),
+    ],
+)
+def test_slips_in_a_configuration(coco, change, message):
+    change(coco.cfg.train_dataloader.dataset)
+    (error,) = coco.check().errors
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loader: loader.dataset.pop("type"), "train_dataloader.dataset has no type"),
+        (lambda loader: loader.update(dataset=[loader.dataset]), "train_dataloader.dataset is a list"),
+        (lambda loader: loader.update(dataset=None), "train_dataloader.dataset: expected the settings of a data set"),
+    ],
+)
+def test_loaders_without_a_data_set(coco, change, message):
+    change(coco.cfg.train_dataloader)
+    with pytest.raises(UserError, match=message):
+        coco.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.data_prefix.pop("img_path"), "data_prefix has no img_path"),
+        (lambda d: d.update(metainfo=None), "classes. should be specified when testing"),
+        (lambda d: d.update(indices=[7]), "indices has 7, and 6 images are there"),
+        (lambda d: d.metainfo.update(classes=["a", "b", "a"]), "classes has 'a' 2 times"),
+    ],
+)
+def test_slips_in_a_segmentation(segmentation, change, message):
+    dataset = segmentation.cfg.test_dataloader.dataset
+    dataset.test_mode = True
+    change(dataset)
+    (error,) = segmentation.check("test").errors
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_orientations_that_are_none(coco, orientation):
+    """OpenCV takes them for upright."""
+    rotated(coco.folder / "images" / "1.jpg", orientation)
+    findings = coco.check()
+    assert (findings.errors, findings.warnings) == ([], [])
+
+
+def test_orientations_in_text(coco):
+    entry = EXIF_ORIENTATION.to_bytes(2, "big") + b"\0\2\0\0\0\2" + b"6\0\0\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\1" + entry + b"\0\0\0\0"
+    picture().save(coco.folder / "images" / "1.jpg", exif=exif)
+    with Image.open(coco.folder / "images" / "1.jpg") as image:
+        assert image.getexif()[EXIF_ORIENTATION] == "6"
+    findings = coco.check()
+    assert (findings.errors, findings.warnings) == ([], [])
+
+
+def test_rotated_tiffs_that_opencv_cannot_read(coco):
+    rotated(coco.folder / "images" / "turned.tif", 6)
+    coco.content["images"][0]["file_name"] = "turned.tif"
+    coco.write()
+    (error,) = coco.check().errors
+    assert "turned.tif cannot be decoded by OpenCV" in error and "orientation 6" in error
+    rotated(coco.folder / "images" / "turned.tif", 3)
+    findings = coco.check()
+    assert findings.errors == [] and "turned.tif" in findings.warnings[0]
+
+
+def test_a_repaired_copy_is_written_once(coco, monkeypatch):
+    coco.content["annotations"][0]["id"] = 0
+    coco.write()
+    copied = Path(coco.check().ann_file)
+    state = copied.stat().st_mtime_ns
+    coco.cfg.train_dataloader.dataset.indices = 5
+    assert coco.check().ann_file == str(copied)
+    assert copied.stat().st_mtime_ns == state
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16")])
+def test_other_encodings(coco, encoding, name):
+    (coco.folder / "annotations.json").write_text(json.dumps(coco.content), encoding=encoding)
+    assert f"its encoding {name} was made plain UTF-8" in coco.check().warnings[0]
+    assert coco.repaired() == coco.content
+
+
+def test_a_cache_folder_that_cannot_take_copies(coco, monkeypatch, tmp_path):
+    """The temporary folder takes them; without one it is an error in one line."""
+    coco.content["annotations"][0]["id"] = 0
+    coco.write()
+    home = tmp_path / "home"
+    (home / "condattn").mkdir(parents=True)
+    (home / "condattn" / "annotations").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert Path(coco.check().ann_file).is_relative_to(tmp_path / "temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(home / "condattn" / "annotations"))
+    coco.content["annotations"][1]["area"] = 5
+    coco.write()
+    (error,) = coco.check().errors
+    assert "set XDG_CACHE_HOME to a folder that can be written" in error
+
+
+def test_a_relative_cache_folder(coco, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    coco.content["annotations"][0]["id"] = 0
+    coco.write()
+    assert Path(coco.check().ann_file).is_relative_to(tmp_path / "relative")
+
+
+def test_relative_paths_are_of_their_folder(coco, monkeypatch, tmp_path):
+    """The same configuration below another folder is other data."""
+    coco.cfg.train_dataloader.dataset.data_root = "."
+    monkeypatch.chdir(coco.folder)
+    assert coco.check().errors == []
+    other = tmp_path / "other"
+    shutil.copytree(coco.folder / "images", other / "images")
+    shutil.copy2(coco.folder / "annotations.json", other)
+    (other / "images" / "1.jpg").unlink()
+    monkeypatch.chdir(other)
+    assert "1 of 6 images are missing" in coco.check().errors[0]
+
+
+def _metric_entries(coco) -> list:
+    init_default_scope("mmdet")
+    return find(coco.cfg, "val")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_annotation_file_of_the_evaluator(coco, nested):
+    other = coco.folder / "other.json"
+    if nested:
+        metric = coco.cfg.val_evaluator
+        coco.cfg.val_evaluator = dict(type="MultiDatasetsEvaluator", metrics=[metric], dataset_prefixes=["own"])
+    metric = coco.cfg.val_evaluator.metrics[0] if nested else coco.cfg.val_evaluator
+    metric["ann_file"] = str(other)
+    content = copy.deepcopy(coco.content)
+    content["annotations"][0]["id"] = 0
+    other.write_text(json.dumps(content))
+    data, evaluation = _metric_entries(coco)
+    assert (data.findings.errors, evaluation.label, evaluation.findings.errors) == ([], "val_evaluator", [])
+    adapt(coco.cfg, evaluation)
+    assert json.loads(Path(metric["ann_file"]).read_text())["annotations"][0]["id"] == 1
+    metric["ann_file"] = str(other)
+    content["images"][0]["id"] = 77
+    other.write_text(json.dumps(content))
+    assert "1 image is not in the data that are evaluated" in _metric_entries(coco)[1].findings.errors[0]
+    content["categories"][0]["name"] = "horse"
+    other.write_text(json.dumps(content))
+    assert "no category 'cat'" in _metric_entries(coco)[1].findings.errors[0]
+
+
+def test_sixteen_bits_file_by_file(coco):
+    """One bright file does not excuse dark ones; one dark file among bright ones is named."""
+    for number in range(3):
+        pixels = np.full((HEIGHT, WIDTH), 65535 if number == 0 else 4095, np.uint16)
+        Image.fromarray(pixels).save(coco.folder / "images" / f"deep{number}.png")
+        coco.content["images"][number]["file_name"] = f"deep{number}.png"
+    coco.write()
+    (error,) = coco.check().errors
+    assert "2 images have 16 bits" in error and "deep1.png (4095)" in error
+    Image.fromarray(np.full((HEIGHT, WIDTH), 65535, np.uint16)).save(coco.folder / "images" / "deep1.png")
+    findings = coco.check()
+    assert findings.errors == []
+    assert "leaves 1 nearly black" in findings.warnings[0] and "deep2.png" in findings.warnings[0]
+
+
+def test_negative_values_of_label_maps(segmentation):
+    values = np.where(np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 2, -1, 1).astype(np.int32)
+    Image.fromarray(values).save(segmentation.folder / "labels" / "0.tif")
+    (segmentation.folder / "labels" / "0.tif").rename(segmentation.folder / "labels" / "0.png")
+    (error,) = segmentation.check().errors
+    assert "1 label map has values that no class has, such as -1" in error
+
+
+def test_what_a_label_map_leaves_out_is_ignored(segmentation):
+    """Whatever ignore_index is, classes that are not chosen become 255."""
+    use = dict(images=[], maps=[], total=6, folder="", suffix=".jpg", map_suffix=".png", reduce_zero_label=False)
+    images = [str(segmentation.folder / "images" / f"{i}.jpg") for i in range(6)]
+    maps = [str(segmentation.folder / "labels" / f"{i}.png") for i in range(6)]
+    use = MapUse(
+        **{**use, "images": images, "maps": maps},
+        classes=["a", "b"],
+        ignore_index=254,
+        label_map={0: 0, 1: 255, 2: 1},
+        training=True,
+    )
+    findings, _ = check_label_maps(use)
+    assert findings.errors == []
+    assert [entry.count for entry in findings.classes] == [6 * HEIGHT * WIDTH // 3] * 2
+
+
+def test_files_that_accompany_an_image(segmentation):
+    """Those of Cityscapes beside the images are no images of another suffix; a photograph is."""
+    for i in range(6):
+        shutil.move(segmentation.folder / "images" / f"{i}.jpg", segmentation.folder / "images" / f"a_{i}_rgb.jpg")
+        shutil.move(segmentation.folder / "labels" / f"{i}.png", segmentation.folder / "labels" / f"a_{i}_ids.png")
+        picture().save(segmentation.folder / "images" / f"a_{i}_color.png")
+    segmentation.dataset.update(img_suffix="_rgb.jpg", seg_map_suffix="_ids.png")
+    findings = segmentation.check()
+    assert (findings.errors, findings.warnings) == ([], [])
+    picture().save(segmentation.folder / "images" / "b.png")
+    assert "1 image has another suffix than _rgb.jpg" in segmentation.check().warnings[0]
+
+
+def test_a_folder_that_changes_below(segmentation):
+    """Sub-folders that were searched are part of what the findings depend on."""
+    (segmentation.folder / "images" / "below").mkdir()
+    assert segmentation.check().warnings == []
+    picture().save(segmentation.folder / "images" / "below" / "new.png")
+    segmentation.dataset.seg_map_suffix = ".PNG"
+    for path in list((segmentation.folder / "labels").iterdir()):
+        path.rename(path.with_suffix(".PNG"))
+    assert "new.png" in segmentation.check().warnings[0]
+
+
+def test_label_maps_without_names_of_classes(segmentation):
+    segmentation.dataset.metainfo = None
+    findings = segmentation.check()
+    assert findings.errors == []
+    assert "metainfo has no classes" in findings.warnings[0]
+
+
+def test_no_label_map_is_there(segmentation):
+    segmentation.dataset.seg_map_suffix = "_ids.png"
+    (error,) = segmentation.check().errors
+    assert "6 of 6 images have no label map" in error and "labels has 0.png, 1.png, 2.png and 3 more" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("0\n\n1\n", "1 line is blank: line 2"), ("0.jpg\n1.jpg\n", "2 names have the suffix .jpg, such as 0.jpg")],
+)
+def test_lists_of_images(segmentation, text, message):
+    (segmentation.folder / "split.txt").write_text(text)
+    segmentation.dataset.ann_file = "split.txt"
+    (error,) = segmentation.check().errors
+    assert message in error
+
+
+def test_images_of_bad_label_maps_are_checked(segmentation):
+    segmentation.label(0, FULL, "RGB")
+    (segmentation.folder / "images" / "0.jpg").write_bytes(b"")
+    maps, images = segmentation.check().errors
+    assert "0.png has 3 channels" in maps and "0.jpg is empty" in images
+
+
+def test_training_without_label_maps(segmentation):
+    del segmentation.dataset.data_prefix["seg_map_path"]
+    assert "which training needs" in segmentation.check().errors[0]
+
+
+@pytest.mark.parametrize(("image_id", "written"), [("000001", "'000001'"), ("1 ", "'1 '"), (1, "1")])
+def test_ids_that_differ_in_form(coco, image_id, written):
+    if image_id == 1:
+        for image in coco.content["images"]:
+            image["id"] = f"{image['id']:06}"
+    else:
+        coco.content["annotations"][0]["image_id"] = image_id
+    coco.write()
+    (error,) = coco.check().errors
+    assert f"annotation 1: its image_id is {written}, and the image's id is" in error
+
+
+def test_long_lists_of_classes_are_shortened(coco):
+    coco.content["categories"] = [dict(id=i, name=f"c{i}") for i in range(90)]
+    coco.write()
+    (error,) = coco.check().errors
+    assert "'c9' and 80 more" in error
+
+
+def test_two_data_sets_have_pictures_of_their_own(coco, tmp_path, call):
+    """On the page, with one that is not there yet beside them, and the errors are printed first."""
+    leaf = {key: value for key, value in coco.cfg.train_dataloader.dataset.items() if key != "filter_cfg"}
+    second = tmp_path / "second"
+    second.mkdir()
+    Coco(second)
+    both = [leaf, {**copy.deepcopy(leaf), "data_root": str(second)}]
+    coco.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=both)
+    config = tmp_path / "config.py"
+    config.write_text(coco.cfg.pretty_text)
+    status, _, _ = call("dataset/check", config, "--out", "page")
+    assert not status
+    names = {path.name for path in (tmp_path / "page").glob("train_*.png")}
+    assert any(name.startswith("train_1_") for name in names) and any(name.startswith("train_2_") for name in names)
+    (tmp_path / "file").write_text("")
+    status, _, errors = call("dataset/check", config, "--out", "file")
+    assert status == 2 and "--out: expected a folder" in error_lines(errors)[0]
+
+
+@pytest.mark.parametrize("damage", ["image", "folder"])
+def test_several_processes_print_one_error(coco, tmp_path, damage):
+    """The first process says what is wrong, and the launcher ends the others."""
+    shutil.rmtree(coco.folder / "images") if damage == "folder" else (coco.folder / "images" / "1.jpg").unlink()
+    config, script = tmp_path / "config.py", tmp_path / "check.py"
+    config.write_text(coco.cfg.pretty_text)
+    script.write_text(
+        "from mmdet.utils import register_all_modules\n"
+        "from mmengine.config import Config\n"
+        "from condattn.openmmlab.data_check import check_data\n"
+        "from condattn.openmmlab.errors import run_tool\n"
+        "register_all_modules()\n"
+        f"cfg = Config.fromfile({str(config)!r})\n"
+        "cfg.launcher = 'pytorch'\n"
+        "run_tool(lambda: check_data(cfg, 'train'))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    (error,) = error_lines(result.stderr)
+    assert ("no data at" if damage == "folder" else "1 of 6 images are missing") in error
 
 
 def test_the_tool(coco, tmp_path, call):

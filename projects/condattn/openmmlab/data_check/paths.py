@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.config import Config
 
 from ..errors import UserError
+from .settings import slips
 
 SOURCES = {
     "coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
@@ -63,7 +64,7 @@ def check_paths(cfg: Config, loader: str, metrics: Iterable[dict]) -> None:
     """
     found = False
     for dataset in leaves(cfg[f"{loader}_dataloader"]["dataset"]):
-        if is_local(dataset):
+        if is_local(dataset) and not any(slips(dataset)):
             for path in named_paths(dataset):
                 found = True
                 _check_path(path, f"{loader}_dataloader", cfg)
