@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 from .attention.adapters import inner, is_adapter
 from .attention.rules import UnsupportedAttention, describe_unsupported, find_sites, find_unsupported, known_hosts
 from .attention.site import AttentionSite
+from .kernels.private import forget_compiled
 from .layers.adapted import check_adapter, follow_all
 from .layers.correction import CorrectedModule
 from .layers.first_forward import FirstForward
@@ -106,7 +105,7 @@ def condition(
     for site in chosen if methods else ():
         FirstForward(site)
     follow_all(model)
-    _forget_compiled()
+    forget_compiled()
     names = tuple(site.name for site in chosen if methods)
     return Report(tuple(methods), names, tuple(site.name for site in sites if site.name not in names))
 
@@ -138,7 +137,7 @@ def fold(model: nn.Module) -> int:
     for site in find_sites(model):
         if not _methods_of(site):
             FirstForward.forget(site.module)
-    _forget_compiled()
+    forget_compiled()
     return len(foldable)
 
 
@@ -161,7 +160,7 @@ def remove(model: nn.Module) -> int:
             type(method).remove(site)
         FirstForward.forget(site.module)
     follow_all(model)
-    _forget_compiled()
+    forget_compiled()
     return len(conditioned)
 
 
@@ -239,9 +238,3 @@ def _check_nothing_is_shared(sites: list[AttentionSite]) -> None:
             other = users.setdefault(owner, site)
             if other is not site:
                 raise ValueError(f"{other} and {site} share a {type(owner).__name__}; exclude one of them")
-
-
-def _forget_compiled() -> None:
-    """What ``torch.compile`` has made of a model does not notice hooks that come or go."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

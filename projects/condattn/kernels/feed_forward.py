@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .private import gelu
 from .switch import autocast, autocast_dtype, is_plain
 
 PART = 2**21
@@ -62,7 +63,7 @@ class _FeedForward(torch.autograd.Function):
         for part in _parts(rows, features):
             before = hidden[part] if keep else hidden[: len(rows[part])]
             _project(rows[part], weight_in, bias_in, before)
-            after = torch._C._nn.gelu(before, out=active[: len(before)])  # type: ignore[call-arg]  # not in its stub
+            after = gelu(before, out=active[: len(before)])
             _project(after, weight_out, bias_out, outputs[part])
         if keep:
             ctx.save_for_backward(x, hidden, weight_in, weight_out)
@@ -81,7 +82,7 @@ class _FeedForward(torch.autograd.Function):
         buffer = _buffer(rows, features)
         for part in _parts(rows, features):
             before, change, beta = hidden[part], gradient[part], int(part.start > 0)
-            active = torch._C._nn.gelu(before, out=buffer[: len(before)])  # type: ignore[call-arg]
+            active = gelu(before, out=buffer[: len(before)])
             if grad_out is not None:
                 grad_out.addmm_(change.T, active, beta=beta)
             change = torch.mm(change, weight_out, out=active)

@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from .private import is_watched_or_transformed
+
 OLDEST_TRITON = (3, 6)
 """Triton 3.1 (of torch 2.5) does not take the kernels; none between has been tried."""
 _lock, _plain = Lock(), 0
@@ -38,15 +40,7 @@ def is_plain() -> bool:
 
 def is_upstream() -> bool:
     """Whether upstream's own forward is wanted: by :func:`plain`, or by what watches or transforms its operations."""
-    return _plain > 0 or (
-        not is_compiling()
-        and (
-            torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch.autograd.forward_ad._current_level >= 0
-        )
-    )
+    return _plain > 0 or (not is_compiling() and (torch.jit.is_tracing() or is_watched_or_transformed()))
 
 
 def is_compiling() -> bool:

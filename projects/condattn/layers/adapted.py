@@ -13,6 +13,7 @@ from torch import nn
 
 from ..attention.adapters import INSIDE, inner, is_adapter
 from ..attention.classes import look_up, qualified_name
+from ..kernels.private import forward_pre_hooks
 from ..kernels.switch import is_compiling
 from .correction import CorrectedModule
 from .head_norm import PreconditionedLinear
@@ -56,7 +57,7 @@ def follow(adapter: nn.Module, layer: nn.Module) -> None:
     check_adapter(adapter, layer)
     if isinstance(layer, CorrectedModule):
         layer.settle()
-    if prepare not in adapter._forward_pre_hooks.values():
+    if prepare not in forward_pre_hooks(adapter).values():
         adapter.register_forward_pre_hook(prepare)
         adapter.register_forward_hook(finish, always_call=True)
 

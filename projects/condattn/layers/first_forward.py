@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention.adapters import inner
 from ..attention.site import AttentionSite
+from ..kernels.private import forward_hooks, forward_pre_hooks
 from ..kernels.switch import is_compiling
 from .hooks import remove_methods
 
@@ -87,4 +88,5 @@ class FirstForward:
 
 def count_hooks(module: nn.Module) -> int:
     """The number of forward hooks and pre-hooks of ``module`` that are not those of its first forward."""
-    return len(module._forward_hooks) + len(module._forward_pre_hooks) - 2 * ("first_forward" in module.__dict__)
+    own = 2 * ("first_forward" in module.__dict__)
+    return len(forward_hooks(module)) + len(forward_pre_hooks(module)) - own

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention.adapters import is_at_work
+from ..kernels.private import forward_pre_hooks
 from .class_swap import ConditionedLayer, restore_class, swap_class
 from .correction import CorrectedModule
 from .head_norm import HeadNorm
@@ -190,7 +191,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
 
 def swap_to_conditioned(module: nn.MultiheadAttention) -> ConditionedMultiheadAttention:
     """Turn ``module`` in place into a :class:`ConditionedMultiheadAttention`, and return it."""
-    if keep_fast_path_away not in module._forward_pre_hooks.values():
+    if keep_fast_path_away not in forward_pre_hooks(module).values():
         module.register_forward_pre_hook(keep_fast_path_away)
     return swap_class(module, ConditionedMultiheadAttention)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention.adapters import inner, is_at_work
+from ..kernels.private import forward_hooks, override_parameter
 from ..kernels.switch import is_plain
 from .hooks import remove_methods
 
@@ -42,19 +43,19 @@ class ParameterOverride(ABC):
             **{name: getattr(owner, name) for name in others},
         }
         for name, other in others.items():
-            _put(owner, name, other)
+            override_parameter(owner, name, other)
 
     def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
         """Restore the parameters."""
         owner: Any = inner(reader.get_submodule(self.path))
         for name, parameter in (getattr(owner, "overridden", None) or {}).items():
-            _put(owner, name, parameter)
+            override_parameter(owner, name, parameter)
         owner.overridden = None
 
     @classmethod
     def detach(cls, reader: nn.Module) -> None:
         """Remove all overrides of this class from ``reader``."""
-        for override in [getattr(hook, "__self__", None) for hook in reader._forward_hooks.values()]:
+        for override in [getattr(hook, "__self__", None) for hook in forward_hooks(reader).values()]:
             if isinstance(override, cls):
                 inner(reader.get_submodule(override.path)).__dict__.pop("overridden", None)
         remove_methods(reader, cls)
@@ -125,11 +126,3 @@ class PostponedProjection(ParameterOverride):
         """Put the parameters in their places again, and call the layer."""
         super().end(reader, args, output)
         return None if output is None else reader.get_submodule(self.path)(output)
-
-
-def _put(owner: Any, name: str, value: Tensor | None) -> None:
-    """Let ``value``, perhaps no parameter, be what ``owner`` has under the name of a parameter."""
-    if name in owner._parameters:
-        owner._parameters[name] = value
-    else:  # a replica has no parameters
-        object.__setattr__(owner, name, value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.feed_forward import feed_forward
+from ...kernels.private import has_backward_or_global_hooks, has_saved_tensors_hooks
 from ...kernels.switch import autocast, autocast_dtype, is_compiling, is_ordinary, is_upstream
 from ...kernels.window_attention import window_attention
 from ...kernels.windows import Windows
@@ -143,10 +144,7 @@ def _pad(x: Tensor, *pad: int) -> Tensor:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether someone wants to see the calls of a module itself, by hooks or by a forward of its own."""
-    every = nn.modules.module
-    own = module._backward_hooks, module._backward_pre_hooks
-    of_all = every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks
-    return count_hooks(module) > 0 or any((*own, *of_all)) or "forward" in module.__dict__
+    return count_hooks(module) > 0 or has_backward_or_global_hooks(module) or "forward" in module.__dict__
 
 
 def is_usual(layer: nn.Module, name: str) -> bool:
@@ -178,7 +176,7 @@ def recompute_in_backward(module: nn.Module, x: Tensor, then: Callable[[Tensor],
     """
     output = module(x)
     # What is kept is a compiler's to choose, or an outer hook's, such as checkpointing's.
-    if not torch.is_grad_enabled() or is_compiling() or is_watched(module) or _has_saved_tensors_hooks():
+    if not torch.is_grad_enabled() or is_compiling() or is_watched(module) or has_saved_tensors_hooks():
         return then(output)
     half = autocast_dtype(x)
     if half:  # as the linear layer that gets it would
@@ -201,12 +199,6 @@ def recompute_in_backward(module: nn.Module, x: Tensor, then: Callable[[Tensor],
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return then(output)
-
-
-def _has_saved_tensors_hooks() -> bool:
-    """Whether someone else says how tensors are kept for the backward, or that nobody may; older PyTorch hides it."""
-    find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return not torch._C._autograd._saved_tensors_hooks_is_enabled() or (find is not None and find(True) is not None)
 
 
 MIXINS = {
