@@ -156,5 +156,5 @@ def _layer(owner: nn.Module) -> type[ConditionedLayer]:
     if isinstance(owner, nn.MultiheadAttention):
         return ConditionedMultiheadAttention
     if is_transposed(owner):
-        return import_module(".conv1d", __package__).SpectralConv1D
+        return import_module("..layers.conv1d", __package__).SpectralConv1D
     return SpectralConv2d if isinstance(owner, nn.Conv2d) else SpectralLinear
