@@ -105,7 +105,7 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
             label = loader if len(settings) == 1 else f"{loader} ({i} of {len(settings)})"
             entries.append(Checked(label, loader, leaf, _check(cfg, loader, leaf, read_all, heads)))
         _judge_together(entries)
-        checked += entries + list(_check_metrics(cfg, loader, settings))
+        checked += entries + list(_check_metrics(cfg, loader, entries))
     for entry in checked:
         findings = entry.findings
         findings.summary = one_line(findings.summary)
@@ -117,7 +117,7 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
 
 def _judge_together(entries: list[Checked]) -> None:
     """Make what is too little in each data set of a loader an error, unless they have enough together."""
-    shown = {counted.name for entry in entries for counted in entry.findings.classes if counted.count}
+    shown = {each.name for entry in entries for each in entry.findings.classes if each.count}
     if all(entry.findings.barren for entry in entries) and len(shown) < 2:
         for entry in entries:
             entry.findings.errors.append(entry.findings.barren)
@@ -204,9 +204,10 @@ def _evaluates_masks(metric: dict[str, Any]) -> bool:
     return "segm" in as_list(metric.get("metric", "bbox")) and not metric.get("format_only")
 
 
-def _check_metrics(cfg: Config, loader: str, settings: list[dict[str, Any]]) -> Iterator[Checked]:
-    """Check the annotation files of the metrics of ``loader`` that are not those of its data sets, ``settings``."""
-    data = [leaf for leaf in settings if _kind(leaf) == "coco" and is_local(leaf) and leaf.get("ann_file")]
+def _check_metrics(cfg: Config, loader: str, entries: list[Checked]) -> Iterator[Checked]:
+    """Check the annotation files of the metrics of ``loader`` that are not those of its data sets."""
+    sound = [entry.settings for entry in entries if not entry.findings.errors]
+    data = [leaf for leaf in sound if _kind(leaf) == "coco" and is_local(leaf) and leaf.get("ann_file")]
     files = [str(Path(leaf.get("data_root") or "", leaf["ann_file"])) for leaf in data]
     resolved = {Path(path).resolve() for path in files}
     for metric in metrics(cfg, loader):
