@@ -77,7 +77,7 @@ def test_the_method(guide):
         condattn.condition(conditioned, "scale")
     with pytest.raises(ValueError, match="no module in it receives its head outputs"):
         condattn.condition(torch.nn.MultiheadAttention(8, num_heads=2), "scale")
-    guide["HeadScale"].remove(condattn.find_sites(conditioned)[0])
+    assert condattn.remove(conditioned) == 1
     assert torch.equal(conditioned(x), before)
 
 
