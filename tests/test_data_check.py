@@ -1065,6 +1065,7 @@ def test_nested_without_end(coco):
         (lambda d: d.filter_cfg.update(min_size="32"), "filter_cfg.min_size: expected a number of pixels, found '32'"),
         (lambda d: d.update(indices="3"), "indices: expected a whole number"),
         (lambda d: d.update(indices=[0, 99]), "indices has 99, and 6 images are there"),
+        (lambda d: d.update(backend_args="local"), "backend_args: expected dict"),
         (lambda d: d.update(data_root=5), "data_root: expected the path"),
     ],
 )
@@ -1079,6 +1080,10 @@ def test_slips_in_a_configuration(coco, change, message):
     [
         (lambda loader: loader.dataset.pop("type"), "train_dataloader.dataset has no type"),
         (lambda loader: loader.update(dataset=[loader.dataset]), "train_dataloader.dataset is a list"),
+        (
+            lambda loader: loader.update(dataset=dict(type="ConcatDataset", datasets=[])),
+            "train_dataloader.dataset.datasets is empty",
+        ),
         (lambda loader: loader.update(dataset=None), "train_dataloader.dataset: expected the settings of a data set"),
     ],
 )
@@ -1093,6 +1098,7 @@ def test_loaders_without_a_data_set(coco, change, message):
     [
         (lambda d: d.data_prefix.pop("img_path"), "data_prefix has no img_path"),
         (lambda d: d.update(metainfo=None), "classes. should be specified when testing"),
+        (lambda d: d.update(img_suffix=5), "the images cannot be listed"),
         (lambda d: d.update(indices=[7]), "indices has 7, and 6 images are there"),
         (lambda d: d.metainfo.update(classes=["a", "b", "a"]), "classes has 'a' 2 times"),
     ],
@@ -1305,6 +1311,13 @@ def test_lists_of_images(segmentation, text, message):
     segmentation.dataset.ann_file = "split.txt"
     (error,) = segmentation.check().errors
     assert message in error
+
+
+def test_a_list_that_is_no_text(segmentation):
+    (segmentation.folder / "split.txt").write_bytes(b"\xff\xfe\n")
+    segmentation.dataset.ann_file = "split.txt"
+    (error,) = segmentation.check().errors
+    assert error.startswith("the images cannot be listed")
 
 
 def test_images_of_bad_label_maps_are_checked(segmentation):

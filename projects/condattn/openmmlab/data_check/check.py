@@ -274,7 +274,10 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
             "predict the images with tools/predict.py"
         )
         return Findings(errors=[error])
-    samples = dataset.load_data_list()
+    try:
+        samples = dataset.load_data_list()
+    except (OSError, TypeError, ValueError, AssertionError) as error:
+        return Findings(errors=[f"the images cannot be listed: {error}; correct ann_file, data_prefix and img_suffix"])
     total, indices = len(samples), leaf.get("indices")
     if isinstance(indices, int):
         samples = samples[:indices] if indices >= 0 else samples[indices:]

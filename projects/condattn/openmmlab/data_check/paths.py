@@ -31,7 +31,8 @@ def leaves(dataset: dict) -> Iterator[dict]:
 
 def is_local(dataset: dict) -> bool:
     """Whether a data set reads from a disk."""
-    if (dataset.get("backend_args") or {}).get("backend", "local") != "local":
+    backend = dataset.get("backend_args")
+    if isinstance(backend, dict) and backend.get("backend", "local") != "local":
         return False
     return not any("://" in path for path in (str(dataset.get("data_root") or ""), *named_paths(dataset)))
 

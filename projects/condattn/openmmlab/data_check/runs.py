@@ -8,6 +8,8 @@ import numpy as np
 
 LONGEST = 7
 """Characters of one number of a compressed mask: 35 bits."""
+BATCH = 50
+"""Masks that are decoded at once, so that their numbers stay in the processor's caches."""
 
 
 def count_runs(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -23,8 +25,9 @@ def count_runs(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.fromiter(chain.from_iterable(runs[i] for i in lists), float, sum(lengths)).astype(np.int64)
         totals[lists], pixels[lists] = _sums(numbers, np.array(lengths))
     texts = [i for i, counts in enumerate(runs) if type(counts) is str and counts and counts.isascii()]
-    if texts:
-        totals[texts], pixels[texts] = _decode([runs[i] for i in texts])
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        totals[batch], pixels[batch] = _decode([runs[i] for i in batch])
     return totals, pixels
 
 
@@ -44,6 +47,14 @@ def _sums(numbers: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
     totals = np.add.reduceat(numbers, starts)
     totals[np.minimum.reduceat(numbers, starts) < 0] = -1
     return totals, np.add.reduceat(numbers * odd, starts)
+
+
+def _running_sums(numbers: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Running sums that begin anew with each owner, whose numbers stand together."""
+    summed = np.cumsum(numbers)
+    begin = np.flatnonzero(np.diff(owner, prepend=-1))
+    before = np.where(begin > 0, summed[begin - 1], 0)
+    return summed - np.repeat(before, np.diff(np.append(begin, len(numbers))))
 
 
 def _decode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,13 +85,10 @@ def _decode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     counts = np.bincount(owner, minlength=len(texts))
     first = np.cumsum(counts) - counts
     index = np.arange(len(numbers)) - first[owner]
-    chains = owner * 3 + np.where(index == 0, 0, 1 + index % 2)
-    order = np.argsort(chains, kind="stable")
-    summed = np.cumsum(numbers[order])
-    begin = np.flatnonzero(np.diff(chains[order], prepend=-1))
-    before = np.where(begin > 0, summed[begin - 1], 0)
-    values = np.empty_like(numbers)
-    values[order] = summed - np.repeat(before, np.diff(np.append(begin, len(numbers))))
+    values = numbers.copy()
+    for parity in (0, 1):
+        chosen = np.flatnonzero((index % 2 == parity) & (index > 0))
+        values[chosen] = _running_sums(numbers[chosen], owner[chosen])
     chosen = np.flatnonzero(counts)
     totals[chosen], pixels[chosen] = _sums(values, counts[chosen])
     totals[too_long] = -1

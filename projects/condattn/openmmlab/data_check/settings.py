@@ -23,6 +23,8 @@ def misshapen(dataset: Any, where: str) -> Iterator[str]:
         for key in WRAPPED:
             children = dataset.get(key) if key in dataset else []
             several = isinstance(children, list | tuple)
+            if key in dataset and several and not children:
+                yield f"{where}.{key} is empty; name the data sets there"
             for i, child in enumerate(children if several else [children]):
                 yield from misshapen(child, f"{where}.{key}" + (f"[{i}]" if several else ""))
 
@@ -42,6 +44,8 @@ def slips(leaf: dict[str, Any]) -> Iterator[str]:
         yield f"metainfo: expected dict(classes=('name', ...)), found {shown(metainfo)}; write it so"
     else:
         yield from _slips_in_classes((metainfo or {}).get("classes"))
+    if not isinstance(leaf.get("backend_args") or {}, dict):
+        yield f"backend_args: expected dict(backend='local'), found {shown(leaf['backend_args'])}; write it so"
     filters = leaf.get("filter_cfg")
     if filters is not None and not isinstance(filters, dict):
         yield f"filter_cfg: expected dict(filter_empty_gt=..., min_size=...), found {shown(filters)}; write it so"
