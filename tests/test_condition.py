@@ -11,6 +11,7 @@ from torch import nn
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.attention import rules as sites
+from condattn.methods.base import split_names
 
 
 def transformer():
@@ -267,6 +268,11 @@ def test_names_take_settings_and_are_printed_with_them(text, methods):
     assert condattn.methods.parse(text) == methods
     assert "+".join(map(str, methods)) == text
     assert str(condattn.condition(transformer(), methods)).endswith(f"attention sites: {text}")
+
+
+def test_lists_of_names():
+    names = ["none", "sc(targets=('q', 'k'), strength={'q': 1.0, 'k': 2.0})+pc", "pc"]
+    assert split_names(", ".join(names)) == names
 
 
 def test_a_short_name_in_the_long_form():

@@ -18,7 +18,7 @@ from condattn.spectra.report import write_report
 def test_the_report(tmp_path):
     timm = pytest.importorskip("timm")
     measurements = {}
-    for label in ("none", "pc", "sc+pc"):
+    for label in ("none", "pc", "sc(strength=10.0)+pc"):
         torch.manual_seed(0)
         model = timm.create_model("test_vit", img_size=64)
         condattn.condition(model, label)
@@ -45,15 +45,22 @@ def spectra_tool(call, *arguments):
 
 def test_the_tool_compares_conditionings(call, detection, scenes, tmp_path):
     images = scenes / "images" / "validation"
-    command = [detection.config, detection.checkpoint, "--images", images, "--num", 1, "--compare", "none,sc+pc"]
+    command = [
+        detection.config,
+        detection.checkpoint,
+        "--images",
+        images,
+        "--num",
+        1,
+        "--compare",
+        "none,sc(strength=10.0,relative=False)+pc",
+    ]
     status, output, _ = spectra_tool(call, *command, "--out", "out")
     assert status is None and "saturated" in output and "report.html" in output
     rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
-    assert {row["model"] for row in rows} == {"none", "sc+pc"}
-    by_model = {
-        m: [r["sigma_max"] for r in rows if r["model"] == m and r["quantity"] == "W_Q"] for m in ("none", "sc+pc")
-    }
-    assert by_model["none"] == by_model["sc+pc"]  # the same weights
+    assert {row["model"] for row in rows} == set(names)
+    first, second = ([r["sigma_max"] for r in rows if r["model"] == m and r["quantity"] == "W_Q"] for m in names)
+    assert first == second  # the same weights
 
 
 def test_the_tool_measures_weights_alone_and_data_of_a_configuration(call, segmentation_options, tmp_path):
@@ -102,7 +109,9 @@ def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
     name = next(name for name in checkpoint["state_dict"] if name.endswith("qkv.weight"))
     checkpoint["state_dict"][name][0, 0] = torch.nan
     torch.save(checkpoint, "nan.pth")
-    refuse(tool, detection.config, "nan.pth", "--out", "out", parts=("W_Q has values that are not finite",))
+    refuse(
+        tool, detection.config, "nan.pth", "--out", "out", parts=("nan.pth", "values that are not finite", "qkv.weight")
+    )
     refuse(
         *(tool, detection.config, detection.checkpoint, "--images", images, "--out", "out"),
         *("--compare", "none,colour", "--num", "1"),

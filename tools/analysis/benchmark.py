@@ -34,6 +34,7 @@ from tqdm import tqdm
 import condattn
 import condattn.registry
 from condattn.kernels.switch import plain
+from condattn.methods.base import split_names
 from condattn.openmmlab.errors import UserError, run_tool
 
 UPSTREAM = "upstream"
@@ -292,7 +293,7 @@ def complexity(name: str, args: argparse.Namespace, size: tuple[int, int]) -> di
 
 def measure(args: argparse.Namespace, size: tuple[int, int]) -> list[dict]:
     """The figures of every variant at one size, the first the reference."""
-    names = args.models.split(",")
+    names = split_names(args.models)
     try:
         memory = {name: peak_memory(name, args, size) for name in tqdm(names, desc="memory", disable=None)}
         counts = {name: complexity(name, args, size) for name in names}
@@ -383,7 +384,7 @@ def main() -> None:
     for name, least in (("repeats", 2), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected {least} or more, found {getattr(args, name)}")
-    for name in args.models.split(","):
+    for name in split_names(args.models):
         if name.partition(":")[2] not in ("", "folded", *CONTEXTS):
             raise UserError(
                 "--models: expected a conditioning, with ':plain', ':folded' or ':torchvision' or without, "

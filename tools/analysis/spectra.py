@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import condattn
+from condattn.methods.base import split_names
 from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
@@ -63,7 +64,7 @@ def main() -> None:
     if args.images and not paths:
         raise UserError(f"no image below {args.images} can be read")
     measurements: dict[str, Measurement] = {}
-    for label in args.compare.split(",") if args.compare else [None]:
+    for label in split_names(args.compare) if args.compare else [None]:
         try:
             model, run = build(args, label, paths)
             quantities = [*QUANTITIES, "jacobian"] if args.jacobian else QUANTITIES

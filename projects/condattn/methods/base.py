@@ -132,6 +132,18 @@ def _build(conditioning: Conditioning) -> list[Method]:
     )
 
 
+def split_names(text: str) -> list[str]:
+    """Split a list such as 'none,sc(strength=3.0,relative=True)' at its commas, but not at those of settings."""
+    names, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += character
+    return [name.strip() for name in names]
+
+
 def _read(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names and settings in a text such as 'sc(strength=3.0, relative=True)+pc'."""
     try:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -244,29 +243,25 @@ def _looks(measurements: Measurements) -> Iterator[tuple[str, Measurement, dict[
 
 def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) -> str:
     """One HTML page that needs nothing beside it: warnings, pictures, and the table of all sites."""
-    figures = []
-    for name, data in pictures.items():
-        caption = html.escape(str(PLOTS[name].__doc__))
-        source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        wide = " class=wide" if name != "entropy_by_depth" else ""
-        figures.append(f'<figure{wide}><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
-    warnings = [f"<li>{html.escape(text)}</li>" for text in find_warnings(measurements)]
+    figures = [
+        (str(PLOTS[name].__doc__), base64.b64encode(data).decode(), name != "entropy_by_depth")
+        for name, data in pictures.items()
+    ]
     left_out = [
-        f"<li>{html.escape(f'{label}: {quantity} of {site}: {reason}')}</li>"
+        f"{label}: {quantity} of {site}: {reason}"
         for label, measurement in measurements.items()
         for (site, quantity), reason in measurement.left_out.items()
     ]
     lines = summary(measurements)
-    head = "".join(f"<th>{html.escape(title_of(name))}</th>" for name in lines[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell(v))}</td>" for v in row.values()) + "</tr>" for row in lines
-    )
-    return Template((Path(__file__).parent / "report.html").read_text()).substitute(
-        title=html.escape(title),
-        warnings=f"<h2>Worth a look</h2><ul>{''.join(warnings)}</ul>" if warnings else "",
-        figures="".join(figures),
-        table=f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>",
-        left_out=f"<h2>Left out</h2><ul>{''.join(left_out)}</ul>" if left_out else "",
+    template = (Path(__file__).parent / "report.html").read_text()
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        title=title,
+        warnings=find_warnings(measurements),
+        figures=figures,
+        header=[title_of(name) for name in lines[0]],
+        rows=[[cell(value) for value in row.values()] for row in lines],
+        left_out=left_out,
     )
 
 
