@@ -135,7 +135,8 @@ def test_mixed_stacks(refuse, monkeypatch):
         ("mask_rcnn_swin_pc.py", "model.backbone.conditioning=cp", ("unknown conditioning 'cp'", "'pc'", "'sc'")),
         ("upernet_swin_pc.py", "model.backbone.type=ConditionedSvin", ("ConditionedSvin",)),
         ("upernet_swin_pc.py", "model.backbone.conditionning=pc", ("conditionning",)),
-        ("mask_rcnn_swin_sc.py", "model.backbone.conditioning.strength=inf", ("strength", "finite", "inf")),
+        ("mask_rcnn_swin_sc.py", "model.backbone.conditioning=sc(strength=1e999)", ("strength", "finite", "inf")),
+        ("mask_rcnn_swin_sc.py", "model.backbone.conditioning.strength=2.0", ("--cfg-options", "replaced as a whole")),
     ],
 )
 def test_models_that_cannot_be_built(refuse, config, option, parts):

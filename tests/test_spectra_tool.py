@@ -45,16 +45,8 @@ def spectra_tool(call, *arguments):
 
 def test_the_tool_compares_conditionings(call, detection, scenes, tmp_path):
     images = scenes / "images" / "validation"
-    command = [
-        detection.config,
-        detection.checkpoint,
-        "--images",
-        images,
-        "--num",
-        1,
-        "--compare",
-        "none,sc(strength=10.0,relative=False)+pc",
-    ]
+    names = ("none", "sc(strength=10.0,relative=False)+pc")
+    command = [detection.config, detection.checkpoint, "--images", images, "--num", 1, "--compare", ",".join(names)]
     status, output, _ = spectra_tool(call, *command, "--out", "out")
     assert status is None and "saturated" in output and "report.html" in output
     rows = json.loads((tmp_path / "out" / "spectra.json").read_text())
