@@ -37,7 +37,7 @@ METHODS = {
     "pc": {"type": "RowPreconditioner", "detach": False},
     "sc": {"type": "SpectralCorrection", "strength": 1.0},
 }
-TWINS = {
+REFERENCES = {
     "mask_rcnn_swin_pc": (mmdet, "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"),
     "mask_rcnn_swin_sc": (mmdet, "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"),
     "mask_rcnn_swin_pc_3x": (mmdet, "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"),
@@ -55,7 +55,7 @@ TWINS = {
     "upernet_vit_pc": (mmseg, "vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py"),
 }
 # What mmdet and mmseg do not ship.
-WITHOUT_TWIN = {
+WITHOUT_REFERENCE = {
     *(
         "cascade_mask_rcnn_swin_pc",
         "mask_rcnn_swin-b_pc_3x",
@@ -231,20 +231,20 @@ def effective(node):
     return node
 
 
-def test_cascade_takes_from_its_twin_what_its_base_has_otherwise():
+def test_cascade_takes_from_its_reference_what_its_base_has_otherwise():
     cfg = load("cascade_mask_rcnn_swin_pc.py")
     assert cfg.model.backbone.drop_path_rate == 0.0
     assert cfg.optim_wrapper.type == "AmpOptimWrapper"
     assert (cfg.train_cfg.max_epochs, cfg.param_scheduler[1].milestones) == (12, [8, 11])
 
 
-def test_every_config_on_public_data_has_its_twin_named():
-    assert TWINS.keys() | WITHOUT_TWIN == {file.stem for file in FILES if file.parent == CONFIGS}
+def test_every_config_on_public_data_has_its_reference_named():
+    assert REFERENCES.keys() | WITHOUT_REFERENCE == {file.stem for file in FILES if file.parent == CONFIGS}
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_is_its_published_twin_but_for_the_conditioning(name):
-    toolbox, path = TWINS[name]
+@pytest.mark.parametrize("name", REFERENCES)
+def test_is_its_published_reference_but_for_the_conditioning(name):
+    toolbox, path = REFERENCES[name]
     ours, reference = load(f"{name}.py"), Config.fromfile(Path(toolbox.__file__).parent / ".mim/configs" / path)
     if ours.model.type == "Conditioned":
         ours.model = ours.model.module

@@ -1,9 +1,14 @@
-"""Print docs/attention.md: python tests/supported.py > docs/attention.md. Needs timm, mmpretrain and transformers."""
+"""Print docs/attention.md: python docs/make_attention.py > docs/attention.md.
+
+It reads the models of the test suite, and needs timm, torchvision, mmpretrain and transformers.
+"""
 
 import contextlib
 import importlib
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -18,14 +23,15 @@ INTRODUCTION = """# Supported attention
 What `condattn.condition` knows, by the class that computes the attention; subclasses count as their base. *PC* is row
 preconditioning of the head outputs, *SC* spectral correction and the projections that it applies to. *Seen in* names a
 model in which the test suite checks the class against the untouched model. `python tools/analysis/sites.py MODEL` lists
-the sites of any model; `condattn.register_rule` teaches another class. Written by `python tests/supported.py`, checked
-by the tests.
+the sites of any model; `condattn.register_rule` teaches another class. Written by `python docs/make_attention.py`,
+checked by the tests.
 """
 
 
 def walk() -> dict[str, tuple[str, str, str]]:
     """Qualified name of each class in the zoo -> what PC and SC can do there, and the first model that has it."""
     found = {}
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
     for zoo, names in ZOOS.items():
         zoo = importlib.import_module(zoo)
         for name in getattr(zoo, names):
@@ -35,11 +41,13 @@ def walk() -> dict[str, tuple[str, str, str]]:
 
 
 def rule_of(cls: type) -> str:
+    """The class that has the rule for ``cls``, by its qualified name."""
     hosts = set(known_hosts())
     return next(name for base in cls.__mro__ if (name := qualified_name(base)) in hosts)
 
 
 def can_pc(site) -> str:
+    """Whether ``site`` can be preconditioned."""
     try:
         RowPreconditioner().check(site)
     except ValueError:
@@ -48,6 +56,7 @@ def can_pc(site) -> str:
 
 
 def can_sc(site) -> str:
+    """The projections of ``site`` that can be corrected."""
     try:
         SpectralCorrection().check(site)
     except ValueError:
@@ -56,6 +65,7 @@ def can_sc(site) -> str:
 
 
 def page() -> str:
+    """The whole page."""
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
