@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.attention import rules as sites
+from condattn.methods import base as registry
 from condattn.methods.base import split_names
 
 
@@ -268,6 +270,44 @@ def test_names_take_settings_and_are_printed_with_them(text, methods):
     assert condattn.methods.parse(text) == methods
     assert "+".join(map(str, methods)) == text
     assert str(condattn.condition(transformer(), methods)).endswith(f"attention sites: {text}")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (RowPreconditioner, "self_attn.*: its head outputs are normalised already, by pc"),
+        (SpectralCorrection, "self_attn.*: its q is corrected already, by sc"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_methods_for_one_thing_are_refused(base, message, at_once):
+    """And the model stays as it was."""
+
+    @condattn.register_method
+    @dataclass(frozen=True)
+    class Other(base):
+        alias = "other"
+
+        @classmethod
+        def applied_to(cls, site):
+            found = base.applied_to(site)
+            return found if isinstance(found, cls) else None
+
+    try:
+        model = transformer()
+        keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+        if not at_once:
+            condattn.condition(model, base.alias)
+        with pytest.raises(ValueError, match=message):
+            condattn.condition(model, [base.alias, "other"] if at_once else "other")
+        if at_once:
+            assert list(model.state_dict()) == keys
+            assert [type(module) for module in model.modules()] == classes
+            assert not any(condattn.conditioning_of(model).values())
+        else:
+            assert all(len(methods) == 1 for methods in condattn.conditioning_of(model).values())
+    finally:
+        del registry._METHODS["Other"], registry._ALIASES["other"]
 
 
 def test_lists_of_names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -99,9 +100,7 @@ def condition(
             method.check(site)
     _check_nothing_is_shared(chosen)
     _check_adapters(model, chosen)
-    for method in methods:
-        for site in chosen:
-            method.apply(site)
+    _apply(methods, chosen)
     for site in chosen if methods else ():
         FirstForward(site)
     follow_all(model)
@@ -214,8 +213,25 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
+def _apply(methods: list[Method], sites: list[AttentionSite]) -> None:
+    """Apply all methods to all sites, or with an error none; an earlier one may have taken what a later one needs."""
+    applied: list[tuple[Method, AttentionSite]] = []
+    try:
+        for method in methods:
+            for site in sites:
+                method.check(site)
+                method.apply(site)
+                applied.append((method, site))
+    except Exception:
+        for method, site in reversed(applied):
+            with suppress(NotImplementedError):
+                method.remove(site)
+        raise
+
+
 def _methods_of(site: AttentionSite) -> list[Method]:
-    return [method for cls in registered_methods() if (method := cls.applied_to(site)) is not None]
+    found = [method for cls in registered_methods() if (method := cls.applied_to(site)) is not None]
+    return list({id(method): method for method in found}.values())  # a subclass of a method is found as that, too
 
 
 def _owners(site: AttentionSite) -> set[nn.Module]:

@@ -56,6 +56,11 @@ class RowPreconditioner(Method):
         out = site.out
         if out is None:
             raise ValueError(f"{site}: cannot be preconditioned: {site.obstacle}; {leave_out(site)}")
+        if (other := getattr(inner(out.owner), "preconditioner", None)) is not None:
+            raise ValueError(
+                f"{site}: its head outputs are normalised already, by {other}; two methods cannot normalise them: name "
+                "one of them"
+            )
         if is_copying(out.owner):
             raise ValueError(
                 f"{site}: cannot be preconditioned: a {type(out.owner).__name__} of PEFT is around its "

@@ -85,6 +85,11 @@ class SpectralCorrection(Method):
             raise ValueError(f"{site}: has no projection of its own for {wanted}: {site.obstacle}; {leave_out(site)}")
         for target, projection in projections.items():
             owner, heads = projection.owner, site.heads_of(projection)
+            if projection.parameter in getattr(owner, "corrections", ()):
+                raise ValueError(
+                    f"{site}: its {target} is corrected already, by {owner.spectral}; two methods cannot correct one "
+                    "weight: name one of them"
+                )
             check_can_swap(owner, _layer(owner), site)
             if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
                 raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
