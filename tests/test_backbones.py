@@ -287,7 +287,7 @@ class TestTimm:
         assert_same(results(ours, (2, 3, 32, 32)), results(upstream, (2, 3, 32, 32)), **CLOSE)
 
     def test_corrected(self):
-        upstream, ours = self.pair("sc")
+        upstream, ours = self.pair("sc(strength=10.0)")
         for block in upstream.blocks:
             weight = block.attn.qkv.weight
             weight.data += 10.0 * torch.eye(weight.shape[1], dtype=weight.dtype).repeat(3, 1)

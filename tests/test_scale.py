@@ -293,7 +293,7 @@ LOSS = """
 import os, sys, types
 import torch
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.hooks.atomic_checkpoint import FiniteLossHook
+from condattn.openmmlab.hooks.finite_loss import FiniteLossHook
 
 class Model(torch.nn.Module):
     def __init__(self):
