@@ -230,11 +230,11 @@ def bad_checkpoints(detection, tmp_path) -> Path:
     name = next(name for name in weights if name.endswith("blocks.1.attn.w_msa.proj.weight"))
     contents = {
         "numbered.pth": {"state_dict": dict(enumerate(weights.values()))},
-        "bare and numbered.pth": dict(enumerate(weights.values())),
+        "bare_and_numbered.pth": dict(enumerate(weights.values())),
         "flat.pth": {"state_dict": {name: value.reshape(-1, 1, 1) for name, value in weights.items() if value.dim()}},
         "listed.pth": {"state_dict": list(weights.values())},
-        "no metadata.pth": {"state_dict": weights, "meta": [1]},
-        "not a number.pth": {"state_dict": {**weights, name: torch.full_like(weights[name], float("nan"))}},
+        "no_metadata.pth": {"state_dict": weights, "meta": [1]},
+        "not_a_number.pth": {"state_dict": {**weights, name: torch.full_like(weights[name], float("nan"))}},
         "infinite.pth": {"state_dict": {**weights, name: torch.full_like(weights[name], float("-inf"))}},
     }
     for name, content in contents.items():
@@ -249,22 +249,20 @@ CHECKPOINTS = {
     "foreign.pth": ("no weight of the checkpoint foreign.pth fits", "encoder.weight", "backbone.patch_embed"),
     "list.pth": ("list.pth is no checkpoint",),
     "numbered.pth": ("numbered.pth: expected weights with names, found the key 0, of type int",),
-    "bare and numbered.pth": ("expected weights with names, found the key 0, of type int",),
+    "bare_and_numbered.pth": ("expected weights with names, found the key 0, of type int",),
     "flat.pth": (
         "no weight of the checkpoint flat.pth fits",
         "have another shape",
         "there, 32 x 3 x 4 x 4 in the model",
     ),
     "listed.pth": ("listed.pth: expected state_dict to be a dictionary of weights, found a list",),
-    "no metadata.pth": ("expected meta to be a dictionary, found a list",),
-    "not a number.pth": ("is damaged", "1 weights", "not finite", "blocks.1.attn.w_msa.proj.weight"),
+    "no_metadata.pth": ("expected meta to be a dictionary, found a list",),
+    "not_a_number.pth": ("is damaged", "1 weights", "not finite", "blocks.1.attn.w_msa.proj.weight"),
     "infinite.pth": ("is damaged", "1 weights", "not finite", "blocks.1.attn.w_msa.proj.weight"),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if " " not in name else pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTS]
-)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bad_checkpoints(refuse, bad_checkpoints, detection_options, scenes, name):
     config, parts = DEMO / "mask_rcnn_swin_pc.py", CHECKPOINTS[name]
     refuse("test", config, name, "--cfg-options", *detection_options, parts=parts)
