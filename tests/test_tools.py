@@ -76,7 +76,7 @@ def test_segmentation_resumes_from_a_named_checkpoint(segmentation, tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_has_the_constants_of_its_first(detection_options, tmp_path):
     config = DEMO / "mask_rcnn_swin_sc.py"
-    options = ["--cfg-options", *detection_options, "model.backbone.conditioning.relative=True"]
+    options = ["--cfg-options", *detection_options, "model.backbone.conditioning=sc(relative=True)"]
     options += ["default_hooks.checkpoint.max_keep_ckpts=2"]
     command = [TOOLS / "train.py", config, "--work-dir", tmp_path / "run", *options]
     run(*command, cwd=tmp_path)
