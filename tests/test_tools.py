@@ -188,7 +188,7 @@ def test_boxes_are_tested_with_augmentation(detection, tmp_path):
     test = [TOOLS / "test.py", detection.config, detection.checkpoint, "--tta", "--cfg-options", *options]
     result = run(*test, cwd=tmp_path)
     assert re.search(r"Epoch\(test\) \[1/1\].*coco/bbox_mAP: ", result.stdout)
-    assert "roi_head.mask_head" in next(line for line in result.stderr.splitlines() if "warning: " in line)
+    assert any("warning: " in line and "roi_head.mask_head" in line for line in result.stderr.splitlines())
 
 
 @pytest.fixture
