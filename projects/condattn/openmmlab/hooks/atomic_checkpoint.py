@@ -43,8 +43,12 @@ class WholeCheckpointHook(CheckpointHook):
         self._meta: dict[str, int] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """As upstream, and remove what a killed run has left half-written."""
+        """As upstream, and remove what a killed run has left half-written.
+
+        A resumed run knows its last checkpoint, without which upstream does not save again after a better validation.
+        """
         super().before_train(runner)
+        self.last_ckpt = runner.message_hub.runtime_info.get("last_ckpt")
         if is_main_process() and Path(self.out_dir).is_dir():
             for part in Path(self.out_dir).glob(".*.part"):
                 part.unlink()
