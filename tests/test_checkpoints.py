@@ -19,9 +19,9 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.hooks.conditioning_guard import ConditioningGuardHook, check_conditioning, record_of
+from condattn.openmmlab.hooks.conditioning_guard import ConditioningGuardHook
 from condattn.openmmlab.models.factory import Conditioned
-from condattn.openmmlab.models.loading import drop_record, with_record
+from condattn.openmmlab.models.loading import check_conditioning, drop_record, record_of, with_record
 from condattn.openmmlab.runner.checkpoints import read_checkpoint, read_safely
 
 SWIN = DEMO / "mask_rcnn_swin_pc.py"
@@ -172,7 +172,7 @@ def test_inferencers_of_the_toolboxes_refuse_it_too(toolbox, request, tmp_path):
     name = "backbone.patch_embed.projection.weight"
     assert torch.equal(model.state_dict()[name], read_checkpoint(weights)["state_dict"][name])
     cfg.model.backbone.conditioning = "sc"
-    message = "weights of backbone were trained with conditioning=.*RowPreconditioner.* this backbone has .*Spectral"
+    message = "checkpoint of backbone is of a model with conditioning=.*RowPreconditioner.* this one has .*Spectral"
     for load in (build, infer):
         with pytest.raises(ValueError, match=message):
             load(copy.deepcopy(cfg), weights, device="cpu")
@@ -184,7 +184,9 @@ def test_a_whole_conditioned_model_refuses_the_weights_of_another():
 
     saved = with_record(build("pc").state_dict(), build("pc"))
     build("pc").load_state_dict(saved)
-    with pytest.raises(ValueError, match="weights of the model were trained with conditioning=.* at self_attn"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint of the model is of a model with conditioning=.* sites \(self_attn\)"
+    ):
         build("none").load_state_dict(saved)
     drop_record(saved)
     build("none").load_state_dict(saved)

@@ -13,7 +13,7 @@ import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.attention import rules as sites
 from condattn.methods import base as registry
-from condattn.methods.base import split_names
+from condattn.methods.parsing import split_names
 
 
 def transformer():
@@ -186,7 +186,7 @@ def test_heads_that_do_not_divide_the_channels():
     timm = pytest.importorskip("timm")
     module = timm.layers.Attention(8, 2)
     module.num_heads = 3
-    with pytest.raises(ValueError, match="cannot be preconditioned: 3 heads do not divide its 8 channels"):
+    with pytest.raises(ValueError, match="head outputs cannot be conditioned: 3 heads do not divide its 8 channels"):
         condattn.condition(module, "pc")
     with pytest.raises(ValueError, match="3 heads do not divide the 8 rows of its q"):
         condattn.condition(module, SpectralCorrection(layout="per_head"))
@@ -275,7 +275,7 @@ def test_names_take_settings_and_are_printed_with_them(text, methods):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (RowPreconditioner, "self_attn.*: its head outputs are normalised already, by pc"),
+        (RowPreconditioner, "self_attn.*: its head outputs are conditioned already, by pc"),
         (SpectralCorrection, "self_attn.*: its q is corrected already, by sc"),
     ],
 )
@@ -287,11 +287,6 @@ def test_two_methods_for_one_thing_are_refused(base, message, at_once):
     @dataclass(frozen=True)
     class Other(base):
         alias = "other"
-
-        @classmethod
-        def applied_to(cls, site):
-            found = base.applied_to(site)
-            return found if isinstance(found, cls) else None
 
     try:
         model = transformer()

@@ -13,7 +13,7 @@ from condattn import RowPreconditioner
 from condattn.attention.builders import into
 from condattn.attention.site import AttentionSite
 from condattn.kernels.row_norm import normalize_rows
-from condattn.methods import PreconditionedLinear
+from condattn.layers.head_transform import HeadTransformLinear
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -53,7 +53,7 @@ def test_output_rows_have_unit_norm_and_ignore_the_scale(heads, size, scale, see
     layer = nn.Linear(heads * size, heads * size, bias=False).double()
     nn.init.eye_(layer.weight)
     RowPreconditioner().apply(AttentionSite("", layer, heads, out=into(layer)))
-    assert type(layer) is PreconditionedLinear
+    assert type(layer) is HeadTransformLinear
     x = torch.randn(7, heads * size, dtype=torch.float64)
     y = layer(x)
     torch.testing.assert_close(y.unflatten(-1, (heads, size)).norm(dim=-1), torch.ones(7, heads).double())

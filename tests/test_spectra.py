@@ -226,7 +226,7 @@ def test_nothing_of_the_model_changes(conditioning):
     assert not any(
         module._forward_hooks or module._forward_pre_hooks
         for module in model.modules()
-        if not hasattr(module, "head_norm")
+        if not hasattr(module, "head_transform")
     )
     model.eval()
     with torch.no_grad():

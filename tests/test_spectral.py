@@ -11,7 +11,7 @@ from torch import nn
 
 import condattn
 from condattn import SpectralCorrection
-from condattn.layers.correction import Block, CorrectedModule, Correction
+from condattn.layers.correction import Block, BlockCorrection, CorrectedModule
 
 EXACT = SpectralCorrection(form="svd")
 RELATIVE = SpectralCorrection(3.0, relative=True)
@@ -54,7 +54,7 @@ def test_exact_form_has_kappa_at_most_two(shape):
     rows, columns, seed = shape
     torch.manual_seed(seed)
     weight = torch.randn(rows, columns, dtype=torch.float64)
-    got = corrected(weight, Correction((Block((slice(0, rows),), 1.0),), relative=True, svd=True))
+    got = corrected(weight, BlockCorrection((Block((slice(0, rows),), 1.0),), relative=True, svd=True))
     assert kappa(got) <= 2 + 1e-9
 
 
@@ -65,7 +65,7 @@ def test_relative_identity_meets_its_guarantee(shape, strength):
     rows, columns, seed = shape
     torch.manual_seed(seed)
     weight = torch.randn(rows, columns, dtype=torch.float64)
-    got = corrected(weight, Correction((Block((slice(0, rows),), strength),), relative=True, svd=False))
+    got = corrected(weight, BlockCorrection((Block((slice(0, rows),), strength),), relative=True, svd=False))
     assert kappa(got) <= (strength + 1) / (strength - 1) * (1 + 1e-9)
 
 
@@ -74,7 +74,7 @@ def test_relative_identity_meets_its_guarantee(shape, strength):
 def test_identity_is_laid_block_by_block(blocks, rows, columns, strength):
     weight = torch.zeros(blocks * rows, columns, dtype=torch.float64)
     layout = tuple(Block((slice(i * rows, (i + 1) * rows),), strength) for i in range(blocks))
-    got = corrected(weight, Correction(layout, relative=False, svd=False))
+    got = corrected(weight, BlockCorrection(layout, relative=False, svd=False))
     want = torch.cat([strength * torch.eye(rows, columns, dtype=torch.float64)] * blocks)
     assert torch.equal(got, want)
 

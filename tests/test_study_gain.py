@@ -20,7 +20,7 @@ def projection(gain: str):
 @pytest.mark.parametrize("gain", GAINS)
 def test_the_gain_multiplies_normalised_rows(gain):
     _, layer = projection(gain)
-    heads, d = layer.head_norm.num_heads, layer.in_features // layer.head_norm.num_heads
+    heads, d = layer.head_transform.num_heads, layer.in_features // layer.head_transform.num_heads
     x = torch.randn(2, 5, heads * d)
     output = layer.train()(x)
     norms = x.double().unflatten(-1, (heads, d)).norm(dim=-1)

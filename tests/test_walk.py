@@ -103,7 +103,7 @@ def test_preconditioned(family):
     model, forward = family
     chosen = [site for site in condattn.find_sites(model) if not is_one_of(site, NO_PC)]
     if not chosen:
-        with pytest.raises(ValueError, match="cannot be preconditioned: a gate multiplies"):
+        with pytest.raises(ValueError, match="head outputs cannot be conditioned: a gate multiplies"):
             condattn.condition(copy.deepcopy(model), "pc")
         return
     conditioned = copy.deepcopy(model)

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.hooks.conditioning_guard import check_conditioning
+from condattn.openmmlab.models.loading import check_conditioning
 from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments, check_fit, drop_pretrained, read_checkpoint
 from condattn.openmmlab.runner.launch import (

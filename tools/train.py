@@ -9,7 +9,7 @@ from mmengine.device import get_device
 
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.hooks.conditioning_guard import check_conditioning
+from condattn.openmmlab.models.loading import check_conditioning
 from condattn.openmmlab.models.wrapping import unwrapped
 from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import (

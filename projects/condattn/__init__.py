@@ -10,7 +10,7 @@ from . import methods
 from .attention import hosts as _hosts  # registers the rules  # noqa: F401
 from .attention.builders import halves, into, read_by, split, split_each_head, thirds, whole
 from .attention.rules import find_sites, register_exception, register_rule
-from .attention.site import AttentionSite, HeadOutputs, Projection
+from .attention.site import AttentionSite, HeadOutputs, Place, Projection
 from .condition import Report, condition, conditioning_of, fold, remove
 from .methods import Method, RowPreconditioner, SpectralCorrection, register_method
 
@@ -20,6 +20,7 @@ __all__ = [
     "AttentionSite",
     "HeadOutputs",
     "Method",
+    "Place",
     "Projection",
     "Report",
     "RowPreconditioner",

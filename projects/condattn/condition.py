@@ -13,13 +13,14 @@ from torch import nn
 
 from .attention.adapters import inner, is_adapter
 from .attention.rules import UnsupportedAttention, describe_unsupported, find_sites, find_unsupported, known_hosts
-from .attention.site import AttentionSite
+from .attention.site import AttentionSite, Place
 from .kernels.private import forget_compiled
 from .layers.adapted import check_adapter, follow_all
 from .layers.correction import CorrectedModule
 from .layers.first_forward import FirstForward
 from .layers.overrides import CorrectedWeightOverride
-from .methods.base import DEFAULT, Conditioning, Method, parse, registered_methods
+from .methods.base import Method, registered_methods
+from .methods.parsing import DEFAULT, Conditioning, parse
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,22 @@ class Report:
         methods: The methods that were applied, in order.
         conditioned: Names of the sites that were conditioned.
         left_out: Names of the sites that ``include`` and ``exclude`` left as they were.
+        elsewhere: Names of the modules that are no sites and were conditioned; '' is the model itself.
     """
 
     methods: tuple[Method, ...]
     conditioned: tuple[str, ...]
     left_out: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.methods:
             return "conditioning: none"
         total = len(self.conditioned) + len(self.left_out)
-        text = f"conditioned {len(self.conditioned)} of {total} attention sites: {'+'.join(map(str, self.methods))}"
-        return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
+        done = [f"{len(self.conditioned)} of {total} attention sites"] if self.conditioned else []
+        done += [f"the input of {name or 'the model'}" for name in self.elsewhere]
+        text = f"conditioned {' and '.join(done)}: {'+'.join(map(str, self.methods))}"
+        return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out and self.conditioned else "")
 
 
 def condition(
@@ -93,20 +98,25 @@ def condition(
     chosen = [one for one in selected if isinstance(one, AttentionSite)]
     if not chosen:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no attention site to condition")
-    for method in methods:
-        for site in chosen:
-            if method.applied_to(site) is not None:
-                raise ValueError(f"{site}: {type(method).__name__} is applied already; condition a site once")
-            method.check(site)
+    places = [(method, place) for method in methods for place in method.places(model, chosen)]
+    taken = {type(method): {id(place.module) for place, _ in method.find(model, sites)} for method in methods}
+    for method, place in places:
+        if id(place.module) in taken[type(method)]:
+            raise ValueError(f"{place}: {type(method).__name__} is applied already; condition a site once")
+        method.check(place)
     _check_nothing_is_shared(chosen)
     _check_adapters(model, chosen)
-    _apply(methods, chosen)
-    for site in chosen if methods else ():
-        FirstForward(site)
+    _apply(places)
+    conditioned = {place.name: place for _, place in places}
+    for place in conditioned.values():
+        if isinstance(place, AttentionSite):
+            FirstForward(place)
     follow_all(model)
     forget_compiled()
-    names = tuple(site.name for site in chosen if methods)
-    return Report(tuple(methods), names, tuple(site.name for site in sites if site.name not in names))
+    names = tuple(name for name, place in conditioned.items() if isinstance(place, AttentionSite))
+    left_out = tuple(site.name for site in sites if site.name not in names)
+    elsewhere = tuple(name for name, place in conditioned.items() if not isinstance(place, AttentionSite))
+    return Report(tuple(methods), names, left_out, elsewhere)
 
 
 def fold(model: nn.Module) -> int:
@@ -133,8 +143,9 @@ def fold(model: nn.Module) -> int:
     for reader in model.modules():
         CorrectedWeightOverride.detach(reader)
     follow_all(model)
+    conditioned = {id(place.module) for place, _ in conditioned_places(model)}
     for site in find_sites(model):
-        if not _methods_of(site):
+        if id(site.module) not in conditioned:
             FirstForward.forget(site.module)
     forget_compiled()
     return len(foldable)
@@ -148,19 +159,28 @@ def remove(model: nn.Module) -> int:
     function.
 
     Returns:
-        The number of sites that were conditioned.
+        The number of sites, and of other modules, that were conditioned.
 
     Raises:
         NotImplementedError: If a method does not say how it is removed.
     """
-    conditioned = [(site, methods) for site in find_sites(model) if (methods := _methods_of(site))]
-    for site, methods in conditioned:
-        for method in reversed(methods):
-            type(method).remove(site)
-        FirstForward.forget(site.module)
+    conditioned = conditioned_places(model)
+    for place, method in reversed(conditioned):
+        method.remove(place)
+        FirstForward.forget(place.module)
     follow_all(model)
     forget_compiled()
-    return len(conditioned)
+    return len({id(place.module) for place, _ in conditioned})
+
+
+def initialize(model: nn.Module) -> None:
+    """Set again the initial weights that the conditioning of ``model`` has set, after it was initialised anew.
+
+    To be called by what initialises a model after it was built, as OpenMMLab's ``init_weights`` does, and never after
+    a checkpoint was loaded.
+    """
+    for place, method in conditioned_places(model):
+        method.initialize(place)
 
 
 def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
@@ -168,12 +188,19 @@ def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
         Site name -> the methods of that site in the long form of a config; an empty list for an unconditioned site.
+        Other modules that are conditioned follow, by their names; '' is the model itself.
     """
-    return {site.name: [method.to_dict() for method in _methods_of(site)] for site in find_sites(model)}
+    found: dict[str, list[dict[str, Any]]] = {site.name: [] for site in find_sites(model)}
+    for place, method in conditioned_places(model):
+        found.setdefault(place.name, []).append(method.to_dict())
+    return found
 
 
 def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    """Whether two sites of :func:`conditioning_of`, perhaps from a file, are conditioned alike."""
+    """Whether two entries of :func:`conditioning_of`, perhaps from a file, stand for the same function.
+
+    Methods that change no function, such as initial weights, make no difference.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -182,7 +209,12 @@ def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
             return [plain(child) for child in value]
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
-    return sorted(repr(plain(method)) for method in one) == sorted(repr(plain(method)) for method in other)
+    unimportant = {cls.__name__ for cls in registered_methods() if not cls.changes_function}
+    first, second = (
+        sorted(repr(plain(method)) for method in methods if method.get("type") not in unimportant)
+        for methods in (one, other)
+    )
+    return first == second
 
 
 def _select(
@@ -213,25 +245,25 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
-def _apply(methods: list[Method], sites: list[AttentionSite]) -> None:
-    """Apply all methods to all sites, or with an error none; an earlier one may have taken what a later one needs."""
-    applied: list[tuple[Method, AttentionSite]] = []
+def _apply(places: list[tuple[Method, Place]]) -> None:
+    """Apply all methods, or with an error none; an earlier one may have taken what a later one needs."""
+    applied: list[tuple[Method, Place]] = []
     try:
-        for method in methods:
-            for site in sites:
-                method.check(site)
-                method.apply(site)
-                applied.append((method, site))
+        for method, place in places:
+            method.check(place)
+            method.apply(place)
+            applied.append((method, place))
     except Exception:
-        for method, site in reversed(applied):
+        for method, place in reversed(applied):
             with suppress(NotImplementedError):
-                method.remove(site)
+                method.remove(place)
         raise
 
 
-def _methods_of(site: AttentionSite) -> list[Method]:
-    found = [method for cls in registered_methods() if (method := cls.applied_to(site)) is not None]
-    return list({id(method): method for method in found}.values())  # a subclass of a method is found as that, too
+def conditioned_places(model: nn.Module) -> list[tuple[Place, Method]]:
+    """The places of ``model`` that are conditioned, each with its method, method by method."""
+    sites = find_sites(model)
+    return [one for cls in registered_methods() for one in cls.find(model, sites)]
 
 
 def _owners(site: AttentionSite) -> set[nn.Module]:

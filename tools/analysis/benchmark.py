@@ -34,7 +34,7 @@ from tqdm import tqdm
 import condattn
 import condattn.registry
 from condattn.kernels.switch import plain
-from condattn.methods.base import split_names
+from condattn.methods.parsing import split_names
 from condattn.openmmlab.errors import UserError, run_tool
 
 UPSTREAM = "upstream"

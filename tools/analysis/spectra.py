@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import condattn
-from condattn.methods.base import split_names
+from condattn.methods.parsing import split_names
 from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments

@@ -1,15 +1,17 @@
 """Make a checkpoint for a conditioned model of one that was trained without conditioning.
 
-Preconditioned attention: the mean row norm of each head on real images goes into that head's columns of the output
-projection. Spectral correction: W - C takes the place of W, so that the effective weight W + C stays what it was.
+Where the head outputs are conditioned (preconditioned attention), a factor for each head, measured on real images, goes
+into that head's columns of the output projection; of the preconditioner it is the mean row norm. Where weights are
+corrected (spectral conditioning), W - C takes the place of W, so that the effective weight W + C stays what it was.
 """
 
 from argparse import ArgumentParser, Namespace
 
-from condattn.condition import conditioning_of
+from condattn.attention.rules import find_sites
 from condattn.layers.correction import subtract_corrections
+from condattn.layers.head_transform import head_transform_of
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.hooks.conditioning_guard import ENTRY
+from condattn.openmmlab.models.loading import record_of, recorded
 from condattn.openmmlab.runner.inference import Predictor
 from condattn.openmmlab.runner.launch import choose_device
 from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, write_checkpoint
@@ -27,17 +29,15 @@ def main() -> None:
     """Calibrate, and print what it did to each site."""
     args = parse_args()
     cfg, checkpoint, images = load_inputs(args)
-    if any(checkpoint.get("meta", {}).get(ENTRY, {}).values()):
+    if any(recorded(checkpoint).values()):
         raise UserError(f"{args.checkpoint} is of a conditioned model already; expected weights trained without")
     predictor = Predictor(cfg, args.checkpoint, choose_device(args.device), other_conditioning=True, unsafe=args.unsafe)
     model = predictor.model
-    methods = {method["type"] for methods in conditioning_of(model).values() for method in methods}
-    if not methods:
+    if not any(record_of(model).values()):
         raise UserError(f"the model of {args.config} is not conditioned; there is nothing to calibrate")
-    if "SpectralCorrection" in methods:
-        subtract_corrections(model)
-        print("spectral correction: W - C in place of W; W + C, and so the function, is that of the checkpoint")
-    if "RowPreconditioner" in methods:
+    if number := subtract_corrections(model):
+        print(f"{number} weights: W - C in place of W; W + C, and so the function, is that of the checkpoint")
+    if any(head_transform_of(site) for site in find_sites(model)):
         try:
             for site in calibrate(model, lambda: [predictor.predict([path]) for path in images]):
                 print(site)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import condattn
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.hooks.conditioning_guard import record_of
+from condattn.openmmlab.models.loading import record_of
 from condattn.openmmlab.runner.inference import Predictor
 from condattn.openmmlab.runner.launch import choose_device
 from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, refuse_existing, write_checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .classes import look_up, qualified_name
-from .site import AttentionSite
+from .site import AttentionSite, Place
 
 Describe = Callable[[Any], Mapping[str, Any]]
 _RULES: dict[str, Describe] = {}
@@ -60,17 +60,13 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
 
 
 @dataclass(frozen=True)
-class UnsupportedAttention:
+class UnsupportedAttention(Place):
     """Attention that has no site.
 
     Attributes:
-        name: Qualified name of the module in the model that was searched; '' for the model itself.
-        module: The module.
         reason: Why not, as its exception says; '' if no rule describes it.
     """
 
-    name: str
-    module: nn.Module
     reason: str
 
 

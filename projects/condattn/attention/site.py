@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .classes import qualified_name
@@ -33,6 +34,11 @@ class Projection:
         matrix = as_matrix(self.owner, getattr(self.owner, self.parameter))
         return matrix[self.rows[0]] if len(self.rows) == 1 else matrix[indices(self.rows)]
 
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Write the rows of the trained weight, of the shape of :attr:`weight`."""
+        as_matrix(self.owner, getattr(self.owner, self.parameter))[indices(self.rows)] = weight
+
 
 @dataclass(frozen=True)
 class HeadOutputs:
@@ -61,11 +67,27 @@ class HeadOutputs:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """Where one attention module projects q, k and v, and where its head outputs go.
+class Place:
+    """A module of a model at which a method acts.
 
     Attributes:
         name: Qualified name of ``module`` in the model that was searched; '' for the model itself.
+        module: The module.
+    """
+
+    name: str
+    module: nn.Module
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
+
+
+@dataclass(frozen=True)
+class AttentionSite(Place):
+    """Where one attention module, the host, projects q, k and v, and where its head outputs go.
+
+    Attributes:
+        name: As of :class:`Place`.
         module: The host module.
         num_heads: Number of heads.
         q: The query projection, or None where the queries are made elsewhere.
@@ -76,8 +98,6 @@ class AttentionSite:
         obstacle: Why a part is None, in words that end a sentence "cannot be conditioned: ...".
     """
 
-    name: str
-    module: nn.Module
     num_heads: int
     q: Projection | None = None
     k: Projection | None = None
@@ -89,9 +109,6 @@ class AttentionSite:
     def heads_of(self, part: Projection | HeadOutputs) -> int:
         """Number of heads of one of its projections, or of its head outputs."""
         return part.num_heads or self.num_heads
-
-    def __str__(self) -> str:
-        return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
 
 
 def indices(rows: tuple[slice, ...]) -> list[int]:

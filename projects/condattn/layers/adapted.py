@@ -16,7 +16,7 @@ from ..attention.classes import look_up, qualified_name
 from ..kernels.private import forward_pre_hooks
 from ..kernels.switch import is_compiling
 from .correction import CorrectedModule
-from .head_norm import PreconditionedLinear
+from .head_transform import HeadTransformLinear
 from .hooks import remove_hooks
 
 ADDITIVE = {"peft.tuners.lora.layer.LoraLayer": True, "mmpretrain.models.peft.lora.LoRALinear": True}
@@ -25,7 +25,7 @@ ADDITIVE = {"peft.tuners.lora.layer.LoraLayer": True, "mmpretrain.models.peft.lo
 
 def is_conditioned(layer: nn.Module) -> bool:
     """Whether a method is applied to ``layer`` itself."""
-    return getattr(layer, "preconditioner", None) is not None or getattr(layer, "spectral", None) is not None
+    return getattr(layer, "head_transform", None) is not None or bool(getattr(layer, "corrections", None))
 
 
 def check_adapter(adapter: nn.Module, layer: nn.Module) -> None:
@@ -37,7 +37,7 @@ def check_adapter(adapter: nn.Module, layer: nn.Module) -> None:
     problem = None
     if not look_up(ADDITIVE, type(adapter)):
         problem = "adapters other than LoRA"
-    elif isinstance(layer, PreconditionedLinear) and type(layer) is not PreconditionedLinear:
+    elif isinstance(layer, HeadTransformLinear) and type(layer) is not HeadTransformLinear:
         problem = f"adapters around a {type(layer).__name__}"
     if problem:
         raise ValueError(
@@ -73,15 +73,15 @@ def prepare(adapter: Any, args: tuple) -> tuple | None:
         if getattr(adapter, "lora_variant", None):
             raise RuntimeError(
                 f"a variant of LoRA ({', '.join(type(v).__name__ for v in adapter.lora_variant.values())}) is around a "
-                "projection with spectral correction, whose weight W + C it does not see; use plain LoRA, or leave the "
+                "projection with a correction, whose weight W + C it does not see; use plain LoRA, or leave the "
                 "layer out of its targets"
             )
         layer.settle()
-    norm = getattr(layer, "head_norm", None)
-    if norm is None or isinstance(layer, nn.MultiheadAttention) or layer.is_prepared:
+    transform = getattr(layer, "head_transform", None)
+    if transform is None or isinstance(layer, nn.MultiheadAttention) or layer.is_prepared:
         return None
     layer.is_prepared = True
-    return norm.normalize(args[0]), *args[1:]
+    return transform.transform(args[0]), *args[1:]
 
 
 def finish(adapter: nn.Module, args: tuple, output: object) -> None:

@@ -3,10 +3,10 @@
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from .corrected import SpectralLayer
+from .corrected import CorrectedLayer
 
 
-class SpectralConv1D(SpectralLayer, Conv1D):
+class CorrectedConv1D(CorrectedLayer, Conv1D):
     """An input projection with the weight W + C, kept as (in features, out features). Shape: as ``Conv1D``."""
 
     host = Conv1D

@@ -9,28 +9,20 @@ from .class_swap import ConditionedLayer, restore_class
 from .correction import CorrectedModule
 
 
-class SpectralLayer(ConditionedLayer, CorrectedModule):
+class CorrectedLayer(ConditionedLayer, CorrectedModule):
     """Mixin of the layers that are an input projection with the weight W + C."""
 
-    spectral: object
-    """The settings of the method, which put the layer here."""
-
-    def fold(self) -> None:
-        """Merge C into the weight and become the plain layer again."""
-        self.merge_corrections()
-        self.release()
-
     def release(self) -> None:
-        """Become the plain layer again, once the corrections are gone."""
-        del self.spectral
-        restore_class(self)
+        """Become the plain layer again, once all corrections are gone."""
+        if not self.corrections:
+            restore_class(self)
 
     def extra_repr(self) -> str:
-        """The settings, behind those of the plain layer."""
-        return f"{super().extra_repr()}, {self.spectral}"
+        """The settings of the methods, behind those of the plain layer."""
+        return ", ".join([super().extra_repr(), *map(str, self.corrected_by)])
 
 
-class SpectralLinear(SpectralLayer, nn.Linear):
+class CorrectedLinear(CorrectedLayer, nn.Linear):
     """An input projection with the weight W + C. Shape: as ``nn.Linear``."""
 
     host = nn.Linear
@@ -40,7 +32,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         return F.linear(input, self.effective_weight(), self.bias)
 
 
-class SpectralConv2d(SpectralLayer, nn.Conv2d):
+class CorrectedConv2d(CorrectedLayer, nn.Conv2d):
     """A 1 x 1 convolution with the weight W + C. Shape: as ``nn.Conv2d``."""
 
     host = nn.Conv2d

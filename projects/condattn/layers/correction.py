@@ -3,14 +3,15 @@
 Weights count as matrices (out features, in features), whatever the layout in which their layer keeps them.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from ..attention.site import indices
+from ..attention.site import Projection, indices
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,52 @@ class Block:
         return self.rows[0] if len(self.rows) == 1 else indices(self.rows)
 
 
-@dataclass(frozen=True)
-class Correction:
-    """How the constant C of one weight W (out features x in features) is made.
+class Correction(ABC):
+    """How the constant C of one weight W (out features x in features) is made; a layer may have several.
 
-    On each block of rows C is ``strength * scale * direction``; elsewhere it is zero.
+    Attributes:
+        name: What tells its buffers from those of other corrections of the same weight.
+        method: The settings of the method that the correction is of, for the printed layer.
+    """
+
+    name: str = ""
+    method: object
+
+    @property
+    @abstractmethod
+    def rows(self) -> frozenset[int]:
+        """The rows in which C may be other than zero."""
+
+    @property
+    @abstractmethod
+    def depends_on_weight(self) -> bool:
+        """Whether C is a function of the weight and so has to be kept with it."""
+
+    @abstractmethod
+    def compute(self, weight: Tensor) -> Tensor:
+        """C of ``weight``, in its dtype.
+
+        Returns:
+            The matrix C, (out features, in features); or, where :meth:`columns` gives columns, its one entry per row,
+            (out features,).
+        """
+
+    def columns(self, weight: Tensor) -> Tensor | None:
+        """Column of each row's entry, (out features,), where every row of C has at most one; else None."""
+        return None
+
+    def buffer(self, parameter: str) -> str:
+        """The name of the buffer with C of the weight called ``parameter``."""
+        return f"{parameter}_correction" + (f"_{self.name}" if self.name else "")
+
+    def columns_buffer(self, parameter: str) -> str:
+        """The name of the buffer with the columns, if there are columns."""
+        return f"{parameter}_columns" + (f"_{self.name}" if self.name else "")
+
+
+@dataclass(frozen=True)
+class BlockCorrection(Correction):
+    """On each block of rows C is ``strength * scale * direction``; elsewhere it is zero.
 
     Attributes:
         blocks: The rows that are corrected; blocks do not overlap.
@@ -41,14 +83,22 @@ class Correction:
     blocks: tuple[Block, ...]
     relative: bool
     svd: bool
+    method: object = None
+
+    @property
+    def rows(self) -> frozenset[int]:
+        """The rows of all blocks."""
+        return frozenset(row for block in self.blocks for row in indices(block.rows))
 
     @property
     def depends_on_weight(self) -> bool:
-        """Whether C is a function of the weight and so has to be kept with it."""
+        """Whether the scale or the direction is a function of the weight."""
         return self.relative or self.svd
 
-    def columns(self, weight: Tensor) -> Tensor:
+    def columns(self, weight: Tensor) -> Tensor | None:
         """Column of each row's entry in the identity form: (out features,), 0 in rows that have none."""
+        if self.svd:
+            return None
         columns = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
         for block in self.blocks:
             entries = torch.arange(len(columns[block.index]), device=weight.device)
@@ -89,118 +139,158 @@ class CorrectedModule(nn.Module):
     it is fixed by the first forward, by a checkpoint that has it, or when an adapter (LoRA) is put around the module.
     Until then it is NaN, so that re-initialising or loading weights in between is taken into account; loading a
     checkpoint without it starts over from the loaded weights. A C that does not depend on the weights is not stored.
+    Several corrections of one weight add up; each is made of W alone.
     Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace the fixing.
     """
 
     transposed = False
     """Whether the weight is kept as (in features, out features)."""
-    corrections: Mapping[str, Correction] = MappingProxyType({})
+    corrections: Mapping[str, tuple[Correction, ...]] = MappingProxyType({})
+    """Name of a weight -> its corrections."""
     overridden: Mapping[str, Tensor] | None = None
     """The weights W in whose place W + C stands at the moment, see :class:`.overrides.ParameterOverride`."""
     unsettled: frozenset[str] = frozenset()
+    """The buffers of corrections that are not fixed yet."""
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
         """Correct the weight called ``parameter`` from now on."""
-        self.corrections = {**self.corrections, parameter: correction}
-        self._register(parameter)
+        before = self.corrections.get(parameter, ())
+        self.corrections = {**self.corrections, parameter: (*before, correction)}
+        self._register(parameter, correction)
+
+    @property
+    def corrected_by(self) -> list[object]:
+        """The settings of the methods that correct weights of the module."""
+        return list(dict.fromkeys(correction.method for _, correction in self._all_corrections()))
 
     @torch.no_grad()
-    def _register(self, parameter: str) -> None:
+    def _register(self, parameter: str, correction: Correction) -> None:
         """Make the buffers of a correction, on the weight's device: C, and where its entries are."""
-        weight, correction = self._matrix(_whole(getattr(self, parameter))), self.corrections[parameter]
+        weight = self._matrix(_whole(getattr(self, parameter)))
+        columns = correction.columns(weight)
+        name = correction.buffer(parameter)
         if correction.depends_on_weight:
-            shape = weight.shape if correction.svd else weight.shape[:1]
-            constant = weight.new_full(shape, torch.nan)
-            self.unsettled |= {parameter}
+            constant = weight.new_full(weight.shape if columns is None else weight.shape[:1], torch.nan)
+            self.unsettled |= {name}
         else:
             constant = correction.compute(weight)
-        self.register_buffer(f"{parameter}_correction", constant, persistent=correction.depends_on_weight)
-        if not correction.svd:
-            self.register_buffer(f"{parameter}_columns", correction.columns(weight), persistent=False)
+        self.register_buffer(name, constant, persistent=correction.depends_on_weight)
+        if columns is not None:
+            self.register_buffer(correction.columns_buffer(parameter), columns, persistent=False)
+
+    def _all_corrections(self) -> Iterator[tuple[str, Correction]]:
+        """The corrections, each with the name of its weight."""
+        for parameter, corrections in self.corrections.items():
+            for correction in corrections:
+                yield parameter, correction
 
     def effective_weight(self, parameter: str = "weight") -> Tensor:
         """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
         weight = (
             self.overridden[parameter] if self.overridden and parameter in self.overridden else getattr(self, parameter)
         )
-        matrix = self._matrix(weight)
-        correction = self.corrections.get(parameter)
-        if correction is None:
+        corrections = self.corrections.get(parameter, ())
+        if not corrections:
             return weight
-        constant = getattr(self, f"{parameter}_correction")
-        if parameter in self.unsettled:
-            self._settle(parameter, matrix, constant)
-        if correction.svd:
-            corrected = matrix + constant
-        else:
-            corrected = matrix.scatter_add(1, getattr(self, f"{parameter}_columns")[:, None], constant[:, None])
+        matrix = self._matrix(weight)
+        corrected = matrix
+        for correction in corrections:
+            name = correction.buffer(parameter)
+            if name in self.unsettled:
+                self._settle(parameter, correction, matrix)
+            constant, columns = getattr(self, name), getattr(self, correction.columns_buffer(parameter), None)
+            if columns is None:
+                corrected = corrected + constant
+            else:
+                corrected = corrected.scatter_add(1, columns[:, None], constant[:, None])
         return corrected.T if self.transposed else corrected.view_as(weight)
 
-    def fold(self) -> None:
-        """Merge the corrections into the weights and, if nothing else conditions it, become the plain module again."""
+    def release(self) -> None:
+        """Become the plain module again, unless something else conditions it."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def merge_corrections(self) -> None:
-        """Make W + C the weights and forget the corrections."""
+    def fold(self) -> None:
+        """Make W + C the weights and forget the corrections; if nothing else conditions it, become the plain module."""
         for parameter in self.corrections:
             getattr(self, parameter).copy_(self.effective_weight(parameter))
         self.drop_corrections()
+        self.release()
 
-    def drop_corrections(self) -> None:
-        """Forget the corrections; the weights stay W."""
-        for parameter, correction in self.corrections.items():
-            delattr(self, f"{parameter}_correction")
-            if not correction.svd:
-                delattr(self, f"{parameter}_columns")
-        del self.corrections
-        self.__dict__.pop("unsettled", None)
+    def drop_corrections(self, method: type | None = None) -> None:
+        """Forget the corrections of a class of methods, or all of them; the weights stay W."""
+        remaining: dict[str, tuple[Correction, ...]] = {}
+        for parameter, correction in self._all_corrections():
+            if method is not None and type(correction.method) is not method:
+                remaining[parameter] = (*remaining.get(parameter, ()), correction)
+                continue
+            self.unsettled -= {correction.buffer(parameter)}
+            for name in (correction.buffer(parameter), correction.columns_buffer(parameter)):
+                if hasattr(self, name):
+                    delattr(self, name)
+        if remaining:
+            self.corrections = remaining
+        else:
+            del self.corrections
+            self.__dict__.pop("unsettled", None)
 
     @torch.no_grad()
     def subtract_corrections(self) -> None:
         """Make W - C the weights, C that of W, so that W itself is the effective weight from now on."""
-        for parameter, correction in self.corrections.items():
-            weight = getattr(self, parameter)
-            constant = getattr(self, f"{parameter}_correction")
-            matrix = self._matrix(weight)
+        corrections = list(self._all_corrections())
+        for parameter, correction in corrections:
             if correction.depends_on_weight:
-                constant.copy_(correction.compute(matrix))
-                self.unsettled -= {parameter}
-            if correction.svd:
+                name = correction.buffer(parameter)
+                getattr(self, name).copy_(correction.compute(self._matrix(getattr(self, parameter))))
+                self.unsettled -= {name}
+        for parameter, correction in corrections:
+            matrix, constant = self._matrix(getattr(self, parameter)), getattr(self, correction.buffer(parameter))
+            columns = getattr(self, correction.columns_buffer(parameter), None)
+            if columns is None:
                 matrix.sub_(constant)
             else:
-                matrix.scatter_add_(1, getattr(self, f"{parameter}_columns")[:, None], -constant[:, None])
+                matrix.scatter_add_(1, columns[:, None], -constant[:, None])
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight.flatten(1)
 
     def settle(self) -> None:
         """Fix the corrections that are not yet, by the weights as they are."""
-        for parameter in self.unsettled:
+        for parameter, correction in self._all_corrections():
             weight = getattr(self, parameter)
-            if not weight.is_meta:
-                self._settle(parameter, self._matrix(weight), getattr(self, f"{parameter}_correction"))
+            if correction.buffer(parameter) in self.unsettled and not weight.is_meta:
+                self._settle(parameter, correction, self._matrix(weight))
 
-    def _settle(self, parameter: str, matrix: Tensor, constant: Tensor) -> None:
+    def _settle(self, parameter: str, correction: Correction, matrix: Tensor) -> None:
+        constant = getattr(self, correction.buffer(parameter))
         if constant.isnan().any():
-            constant.copy_(self.corrections[parameter].compute(matrix))
-        self.unsettled -= {parameter}
+            constant.copy_(correction.compute(matrix))
+        self.unsettled -= {correction.buffer(parameter)}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        for parameter, correction in self.corrections.items():
-            key = f"{prefix}{parameter}_correction"
+        for parameter, correction in list(self._all_corrections()):
+            name = correction.buffer(parameter)
+            key = prefix + name
             if correction.depends_on_weight and key in state_dict:
-                self.unsettled |= {parameter}  # the checkpoint may be older than the first forward
+                self.unsettled |= {name}  # the checkpoint may be older than the first forward
             elif prefix + parameter in state_dict:
                 # From the loaded weight; also where the module was built on the meta device.
-                self._register(parameter)
+                self._register(parameter, correction)
                 if key in missing:
                     missing.remove(key)
 
 
-def subtract_corrections(model: nn.Module) -> None:
-    """:meth:`CorrectedModule.subtract_corrections` of all corrected weights in ``model``."""
-    for module in model.modules():
-        if isinstance(module, CorrectedModule):
-            module.subtract_corrections()
+def corrections_of(projection: Projection) -> list[Correction]:
+    """The corrections of the rows of a projection."""
+    rows = set(indices(projection.rows))
+    corrections = getattr(projection.owner, "corrections", {}).get(projection.parameter, ())
+    return [correction for correction in corrections if rows & correction.rows]
+
+
+def subtract_corrections(model: nn.Module) -> int:
+    """:meth:`CorrectedModule.subtract_corrections` of all corrected weights in ``model``; returns their number."""
+    corrected = [module for module in model.modules() if isinstance(module, CorrectedModule) and module.corrections]
+    for module in corrected:
+        module.subtract_corrections()
+    return sum(len(module.corrections) for module in corrected)

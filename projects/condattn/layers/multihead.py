@@ -12,7 +12,7 @@ from ..attention.adapters import is_at_work
 from ..kernels.private import forward_pre_hooks
 from .class_swap import ConditionedLayer, restore_class, swap_class
 from .correction import CorrectedModule
-from .head_norm import HeadNorm
+from .head_transform import HeadTransform
 from .hooks import remove_hooks
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -22,9 +22,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
     """``nn.MultiheadAttention`` with conditioned weights, head outputs, or both; same arguments, keys and shapes."""
 
     host = nn.MultiheadAttention
-    preconditioner: object = None
-    head_norm: HeadNorm
-    spectral: object = None
+    head_transform: HeadTransform | None = None
 
     def forward(
         self,
@@ -55,7 +53,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
             if not plain or is_causal or not self.batch_first:
                 raise ValueError("expected nested sequences in batch-first self-attention without masks; pad them")
             return self._forward_nested(query), None
-        if self.preconditioner is None:
+        if self.head_transform is None:
             return self._forward_corrected(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -82,7 +80,9 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
             weights = None
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
 
-        output = self.head_norm.project(heads.transpose(1, 2).flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        output = self.head_transform.project(
+            heads.transpose(1, 2).flatten(-2), self.out_proj.weight, self.out_proj.bias
+        )
         if not batched:
             return output.squeeze(0), weights
         return (output if self.batch_first else output.transpose(0, 1)), weights
@@ -124,16 +124,9 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         )
         return (output.transpose(0, 1) if transposed else output), weights
 
-    def fold(self) -> None:
-        """Merge the corrections into the weights; without a preconditioner, become the plain module again."""
-        if self.spectral is not None:
-            self.merge_corrections()
-            del self.spectral
-        self.release()
-
     def release(self) -> None:
         """Become the plain module again, unless a method still conditions it."""
-        if self.preconditioner is None and self.spectral is None:
+        if self.head_transform is None and not self.corrections:
             remove_hooks(self, keep_fast_path_away.__eq__)
             restore_class(self)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..attention.adapters import inner, is_at_work
 from ..kernels.private import forward_hooks, override_parameter
 from ..kernels.switch import is_plain
-from .hooks import remove_methods
+from .hooks import remove_hooks
 
 
 class ParameterOverride(ABC):
@@ -53,16 +53,23 @@ class ParameterOverride(ABC):
         owner.overridden = None
 
     @classmethod
-    def detach(cls, reader: nn.Module) -> None:
-        """Remove all overrides of this class from ``reader``."""
-        for override in [getattr(hook, "__self__", None) for hook in forward_hooks(reader).values()]:
-            if isinstance(override, cls):
-                inner(reader.get_submodule(override.path)).__dict__.pop("overridden", None)
-        remove_methods(reader, cls)
+    def detach(cls, reader: nn.Module, owner: nn.Module | None = None, parameter: str | None = None) -> None:
+        """Remove the overrides of this class from ``reader``; or those of one layer, or of one parameter of it."""
+        for override in _overrides(reader, cls):
+            layer = inner(reader.get_submodule(override.path))
+            if owner in (None, layer) and parameter in (None, getattr(override, "parameter", None)):
+                layer.__dict__.pop("overridden", None)
+                remove_hooks(reader, (override.begin, override.end).__contains__)
+
+
+def _overrides(reader: nn.Module, cls: type[ParameterOverride]) -> list[ParameterOverride]:
+    """The overrides of a class that ``reader`` has."""
+    owners = (getattr(hook, "__self__", None) for hook in forward_hooks(reader).values())
+    return [owner for owner in owners if isinstance(owner, cls)]
 
 
 class CorrectedWeightOverride(ParameterOverride):
-    """Lends W + C in the place of the weight W of a corrected layer.
+    """Puts W + C in the place of the weight W of a corrected layer.
 
     Args:
         reader: The module that uses the weight.

@@ -1,17 +1,24 @@
-"""The conditioning methods, one file a method."""
+"""The conditioning methods, one file a method, and the classes that they derive from, one for each place they act."""
 
-from ..layers.corrected import SpectralLinear
-from ..layers.head_norm import PreconditionedLinear
-from .base import Method, parse, register_method
+from ..layers.head_transform import HeadTransform
+from .base import Method, register_method
+from .head_output import HeadOutputMethod
+from .initial_weights import InitialWeightsMethod
+from .model_input import ModelInputMethod
+from .parsing import parse
 from .preconditioner import RowPreconditioner
 from .spectral import SpectralCorrection
+from .weight import WeightMethod
 
 __all__ = [
+    "HeadOutputMethod",
+    "HeadTransform",
+    "InitialWeightsMethod",
     "Method",
-    "PreconditionedLinear",
+    "ModelInputMethod",
     "RowPreconditioner",
     "SpectralCorrection",
-    "SpectralLinear",
+    "WeightMethod",
     "parse",
     "register_method",
 ]

@@ -1,68 +1,83 @@
-"""What a method is, the registry of methods, and how a host layer becomes a conditioned one."""
+"""What a method is, and the registry of methods."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from ..attention.site import AttentionSite
+from torch import nn
 
-DEFAULT = "pc"
-"""The conditioning where none is named."""
+from ..attention.site import AttentionSite, Place
 
 _METHODS: dict[str, type[Method]] = {}
 _ALIASES: dict[str, str] = {}
 
 
 class Method(ABC):
-    """One way to condition an attention site; a dataclass whose fields are the settings.
+    """One way to condition attention; a frozen dataclass whose fields are the settings.
 
-    Subclasses implement :meth:`check`, :meth:`apply` and :meth:`applied_to`, :meth:`remove` if it is to be undone, and
-    are registered with :func:`register_method`.
+    Most methods derive from a class that knows where they act, and define one function:
+    :class:`.weight.WeightMethod`, :class:`.head_output.HeadOutputMethod`, :class:`.model_input.ModelInputMethod`, or
+    :class:`.initial_weights.InitialWeightsMethod`. A method is registered with :func:`register_method`.
 
     Attributes:
         alias: Short name.
         alias_settings: Settings that the short name stands for, where they are not the defaults of the class.
+        changes_function: Whether a model with the method computes something else than one without it that has the same
+            weights. Only such methods make a checkpoint one of another model.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     alias: ClassVar[str]
     alias_settings: ClassVar[Mapping[str, Any]] = {}
+    changes_function: ClassVar[bool] = True
+
+    @classmethod
+    def places(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> Sequence[Place]:
+        """Where the method acts in ``model``, of whose attention sites ``sites`` were chosen; by default there."""
+        return sites
 
     @abstractmethod
-    def check(self, site: AttentionSite) -> None:
-        """Raise a one-line ``ValueError`` if ``site`` cannot be conditioned; change nothing."""
+    def check(self, place: Any) -> None:
+        """Raise a one-line ``ValueError`` if the method cannot act at ``place``; change nothing."""
 
     @abstractmethod
-    def apply(self, site: AttentionSite) -> None:
-        """Condition ``site`` in place. :meth:`check` has passed."""
+    def apply(self, place: Any) -> None:
+        """Condition ``place`` in place. :meth:`check` has passed."""
 
     @classmethod
     @abstractmethod
-    def applied_to(cls, site: AttentionSite) -> Method | None:
-        """The method of this class that conditions ``site`` now, or None."""
+    def applied_to(cls, place: Any) -> Method | None:
+        """The method of this very class that conditions ``place`` now, or None."""
 
-    def parts(self, site: AttentionSite) -> str:
-        """What of ``site`` the method conditions, for a table of sites; :meth:`check` has passed."""
+    @classmethod
+    def find(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> list[tuple[Place, Method]]:
+        """Where methods of this class condition ``model``, whose attention sites are ``sites``."""
+        return [(site, method) for site in sites if (method := cls.applied_to(site)) is not None]
+
+    def parts(self, place: Any) -> str:
+        """What of ``place`` the method conditions, for a table of sites; :meth:`check` has passed."""
         return "yes"
 
     @classmethod
-    def remove(cls, site: AttentionSite) -> None:
-        """Undo :meth:`apply` of the method that conditions ``site`` now; the trained weights stay as they are.
+    def remove(cls, place: Any) -> None:
+        """Undo :meth:`apply` of the method that conditions ``place`` now; the trained weights stay as they are.
 
         Raises:
             NotImplementedError: If the method does not say how.
         """
-        raise NotImplementedError(f"{site}: {cls.__name__} cannot be removed: the class does not define remove")
+        raise NotImplementedError(f"{place}: {cls.__name__} cannot be removed: the class does not define remove")
+
+    def initialize(self, place: Any) -> None:  # noqa: B027
+        """Set initial weights at ``place``: when it is conditioned, and after each initialisation of the model."""
 
     def __str__(self) -> str:
-        """The method as :func:`parse` reads it back: 'pc', or 'sc(strength=3.0, relative=True)'."""
-        usual = type(self)(**self.alias_settings)
+        """The method as :func:`.parsing.parse` reads it back: 'pc', or 'sc(strength=3.0, relative=True)'."""
+        default = type(self)(**self.alias_settings)
         names = [field.name for field in dataclasses.fields(self)]
-        changed = [name for name in names if getattr(self, name) != getattr(usual, name)]
+        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
         return f"{self.alias}({settings})" if settings else self.alias
 
@@ -90,94 +105,19 @@ def registered_methods() -> list[type[Method]]:
     return list(_METHODS.values())
 
 
-Conditioning = str | Method | Mapping[str, Any] | Sequence[Any] | None
-
-
-def parse(conditioning: Conditioning) -> list[Method]:
-    """Build the methods that a ``conditioning`` setting names.
-
-    Args:
-        conditioning: ``'none'`` or None; an alias (``'pc'``, ``'sc'``), perhaps with settings
-            (``'sc(strength=3.0, relative=True)'``), or several joined by ``+``; the long form
-            ``dict(type='SpectralCorrection', strength=1.0)``; a :class:`Method`; or a list of these.
-
-    Returns:
-        The methods in the order given; empty for ``'none'``.
+def method_class(name: Any) -> type[Method]:
+    """The registered class that is called ``name``, or whose short name that is.
 
     Raises:
-        ValueError: For an unknown name, an invalid setting, or the same method twice.
+        ValueError: If there is none.
     """
-    methods = _build(conditioning)
-    names = [type(method).__name__ for method in methods]
-    repeated = {name for name in names if names.count(name) > 1}
-    if repeated:
-        raise ValueError(f"conditioning names {', '.join(sorted(repeated))} more than once; give each method once")
-    return methods
-
-
-def _build(conditioning: Conditioning) -> list[Method]:
-    if conditioning is None or conditioning == "none":
-        return []
-    if isinstance(conditioning, Method):
-        return [conditioning]
-    if isinstance(conditioning, str):
-        return [_instance(name, settings) for name, settings in _read(conditioning)]
-    if isinstance(conditioning, Mapping):
-        settings = dict(conditioning)
-        return [_instance(settings.pop("type", None), settings)]
-    if isinstance(conditioning, Sequence):
-        return [method for item in conditioning for method in _build(item)]
-    raise ValueError(
-        f"conditioning is {conditioning!r}; expected a name, a dict(type=...), or a list of these. {_known()}"
-    )
-
-
-def split_names(text: str) -> list[str]:
-    """Split a list such as 'none,sc(strength=3.0,relative=True)' at its commas, but not at those of settings."""
-    names, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            names.append("")
-        else:
-            names[-1] += character
-    return [name.strip() for name in names]
-
-
-def _read(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and settings in a text such as 'sc(strength=3.0, relative=True)+pc'."""
-    try:
-        node, terms = ast.parse(text.strip(), mode="eval").body, list[ast.expr]()
-        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            terms.insert(0, node.right)
-            node = node.left
-        return [_read_term(term) for term in [node, *terms]]
-    except (SyntaxError, ValueError) as error:
-        message = f"cannot read the conditioning {text!r}; expected a text such as 'sc(strength=3.0)+pc'. {_known()}"
-        raise ValueError(message) from error
-
-
-def _read_term(node: ast.expr) -> tuple[str, dict[str, Any]]:
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    settings = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
-    if not isinstance(call.func, ast.Name) or call.args or len(settings) < len(call.keywords):
-        raise ValueError("expected a name, or a name with settings")
-    return call.func.id, {name: ast.literal_eval(value) for name, value in settings.items()}
-
-
-def _instance(name: Any, settings: dict[str, Any]) -> Method:
-    """The method called ``name``; a short name stands for settings of its own."""
     full = _ALIASES.get(name, name)
     if full not in _METHODS:
-        raise ValueError(f"unknown conditioning {name!r}. {_known()}")
-    cls = _METHODS[full]
-    try:
-        return cls(**({**cls.alias_settings, **settings} if name in _ALIASES else settings))
-    except TypeError as error:
-        fields = ", ".join(field.name for field in dataclasses.fields(cls))
-        raise ValueError(f"{cls.__name__}: {error}; its settings are {fields}") from None
+        raise ValueError(f"unknown conditioning {name!r}. {known_methods()}")
+    return _METHODS[full]
 
 
-def _known() -> str:
+def known_methods() -> str:
+    """The names of the methods, as a sentence for messages."""
     names = ", ".join(f"'{alias}' ({name})" for alias, name in _ALIASES.items())
     return f"Known: {names}, several of them joined by '+', and 'none' by itself"

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from ..attention.site import AttentionSite, Projection, is_transposed
-from ..layers.class_swap import ConditionedLayer, check_can_swap, leave_out, swap_class
-from ..layers.corrected import SpectralConv2d, SpectralLinear
-from ..layers.correction import Block, Correction
-from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
-from ..layers.overrides import CorrectedWeightOverride
-from .base import Method, register_method
+from ..attention.site import AttentionSite, Projection
+from ..layers.class_swap import leave_out
+from ..layers.correction import Block, BlockCorrection
+from .base import register_method
+from .weight import WeightMethod
 
 
 @register_method
 @dataclass(frozen=True)
-class SpectralCorrection(Method):
+class SpectralCorrection(WeightMethod):
     """W + C in place of W for the query, key and value projections; W trains, C is set once.
 
     ``SpectralCorrection()`` is the form of all experiments of the paper (Thm 3.8): C = 10 I_k, ones on the main
@@ -78,88 +76,36 @@ class SpectralCorrection(Method):
         object.__setattr__(self, "relative", svd if self.relative is None else self.relative)
 
     def check(self, site: AttentionSite) -> None:
-        """Raise unless ``site`` has some of the targets, as plain linear maps that its heads divide."""
-        projections = self._projections(site)
-        if not projections:
-            wanted = ", ".join(self.targets)
-            raise ValueError(f"{site}: has no projection of its own for {wanted}: {site.obstacle}; {leave_out(site)}")
-        for target, projection in projections.items():
-            owner, heads = projection.owner, site.heads_of(projection)
-            if projection.parameter in getattr(owner, "corrections", ()):
-                raise ValueError(
-                    f"{site}: its {target} is corrected already, by {owner.spectral}; two methods cannot correct one "
-                    "weight: name one of them"
-                )
-            check_can_swap(owner, _layer(owner), site)
-            if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
-                raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
-            rows = len(projection.weight)
+        """Raise as other methods that change weights, and unless the heads divide the rows of every target."""
+        super().check(site)
+        for target, projection in self._projections(site).items():
+            heads, rows = site.heads_of(projection), len(projection.weight)
             if rows % heads:
                 raise ValueError(
                     f"{site}: {heads} heads do not divide the {rows} rows of its {target}; {leave_out(site)}"
                 )
 
-    def apply(self, site: AttentionSite) -> None:
-        """Replace W by W + C in the projections of ``site`` that are targets."""
-        by_weight: dict[tuple[nn.Module, str], list[Block]] = {}
-        for target, projection in self._projections(site).items():
-            blocks = by_weight.setdefault((projection.owner, projection.parameter), [])
-            blocks.extend(self._blocks(target, projection, site.heads_of(projection)))
-        for (owner, parameter), blocks in by_weight.items():
-            if isinstance(owner, nn.MultiheadAttention):
-                layer = swap_to_conditioned(owner)
-            else:
-                layer = swap_class(owner, _layer(owner))
-            layer.spectral = self
-            layer.add_correction(parameter, Correction(tuple(blocks), bool(self.relative), self.form == "svd"))
-        readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
-        for (owner, parameter), reader in readers.items():
-            CorrectedWeightOverride(reader, owner, parameter)
+    def constant(self, weight: Tensor, target: str, num_heads: int) -> Tensor:
+        """C of one projection, where it has a weight of its own."""
+        rows = slice(0, len(weight))
+        correction = BlockCorrection(self._blocks(target, (rows,), num_heads), bool(self.relative), self.form == "svd")
+        constant, columns = correction.compute(weight), correction.columns(weight)
+        if columns is None:
+            return constant
+        return torch.zeros_like(weight).scatter_add(1, columns[:, None], constant[:, None])
 
-    @classmethod
-    def applied_to(cls, site: AttentionSite) -> SpectralCorrection | None:
-        """The correction of ``site``, or None."""
-        owners = (projection.owner for projection in (site.q, site.k, site.v) if projection is not None)
-        found = (getattr(owner, "spectral", None) for owner in owners)
-        return next((method for method in found if method is not None), None)
+    def correction(self, projections: Mapping[str, Projection], site: AttentionSite) -> BlockCorrection:
+        """The correction of one weight, with one entry a row in the identity form."""
+        blocks = [self._blocks(name, p.rows, site.heads_of(p)) for name, p in projections.items()]
+        return BlockCorrection(sum(blocks, ()), bool(self.relative), self.form == "svd", self)
 
-    def parts(self, site: AttentionSite) -> str:
-        """The projections that are corrected."""
-        return ", ".join(self._projections(site))
-
-    @classmethod
-    def remove(cls, site: AttentionSite) -> None:
-        """Take C away from the projections of ``site``, and give the layers their own classes back; W stays."""
-        for projection in (site.q, site.k, site.v):
-            owner: Any = projection and projection.owner
-            if projection is None or getattr(owner, "spectral", None) is None:
-                continue
-            owner.drop_corrections()
-            if isinstance(owner, ConditionedMultiheadAttention):
-                del owner.spectral
-            owner.release()
-            if projection.reader is not None:
-                CorrectedWeightOverride.detach(projection.reader)
-
-    def _projections(self, site: AttentionSite) -> dict[str, Projection]:
-        """The projections of ``site`` that are targets; those that the site does not have are left out."""
-        return {name: getattr(site, name) for name in self.targets if getattr(site, name) is not None}
-
-    def _blocks(self, target: str, projection: Projection, num_heads: int) -> list[Block]:
+    def _blocks(self, target: str, rows: tuple[slice, ...], num_heads: int) -> tuple[Block, ...]:
         assert self.strength is not None  # see __post_init__
         strength = float(self.strength[target] if isinstance(self.strength, Mapping) else self.strength)
         if self.layout == "fused":
-            return [Block(projection.rows, strength)]
-        if len(projection.rows) == num_heads:
-            return [Block((rows,), strength) for rows in projection.rows]
-        (rows,) = projection.rows
-        step = (rows.stop - rows.start) // num_heads
-        return [Block((slice(row, row + step),), strength) for row in range(rows.start, rows.stop, step)]
-
-
-def _layer(owner: nn.Module) -> type[ConditionedLayer]:
-    if isinstance(owner, nn.MultiheadAttention):
-        return ConditionedMultiheadAttention
-    if is_transposed(owner):
-        return import_module("..layers.conv1d", __package__).SpectralConv1D
-    return SpectralConv2d if isinstance(owner, nn.Conv2d) else SpectralLinear
+            return (Block(rows, strength),)
+        if len(rows) == num_heads:
+            return tuple(Block((part,), strength) for part in rows)
+        (whole,) = rows
+        step = (whole.stop - whole.start) // num_heads
+        return tuple(Block((slice(row, row + step),), strength) for row in range(whole.start, whole.stop, step))

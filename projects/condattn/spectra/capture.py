@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.site import AttentionSite
-from ..kernels.row_norm import normalize_rows
-from ..layers.head_norm import HeadNorm, head_norm_of
+from ..layers.head_norm import HeadNorm
+from ..layers.head_transform import head_transform_of
 
 aten = torch.ops.aten
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
@@ -280,9 +280,9 @@ def doubled_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def precondition(site: AttentionSite, outputs: Tensor) -> Tensor:
-    """C A(X), with the norm of the site's head outputs, or the default one: (samples, heads, N, d)."""
-    norm = head_norm_of(site) or HeadNorm(site)
-    return normalize_rows(outputs, norm.eps, norm.detach, dim=-2 if norm.over_tokens else -1)
+    """C A(X), by what transforms the site's head outputs, or the default norm: (samples, heads, N, d)."""
+    transform = head_transform_of(site) or HeadNorm(site)
+    return transform.transform_heads(outputs, outputs.dim() - 3, outputs.dim() - 1)
 
 
 def noise(seen: Seen) -> float:

@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention.site import AttentionSite, as_matrix, indices, is_transposed
 from ..layers.class_swap import restore_class, swap_class
-from ..layers.head_norm import head_norm_of
+from ..layers.head_norm import HeadNorm
+from ..layers.head_transform import head_transform_of
 from ..layers.multihead import ConditionedMultiheadAttention
 from .capture import Seen, doubled, doubled_state, head_outputs, noise, precondition, without_caches
 from .extremes import Extremes, jacobian_extremes, kronecker_extremes
@@ -58,7 +59,7 @@ def head_jacobians(
     """
     found, failed = [], {}
     for name in ("q", "k", "v"):
-        for conditioned in (False, True) if head_norm_of(site) else (False,):
+        for conditioned in (False, True) if head_transform_of(site) else (False,):
             output, weight = "C A(X)" if conditioned else "A(X)", f"W_{name.upper()}"
             try:
                 extremes, plain = _head_extremes(site, seen, name, head, sample, conditioned)
@@ -79,8 +80,8 @@ def _head_extremes(
     structured = _structured(site, seen, function, outputs)
     if structured:
         return kronecker_extremes(structured, noise(seen)), True
-    norm = head_norm_of(site)
-    rows = conditioned and norm and not norm.detach and not site.cross_covariance
+    norm = head_transform_of(site)
+    rows = conditioned and isinstance(norm, HeadNorm) and not norm.detach and not site.cross_covariance
     null = unchanging(seen.outputs[sample, head]) if rows else None
     return jacobian_extremes(function, function.block, null, tolerance=noise(seen)), False
 
@@ -184,20 +185,21 @@ def _watch(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
             hook.remove()
         return
     plain = not isinstance(owner, ConditionedMultiheadAttention)
-    before = {name: owner.__dict__.get(name) for name in ("preconditioner", "head_norm")}
+    before = owner.__dict__.get("head_transform")
     swap_class(owner, ConditionedMultiheadAttention)
-    owner.preconditioner = owner.head_norm = _Tap(seen)
+    owner.head_transform = _Tap(seen)
     try:
         yield
     finally:
-        for name, value in before.items():
-            owner.__dict__.pop(name) if value is None else owner.__dict__.__setitem__(name, value)
+        del owner.head_transform
+        if before is not None:
+            owner.head_transform = before
         if plain:
             restore_class(owner)
 
 
 class _Tap:
-    """In the place of a preconditioner: notes the head outputs, and leaves them as they are."""
+    """In the place of a head transform: notes the head outputs, and leaves them as they are."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         self.seen = seen

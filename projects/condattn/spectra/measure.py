@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention.rules import find_sites
 from ..attention.site import AttentionSite
 from ..layers.correction import CorrectedModule
-from ..layers.head_norm import head_norm_of
+from ..layers.head_transform import head_transform_of
 from .bound import head_bound
 from .capture import Seen, capture, precondition
 from .extremes import RELIABLE
@@ -71,7 +71,7 @@ def measure(
         raise ValueError(f"unknown quantity {unknown[0]!r}; known are {', '.join(known)}")
     found = _select(model, sites)
     depths = {site.name: depth for depth, site in enumerate(find_sites(model))}
-    preconditioned = {site.name for site in found if head_norm_of(site)}
+    preconditioned = {site.name for site in found if head_transform_of(site)}
     measurement = Measurement({site.name: depths[site.name] for site in found}, preconditioned)
     wanted = [name for name in quantities if name != "weights"]
     if wanted and inputs is None:
@@ -102,7 +102,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards modes, random numbers, and constants that were not fixed yet are as before."""
     training = [(module, module.training) for module in model.modules()]
     unsettled = [(m, m.unsettled) for m in model.modules() if isinstance(m, CorrectedModule) and m.unsettled]
-    waiting = [getattr(m, f"{name}_correction") for m, names in unsettled for name in names]
+    waiting = [getattr(m, name) for m, names in unsettled for name in names]
     waiting = [(buffer, buffer.clone()) for buffer in waiting]
     attributes = [item for module in model.modules() for item in vars(module).items()]
     # Some modules cache biases in evaluation mode.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.site import AttentionSite, as_matrix, indices
-from ..layers.correction import CorrectedModule
+from ..layers.correction import CorrectedModule, corrections_of
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def weight_spectra(site: AttentionSite) -> list[Spectrum]:
         if projection is None:
             continue
         weights = {f"W_{name.upper()}": projection.weight.unflatten(0, (site.heads_of(projection), -1))}
-        owner = projection.owner
-        if isinstance(owner, CorrectedModule) and projection.parameter in owner.corrections:
+        if corrections_of(projection):
             weights[f"W_{name.upper()} + C"] = effective_heads(site, name)
         for matrix, heads in weights.items():
             if not heads.isfinite().all():

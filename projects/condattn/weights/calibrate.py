@@ -1,8 +1,9 @@
-"""Make a preconditioned model start close to the function that its weights were trained for.
+"""Make a model whose head outputs are transformed start close to the function that its weights were trained for.
 
-Weights trained with plain softmax attention expect each row of a head's output at its own norm; the preconditioner
-gives every row norm 1. Calibration multiplies each head's columns of the output projection by the mean row norm that
-the head has on real inputs, so that what is left is how the norms vary from row to row. No parameter is added.
+Weights trained with plain softmax attention expect the head outputs as they are; the row preconditioner, for one, gives
+every row the norm 1. Calibration multiplies each head's columns of the output projection by the factor that brings the
+transformed outputs closest to the plain ones on real inputs: with the preconditioner that is the mean row norm of the
+head, and what is left is how the norms vary from row to row. No parameter is added.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from ..attention.adapters import inner, is_at_work
 from ..attention.rules import find_sites
 from ..attention.site import AttentionSite
 from ..kernels.switch import plain
-from ..layers.head_norm import HeadNorm, head_norm_of
+from ..layers.head_transform import HeadTransform, head_transform_of
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Calibration:
 
     Attributes:
         site: Name of the site.
-        scales: Mean row norm of each head, (num_heads,), by which its columns were multiplied.
+        scales: Factor of each head, (num_heads,), by which its columns were multiplied; see
+            :meth:`~condattn.layers.head_transform.HeadTransform.scales`.
         before: Relative error of the output projection's output, against the plain function on the same inputs, before:
             the norm of the difference over the norm of the output.
         after: The same, after.
@@ -51,21 +53,21 @@ def calibrate(
     run: Callable[[], object],
     reduce: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> list[Calibration]:
-    """Fold the mean row norms of plain attention into the output projections of preconditioned sites, in place.
+    """Fold a factor for each head into the output projections of sites whose head outputs are transformed, in place.
 
     Args:
-        model: A preconditioned model with weights that were trained without preconditioner.
+        model: A model conditioned so (``'pc'``), with weights that were trained without.
         run: Runs the model on inputs that stand for its data; it is called twice and does the same each time. While it
-            runs, the preconditioners are off.
+            runs, the transforms are off.
         reduce: Of a distributed run, the mean of a tensor over all processes.
 
     Returns:
-        One entry a preconditioned site.
+        One entry a site whose head outputs are transformed.
 
     Raises:
-        ValueError: If the model has no preconditioned site, or ``run`` reaches none of them.
+        ValueError: If the model has no such site, or ``run`` reaches none of them.
     """
-    found = [site for site in find_sites(model) if head_norm_of(site)]
+    found = [site for site in find_sites(model) if head_transform_of(site)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no preconditioned attention site; condition it with 'pc' first")
     training = {name: module.training for name, module in model.named_modules()}
@@ -88,34 +90,29 @@ def calibrate(
 
 @contextmanager
 def _plain(sites: list[AttentionSite], observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Switch the preconditioners off, and show the head outputs to observers instead."""
-    norms: list[HeadNorm] = [inner(site.out.owner).head_norm for site in sites]
+    """Switch the transforms off, and show the head outputs to observers instead."""
+    transforms: list[HeadTransform] = [inner(site.out.owner).head_transform for site in sites]
     try:
-        for site, norm in zip(sites, norms, strict=True):
-
-            def watch(x: Tensor, observe: Callable[[Tensor], None] = observers[site.name]) -> Tensor:
-                observe(x)
-                return x
-
-            norm.normalize = watch
-        with plain():  # fast paths normalise by themselves
+        for site, transform in zip(sites, transforms, strict=True):
+            transform.observer = observers[site.name]
+        with plain():  # fast paths transform by themselves
             yield
     finally:
-        for norm in norms:
-            norm.__dict__.pop("normalize", None)
+        for transform in transforms:
+            transform.observer = None
 
 
 class _Probe:
     """Measures one site in two passes, then folds."""
 
     def __init__(self, site: AttentionSite) -> None:
-        self.site, self.norm = site, inner(site.out.owner).head_norm
+        self.site, self.transform = site, inner(site.out.owner).head_transform
         self.sum, self.count, self.scales = None, 0, None
         self.errors = torch.zeros(3, dtype=torch.float64)
 
     def measure(self, x: Tensor) -> None:
-        """First pass: the row norms."""
-        self.sum = self.norm.row_norms(x) + (0 if self.sum is None else self.sum)
+        """First pass: the factors."""
+        self.sum = self.transform.scales(x) + (0 if self.sum is None else self.sum)
         self.count += 1
 
     def settle(self, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -128,7 +125,7 @@ class _Probe:
         if self.reason or self.scales is None:
             return
         wide = x.double()
-        rows = HeadNorm.normalize(self.norm, wide)
+        rows = self.transform.compute(wide)
         plain = self._project(wide, bias=True)
         ones = torch.ones_like(self.scales)
         for index, scales in enumerate((ones, self.scales)):
@@ -164,17 +161,17 @@ class _Probe:
 
     def _columns(self, scales: Tensor, channels: int) -> Tensor:
         """The factor of each input channel of the projection."""
-        inside = self.norm.channels or slice(0, channels)
+        inside = self.transform.channels or slice(0, channels)
         size = (inside.stop - inside.start) // len(scales)
-        factors = scales.repeat(size) if self.norm.interleaved else scales.repeat_interleave(size)
+        factors = scales.repeat(size) if self.transform.interleaved else scales.repeat_interleave(size)
         columns = torch.ones(channels, dtype=scales.dtype, device=scales.device)
         columns[inside] = factors
         return columns
 
     def _scale(self, x: Tensor, scales: Tensor) -> Tensor:
         shape = [1] * x.dim()
-        shape[self.norm.axis] = -1
-        return x * self._columns(scales, x.shape[self.norm.axis]).reshape(shape)
+        shape[self.transform.axis] = -1
+        return x * self._columns(scales, x.shape[self.transform.axis]).reshape(shape)
 
     def _project(self, x: Tensor, bias: bool) -> Tensor:
         projection = self.site.out.projection

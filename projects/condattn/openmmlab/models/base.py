@@ -1,18 +1,19 @@
 """What the conditioned subclasses of upstream backbones share."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
 
-from ...condition import condition
-from ...methods.base import DEFAULT, Conditioning
+from ...condition import condition, conditioned_places, initialize
+from ...methods.initial_weights import InitialWeightsMethod
+from ...methods.parsing import DEFAULT, Conditioning
 from ...weights.files import describe_wrong_hash, read_file
 from ...weights.load import LoadReport, load_pretrained
-from .loading import ENTRY, difference, guard_loading
+from .loading import check_start, guard_loading
 
 TIMM = "timm:"
 """In front of a model's name: its public weights, which timm downloads."""
@@ -52,7 +53,7 @@ class ConditionedBackbone:
         if is_pretrained(self.init_cfg):
             load_as_configured(self, self.init_cfg)
         else:
-            super().init_weights()
+            initialize_as_upstream(self, super().init_weights)
 
     def train(self, mode: bool = True):
         """Set the training mode and return self, as ``nn.Module`` does and upstream's backbones do not."""
@@ -65,12 +66,42 @@ def is_pretrained(init_cfg: Any) -> bool:
     return isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained"
 
 
+def initialize_as_upstream(model: nn.Module, init_weights: Callable[[], None]) -> None:
+    """Let ``init_weights`` initialise ``model``, and then the methods that set initial weights.
+
+    Raises:
+        ValueError: If pretrained weights are in the place of those.
+    """
+    pretrained = [module for module in model.modules() if is_pretrained(getattr(module, "init_cfg", None))]
+    for module in pretrained:
+        refuse_initial_weights(module)
+    done = getattr(model, "is_init", False)
+    init_weights()
+    if not done:  # mmengine initialises once
+        initialize(model)
+
+
+def refuse_initial_weights(model: nn.Module) -> None:
+    """Check that no method sets initial weights of ``model``, which pretrained weights are loaded into.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for place, method in conditioned_places(model):
+        if isinstance(method, InitialWeightsMethod):
+            raise ValueError(
+                f"{place}: conditioning={str(method)!r} sets initial weights, which the pretrained weights would "
+                "replace; train from scratch, or leave the method out"
+            )
+
+
 def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] = ()) -> LoadReport:
     """Load what an ``init_cfg`` of type 'Pretrained' names into ``model``, and log what became of it.
 
     Raises:
         ValueError: As :func:`condattn.weights.load.load_pretrained`, and for settings that it does not know.
     """
+    refuse_initial_weights(model)
     settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location", "prefix")}
     known_settings = ("checkpoint", "load", "unsafe", "other_conditioning")
     if unknown := settings.keys() - set(known_settings):
@@ -81,28 +112,9 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
     if not isinstance(path := settings.pop("checkpoint", None), str | Path):
         raise ValueError(f"init_cfg of type 'Pretrained' expects checkpoint=FILE_OR_ADDRESS, found {path!r}")
     if not settings.pop("other_conditioning", False):
-        check_record(model, read_file(path, settings.get("unsafe", False)), path, settings.get("load", "raw"))
+        check_start(read_file(path, settings.get("unsafe", False)), path, model, settings.get("load", "raw"))
     report = load_pretrained(model, path, known=known, **settings)
     if wrong := describe_wrong_hash(path):
         print_log(wrong, logger="current", level=logging.WARNING)
     print_log(f"pretrained weights {report}", logger="current")
     return report
-
-
-def check_record(model: nn.Module, content: Any, path: str, load: str) -> None:
-    """Check that weights which were trained with conditioning are loaded into a backbone that has the same.
-
-    Weights of a model without conditioning may start any.
-
-    Raises:
-        ValueError: If the file records another conditioning; or one with corrections, and ``load`` is 'effective'.
-    """
-    meta = content.get("meta") if isinstance(content, Mapping) else None
-    record = (meta.get(ENTRY) if isinstance(meta, Mapping) else None) or {}
-    if not any(record.values()):
-        return
-    override = "other_conditioning=True in the init_cfg loads them all the same"
-    if load == "effective" and "SpectralCorrection" in str(record):
-        raise ValueError(f"{path} was trained with spectral correction; load='effective' is for weights that were not")
-    if different := difference(record, model):
-        raise ValueError(f"{path} was trained with {different}; condition it alike, or {override}")

@@ -1,6 +1,7 @@
 """Condition any registered module from a config."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from mmengine.config import ConfigDict
@@ -9,7 +10,9 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from ...condition import condition
-from ...methods.base import DEFAULT, Conditioning
+from ...methods.initial_weights import InitialWeightsMethod
+from ...methods.parsing import DEFAULT, Conditioning
+from .base import initialize_as_upstream
 from .loading import guard_loading
 
 
@@ -46,5 +49,13 @@ def Conditioned(
         module = MODELS.build(ConfigDict({**inherited, **module}))
     report = condition(module, conditioning, include, exclude)
     guard_loading(module)
+    initial = any(isinstance(method, InitialWeightsMethod) for method in report.methods)
+    if initial and hasattr(module, "init_weights"):
+        module.init_weights = partial(_init_weights, module)
     print_log(f"{type(module).__name__}: {report}", logger="current")
     return module
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Initialise a conditioned module as its class does, and then as the conditioning does."""
+    initialize_as_upstream(module, lambda: type(module).init_weights(module))

@@ -1,20 +1,71 @@
-"""Weights that a run has saved know the conditioning of their backbone, and every other one refuses to load them.
+"""Weights that a run has saved know the conditioning they were trained with, and other models refuse to load them.
 
-The record is in the metadata that a state dict has for each module, beside torch's version of it, because that is what
-``load_state_dict`` of torch, mmengine, and mmdet's and mmseg's inferencers hand to a module. The state dict of a model
-in memory has no record: ``one.load_state_dict(other.state_dict())`` copies weights, whatever the two are.
+The record is in a checkpoint's ``meta``, for the tools, and in the metadata that a state dict has for each module
+beside torch's version of it, which ``load_state_dict`` of torch, mmengine, and mmdet's and mmseg's inferencers hand to
+a module. The state dict of a model in memory has no record: ``one.load_state_dict(other.state_dict())`` copies weights,
+whatever the two are.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...condition import conditioning_of, same_conditioning
+from ...methods.base import registered_methods
+from ...methods.weight import WeightMethod
+from ..errors import UserError
+from .wrapping import unwrapped
 
 ENTRY = "conditioning"
-Record = dict[str, list[dict[str, Any]]]
+"""The name of the record."""
+Record = Mapping[str, list[dict[str, Any]]]
+
+
+def record_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """What a checkpoint records of ``model``: site name -> its methods, as plain data."""
+    return conditioning_of(unwrapped(model))
+
+
+def recorded(checkpoint: Any) -> Record:
+    """The record in a checkpoint; empty if it has none."""
+    meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
+    return (meta.get(ENTRY) if isinstance(meta, Mapping) else None) or {}
+
+
+def check_conditioning(checkpoint: Mapping[str, Any], path: str, model: nn.Module) -> None:
+    """Check that ``model`` is conditioned as the one was whose checkpoint, read from ``path``, it is to load.
+
+    A checkpoint without a record is of a model that was not conditioned.
+
+    Raises:
+        UserError: If it is not; the message shows both, and the line of the configuration to change.
+    """
+    if problem := difference(recorded(checkpoint), unwrapped(model), f"{path} is"):
+        raise UserError(f"{problem}, or load it all the same with --other-conditioning")
+
+
+def check_start(checkpoint: Any, path: str, model: nn.Module, load: str) -> None:
+    """Check that weights which ``model`` is to start from (``init_cfg``) mean the same in it.
+
+    Weights of a model without conditioning may start any.
+
+    Raises:
+        ValueError: If the file records another conditioning; or one with corrections, and ``load`` is 'effective'.
+    """
+    record = recorded(checkpoint)
+    if not any(record.values()):
+        return
+    correcting = {cls.__name__ for cls in registered_methods() if issubclass(cls, WeightMethod)}
+    names = {method.get("type") for methods in record.values() for method in methods}
+    if load == "effective" and (found := sorted(names & correcting)):
+        raise ValueError(
+            f"{path} was trained with corrected weights ({', '.join(found)}); load='effective' is for weights that "
+            "were not"
+        )
+    if problem := difference(record, model, f"{path} is"):
+        raise ValueError(f"{problem}, or load it all the same with other_conditioning=True in the init_cfg")
 
 
 def guard_loading(module: nn.Module) -> None:
@@ -39,22 +90,60 @@ def drop_record(state_dict: Mapping[str, Tensor]) -> None:
         entries.pop(ENTRY, None)
 
 
-def difference(record: Record, model: nn.Module) -> str:
-    """How the conditioning of the first site of ``model`` that differs from ``record`` does, as text; or ''.
+def difference(record: Record, model: nn.Module, source: str) -> str:
+    """How the conditioning of ``model`` differs from ``record``, and what to do; '' if it does not.
 
-    Sites of the record may have a longer name.
+    Args:
+        record: Of the model, or of one that has it as a part, so that names are longer.
+        model: The model.
+        source: What has the record, with its verb, as the message begins: 'a.pth is'.
     """
-    for name, methods in conditioning_of(model).items():
-        theirs = next((record[site] for site in record if f".{site}".endswith(f".{name}")), [])
-        if not same_conditioning(theirs, methods):
-            return f"conditioning={theirs or 'none'} at {name}, where this backbone has {methods or 'none'}"
+    own, theirs = conditioning_of(model), dict(_within(record, model))
+    places = {**own, **{name: [] for name, methods in theirs.items() if methods and name not in own}}
+    other = [name for name in places if not same_conditioning(theirs.get(name, []), places[name])]
+    if not other:
+        return ""
+    before, now = _as_setting(theirs.get(other[0], [])), _as_setting(places[other[0]])
+    advice = f"set conditioning={before} in the configuration to load it as it was trained"
+    if before == "'none'":
+        advice += ", or make a conditioned checkpoint of it with tools/checkpoints/calibrate.py"
+    names = ", ".join(name or "(the model itself)" for name in other[:2]) + (", ..." if len(other) > 2 else "")
+    return (
+        f"{source} of a model with conditioning={before} at {len(other)} of {len(places)} attention sites ({names}), "
+        f"where this one has conditioning={now}, so that its weights mean something else here: {advice}"
+    )
+
+
+def _within(record: Record, model: nn.Module) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The entries of ``record`` that are of ``model``, with their names in it."""
+    modules = dict(model.named_modules())
+    prefix = _prefix(record, conditioning_of(model))
+    for key, methods in record.items():
+        name = "" if f"{key}." == prefix else key.removeprefix(prefix)
+        if f"{key}.".startswith(prefix) and name in modules:
+            yield name, methods
+
+
+def _prefix(record: Record, own: Record) -> str:
+    """What names in ``record`` have in front of those in the model itself, whose conditioning is ``own``."""
+    for name in own:
+        if name in record:
+            return ""
+        for key in record:
+            if name and key.endswith(f".{name}"):
+                return key.removesuffix(name)
     return ""
 
 
+def _as_setting(methods: list[dict[str, Any]]) -> str:
+    """The methods of a site as a line of a configuration."""
+    calls = [f"dict({', '.join(f'{key}={value!r}' for key, value in method.items())})" for method in methods]
+    if not calls:
+        return "'none'"
+    return calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+
+
 def _refuse(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: dict, *_: Any) -> None:
-    if ENTRY in local_metadata and (different := difference(local_metadata[ENTRY], module)):
-        raise ValueError(
-            f"these weights of {prefix.rstrip('.') or 'the model'} were trained with {different}, so that they mean "
-            "something else here; condition it alike, or let tools/predict.py or tools/test.py load them with "
-            "--other-conditioning"
-        )
+    source = f"the checkpoint of {prefix.rstrip('.') or 'the model'} is"
+    if ENTRY in local_metadata and (problem := difference(local_metadata[ENTRY], module, source)):
+        raise ValueError(f"{problem}, or let tools/predict.py or tools/test.py load it with --other-conditioning")

@@ -19,8 +19,9 @@ from ...kernels.window_attention import window_attention
 from ...kernels.windows import Windows
 from ...layers.class_swap import swap_class
 from ...layers.first_forward import FirstForward, count_hooks
-from ...layers.head_norm import PreconditionedLinear
-from ...methods.base import DEFAULT, Conditioning
+from ...layers.head_norm import HeadNorm
+from ...layers.head_transform import HeadTransformLinear
+from ...methods.parsing import DEFAULT, Conditioning
 from .base import ConditionedBackbone
 
 
@@ -40,8 +41,9 @@ class FastShiftWindowMSA:
             return super().forward(query, hw_shape)
         grid = Windows(*hw_shape, self.window_size, self.shift_size, query.device)
         proj = msa.proj
-        inside = isinstance(proj, PreconditionedLinear) and not is_watched(proj)
-        normalize = (proj.head_norm.eps, proj.head_norm.detach) if inside else None
+        plain = type(proj) is HeadTransformLinear and type(proj.head_transform) is HeadNorm
+        inside = plain and not is_watched(proj)
+        normalize = (proj.head_transform.eps, proj.head_transform.detach) if inside else None
         attention = grid, msa.num_heads, msa.scale, normalize
         heads = window_attention(msa.qkv(query), msa.qkv.bias, self._bias(), *attention)
         x = F.linear(heads, proj.weight, proj.bias) if inside else proj(heads)

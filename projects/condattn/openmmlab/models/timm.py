@@ -13,10 +13,10 @@ from timm.models import group_parameters
 from torch import Tensor
 
 from ...condition import condition
-from ...methods.base import DEFAULT, Conditioning
+from ...methods.parsing import DEFAULT, Conditioning
 from ...weights.files import DownloadError
 from ...weights.load import load_weights
-from .base import TIMM, is_pretrained, load_as_configured
+from .base import TIMM, initialize_as_upstream, is_pretrained, load_as_configured, refuse_initial_weights
 from .image_size import features, find_image_sizes, map_size
 from .loading import guard_loading
 
@@ -141,9 +141,10 @@ class ConditionedTimmBackbone(BaseModule):
         elif is_pretrained(self.init_cfg):
             load_as_configured(self.model, self.init_cfg, known=self._names)
         elif self.init_cfg is not None:
-            initialize(self.model, self.init_cfg)
+            initialize_as_upstream(self, lambda: initialize(self.model, self.init_cfg))
 
     def _download(self, checkpoint: str, load: str = "raw", **other: Any) -> None:
+        refuse_initial_weights(self.model)
         model_name = checkpoint.removeprefix(TIMM)
         if other:
             raise ValueError(

@@ -18,7 +18,7 @@ from mmengine.structures import BaseDataElement
 
 from ..data_check.paths import leaves
 from ..errors import UserError
-from ..hooks.conditioning_guard import check_conditioning
+from ..models.loading import check_conditioning
 from .checkpoints import check_fit, drop_pretrained, read_checkpoint
 from .launch import build_model
 

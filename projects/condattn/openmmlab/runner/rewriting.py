@@ -10,8 +10,7 @@ from torch import nn
 from ...spectra.measure import spread
 from ...weights.atomic import write_whole
 from ..errors import UserError
-from ..hooks.conditioning_guard import ENTRY, record_of
-from ..models.loading import with_record
+from ..models.loading import ENTRY, record_of, with_record
 from .checkpoints import add_unsafe_argument, read_checkpoint
 from .inference import find_images
 from .launch import add_config_arguments, load_config

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ...attention.site import AttentionSite
 from ...layers.class_swap import leave_out
-from ...layers.head_norm import PLAIN_LINEAR, PreconditionedLinear
+from ...layers.head_transform import PLAIN_LINEAR, HeadTransformLinear
 from ...methods.base import register_method
 from ...methods.preconditioner import RowPreconditioner
 
@@ -56,21 +56,15 @@ class GainedRowPreconditioner(RowPreconditioner):
         super().apply(site)
         owner = site.out.owner
         owner.__class__ = GainedLinear
-        heads = owner.head_norm.num_heads
+        heads = owner.head_transform.num_heads
         if self.gain == "learned":
             owner.head_gain = nn.Parameter(torch.ones(heads))
         else:
             start = (owner.in_features / heads) ** 0.5 if self.gain == "sqrt" else torch.nan
             owner.register_buffer("head_gain", torch.full((heads,), start))
 
-    @classmethod
-    def applied_to(cls, site: AttentionSite) -> GainedRowPreconditioner | None:
-        """The preconditioner of ``site`` if it has a gain, or None."""
-        found = RowPreconditioner.applied_to(site)
-        return found if isinstance(found, cls) else None
 
-
-class GainedLinear(PreconditionedLinear):
+class GainedLinear(HeadTransformLinear):
     """An output projection whose normalised input is multiplied by a gain for each head.
 
     Shape: input (..., num_heads * d), output (..., out features), as ``nn.Linear``.
@@ -81,8 +75,8 @@ class GainedLinear(PreconditionedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the row-normalised head outputs, times the gain."""
-        if self.preconditioner.gain == "initial" and self.training and self.head_gain.isnan().any():
+        if self.head_transform.method.gain == "initial" and self.training and self.head_gain.isnan().any():
             with torch.no_grad():
-                self.head_gain.copy_(self.head_norm.row_norms(input))
+                self.head_gain.copy_(self.head_transform.scales(input))
         gain = self.head_gain.repeat_interleave(self.in_features // len(self.head_gain)).to(input.dtype)
-        return F.linear(self.head_norm.normalize(input) * gain, self.weight, self.bias)
+        return F.linear(self.head_transform.transform(input) * gain, self.weight, self.bias)

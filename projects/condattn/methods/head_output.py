@@ -1,0 +1,106 @@
+"""Methods that transform the outputs of each head, where they leave the heads."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import nn
+
+from ..attention.adapters import inner, is_copying
+from ..attention.site import AttentionSite, HeadOutputs
+from ..layers.class_swap import check_can_swap, leave_out, refuse_scripting, restore_class, swap_class
+from ..layers.head_transform import PLAIN_LINEAR, HeadTransform, HeadTransformLinear, head_transform_of
+from ..layers.hooks import remove_hooks
+from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
+from ..layers.overrides import PostponedProjection
+from .base import Method
+
+
+class HeadOutputMethod(Method):
+    """A function of the outputs of each head of a site.
+
+    Mostly it stands in front of the output projection; where an activation, a norm, a gate, or a residual stands
+    between the two, in front of that. Subclasses implement :meth:`head_transform`. The spectra of the transformed
+    outputs, and calibration (:func:`condattn.weights.calibrate.calibrate`), follow from that.
+    """
+
+    @abstractmethod
+    def head_transform(self, site: AttentionSite) -> HeadTransform:
+        """What transforms the head outputs of ``site``; made with ``method=self``."""
+
+    def check(self, site: AttentionSite) -> None:
+        """Raise unless a module receives the head outputs of ``site``, and its heads divide their channels."""
+        out = site.out
+        if out is None:
+            raise ValueError(f"{site}: its head outputs cannot be conditioned: {site.obstacle}; {leave_out(site)}")
+        if (other := head_transform_of(site)) is not None:
+            raise ValueError(
+                f"{site}: its head outputs are conditioned already, by {other.method}; two methods cannot transform "
+                "them: name one of them"
+            )
+        if is_copying(out.owner):
+            raise ValueError(
+                f"{site}: its head outputs cannot be conditioned: a {type(out.owner).__name__} of PEFT is around its "
+                "output projection; condition the model before get_peft_model"
+            )
+        if isinstance(out.owner, nn.MultiheadAttention):
+            check_can_swap(out.owner, ConditionedMultiheadAttention, site)
+        if out.reader is not None:
+            check_can_swap(inner(out.owner), HeadTransformLinear, site)
+        channels, heads = _channels(site, out), site.heads_of(out)
+        if channels and channels % heads:
+            raise ValueError(
+                f"{site}: its head outputs cannot be conditioned: {heads} heads do not divide its {channels} channels; "
+                f"{leave_out(site)}"
+            )
+
+    def apply(self, site: AttentionSite) -> None:
+        """Put the transform in front of what receives the head outputs."""
+        out = site.out
+        assert out is not None  # see check
+        owner: Any = inner(out.owner)
+        owner.head_transform = self.head_transform(site)
+        owner.is_prepared = False
+        if isinstance(owner, nn.MultiheadAttention):
+            swap_to_conditioned(owner)
+        elif type(owner) in PLAIN_LINEAR and owner is out.projection:
+            swap_class(owner, HeadTransformLinear)
+        else:
+            owner.register_forward_pre_hook(owner.head_transform)
+            owner.__prepare_scriptable__ = refuse_scripting
+        if out.reader is not None:
+            PostponedProjection(out.reader, owner)
+
+    @classmethod
+    def applied_to(cls, site: AttentionSite) -> HeadOutputMethod | None:
+        """The method of this class that transforms the head outputs of ``site``, or None."""
+        method: Any = getattr(head_transform_of(site), "method", None)
+        return method if type(method) is cls else None
+
+    @classmethod
+    def remove(cls, site: AttentionSite) -> None:
+        """Take the transform away, and give the layer its own class back."""
+        assert site.out is not None
+        owner: Any = inner(site.out.owner)
+        transform = owner.head_transform
+        del owner.head_transform, owner.is_prepared
+        if isinstance(owner, ConditionedMultiheadAttention):
+            owner.release()
+        elif isinstance(owner, HeadTransformLinear):
+            restore_class(owner)
+        else:
+            remove_hooks(owner, lambda hook: hook is transform)
+            del owner.__prepare_scriptable__
+        if site.out.reader is not None:
+            PostponedProjection.detach(site.out.reader)
+
+
+def _channels(site: AttentionSite, out: HeadOutputs) -> int | None:
+    """How many channels of head outputs lie along the axis, where the layers tell."""
+    if out.channels is not None:
+        return out.channels.stop - out.channels.start
+    for name in ("in_features", "in_channels"):
+        if hasattr(out.projection, name):
+            return getattr(out.projection, name)
+    return len(site.v.weight) if site.v is not None else None

@@ -1,0 +1,162 @@
+"""Methods that add a constant to weights of the query, key and value projections."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.site import AttentionSite, Projection, indices, is_transposed
+from ..layers.class_swap import ConditionedLayer, check_can_swap, leave_out, swap_class
+from ..layers.corrected import CorrectedConv2d, CorrectedLinear
+from ..layers.correction import CorrectedModule, Correction, corrections_of
+from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
+from ..layers.overrides import CorrectedWeightOverride
+from .base import Method
+
+
+class WeightMethod(Method):
+    """W + C in place of W for projections of a site; W trains, C is set once.
+
+    Subclasses implement :meth:`constant`. Saving, loading, :func:`condattn.fold`, the spectra of W + C, and loading
+    weights such that the function stays (``load='effective'``) follow from that.
+
+    Attributes:
+        targets: Which of 'q', 'k' and 'v' are changed.
+        depends_on_weight: Whether C is a function of the weight, and so is saved with it; otherwise it is computed
+            from the settings alone.
+    """
+
+    targets: Sequence[str] = ("q", "k", "v")
+    depends_on_weight: ClassVar[bool] = True
+
+    @abstractmethod
+    def constant(self, weight: Tensor, target: str, num_heads: int) -> Tensor:
+        """C of one projection.
+
+        Args:
+            weight: W in float64, (out features of the projection, in features), head after head.
+            target: 'q', 'k' or 'v'.
+            num_heads: Number of heads of the projection.
+
+        Returns:
+            C, of the shape of ``weight``.
+        """
+
+    def correction(self, projections: Mapping[str, Projection], site: AttentionSite) -> Correction:
+        """The correction of one weight, some rows of which are these projections of ``site``."""
+        parts = tuple((name, tuple(indices(p.rows)), site.heads_of(p)) for name, p in projections.items())
+        return RowsCorrection(self, parts)
+
+    def check(self, site: AttentionSite) -> None:
+        """Raise unless ``site`` has some of the targets, as linear maps that no other method has changed."""
+        projections = self._projections(site)
+        if not projections:
+            wanted = ", ".join(self.targets)
+            raise ValueError(f"{site}: has no projection of its own for {wanted}: {site.obstacle}; {leave_out(site)}")
+        for target, projection in projections.items():
+            owner = projection.owner
+            if others := corrections_of(projection):
+                raise ValueError(
+                    f"{site}: its {target} is corrected already, by {others[0].method}; two methods cannot correct one "
+                    "weight: name one of them"
+                )
+            check_can_swap(owner, _layer(owner), site)
+            if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
+                raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
+
+    def apply(self, site: AttentionSite) -> None:
+        """Replace W by W + C in the projections of ``site`` that are targets."""
+        by_weight: dict[tuple[nn.Module, str], dict[str, Projection]] = {}
+        for target, projection in self._projections(site).items():
+            by_weight.setdefault((projection.owner, projection.parameter), {})[target] = projection
+        for (owner, parameter), projections in by_weight.items():
+            if isinstance(owner, nn.MultiheadAttention):
+                layer: CorrectedModule = swap_to_conditioned(owner)
+            else:
+                layer = swap_class(owner, _layer(owner))
+            layer.add_correction(parameter, self.correction(projections, site))
+        readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
+        for (owner, parameter), reader in readers.items():
+            CorrectedWeightOverride.detach(reader, owner, parameter)  # that of another method, which is the same
+            CorrectedWeightOverride(reader, owner, parameter)
+
+    @classmethod
+    def applied_to(cls, site: AttentionSite) -> WeightMethod | None:
+        """The method of this class that changes weights of ``site``, or None."""
+        methods = (correction.method for p in _projections(site) for correction in corrections_of(p))
+        return next((method for method in methods if type(method) is cls), None)
+
+    def parts(self, site: AttentionSite) -> str:
+        """The projections that are changed."""
+        return ", ".join(self._projections(site))
+
+    @classmethod
+    def remove(cls, site: AttentionSite) -> None:
+        """Take C away from the projections of ``site``, and give the layers their own classes back; W stays."""
+        for projection in _projections(site):
+            owner: Any = projection.owner
+            if not any(type(correction.method) is cls for correction in corrections_of(projection)):
+                continue
+            owner.drop_corrections(cls)
+            owner.release()
+            if projection.reader is not None and projection.parameter not in getattr(owner, "corrections", ()):
+                CorrectedWeightOverride.detach(projection.reader, owner, projection.parameter)
+
+    def _projections(self, site: AttentionSite) -> dict[str, Projection]:
+        """The projections of ``site`` that are targets; those that the site does not have are left out."""
+        return {name: getattr(site, name) for name in self.targets if getattr(site, name) is not None}
+
+
+@dataclass(frozen=True)
+class RowsCorrection(Correction):
+    """What :meth:`WeightMethod.constant` gives for some rows of a weight.
+
+    Attributes:
+        method: The method.
+        parts: Target, rows, and number of heads of each projection in the weight.
+    """
+
+    method: WeightMethod
+    parts: tuple[tuple[str, tuple[int, ...], int], ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The short name of the method."""
+        return self.method.alias
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """As the method says."""
+        return self.method.depends_on_weight
+
+    @property
+    def rows(self) -> frozenset[int]:
+        """The rows that are changed."""
+        return frozenset(row for _, rows, _ in self.parts for row in rows)
+
+    @torch.no_grad()
+    def compute(self, weight: Tensor) -> Tensor:
+        """C of ``weight``, (out features, in features)."""
+        exact = weight.detach().double()
+        constant = torch.zeros_like(exact)
+        for target, rows, num_heads in self.parts:
+            constant[list(rows)] = self.method.constant(exact[list(rows)], target, num_heads).to(exact)
+        return constant.to(weight.dtype)
+
+
+def _projections(site: AttentionSite) -> list[Projection]:
+    return [projection for projection in (site.q, site.k, site.v) if projection is not None]
+
+
+def _layer(owner: nn.Module) -> type[ConditionedLayer]:
+    if isinstance(owner, nn.MultiheadAttention):
+        return ConditionedMultiheadAttention
+    if is_transposed(owner):
+        return import_module("..layers.conv1d", __package__).CorrectedConv1D
+    return CorrectedConv2d if isinstance(owner, nn.Conv2d) else CorrectedLinear

@@ -1,0 +1,34 @@
+"""The guides in docs/: their Python blocks run in order, and print what the comments behind print() say."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+from registrations import registrations_undone
+
+ROOT = Path(__file__).parents[1]
+GUIDES = ["adding_an_attention_class.md", "adding_a_method.md"]
+
+
+def matches(line, comment):
+    """Whether a printed line is what a comment says, in which three dots stand for any text."""
+    return re.fullmatch(".*".join(map(re.escape, comment.split("..."))), line)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_blocks_of_a_guide(guide):
+    text = (ROOT / "docs" / guide).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    comments = re.findall(r"^ *print\(.*\)  # (.*)$", "".join(blocks), re.MULTILINE)
+    assert len(blocks) >= 5 and len(comments) > 2
+    printed = io.StringIO()
+    with registrations_undone(), contextlib.redirect_stdout(printed):
+        names = {"__name__": "my_package.models"}
+        for block in blocks:
+            exec(compile(block, guide, "exec"), names)
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == len(comments)
+    for line, comment in zip(lines, comments, strict=True):
+        assert matches(line, comment), (line, comment)
