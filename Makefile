@@ -10,6 +10,8 @@ DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
 WORK := work_dirs/demo/mask_rcnn_swin_pc
 DTYPE := float32
 TABLES := work_dirs/benchmark
+# Files of tests in parallel, one thread a process.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
 REQUIREMENTS := pyproject.toml $(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*)
 
@@ -19,7 +21,7 @@ help:
 	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
 	@echo "make test        the tests, up to 15 minutes on two cores"
 	@echo "make test-fast   the core, on one model of each library, in less than two minutes"
-	@echo "make test-all    the tests and their repetitions, up to 30 minutes"
+	@echo "make test-all    the tests and their repetitions, up to 40 minutes"
 	@echo "make test-stock  the tests on OpenMMLab's own releases, in an environment of their own"
 	@echo "make test-newest  core tests and short trainings on the newest torch that pip offers, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
@@ -66,8 +68,10 @@ $(WORK)/metrics.txt: $(WORK)/trained
 	    | tee $@.part
 	@mv $@.part $@
 
+test test-slow test-stock: export OMP_NUM_THREADS = 1
+
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 # One model of timm, torchvision, mmdet, mmseg, mmpretrain and transformers each, by the ends of their names.
 test-fast: setup
@@ -76,12 +80,12 @@ test-fast: setup
 	    tests/test_metafile.py -k 'not test_walk and not interpreter or xcit] or swintransformer] or maxvit] or segformer]'
 
 test-slow: setup
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow $(PARALLEL)
 
 test-all: test test-slow
 
 test-stock: $(STOCK)/.installed
-	$(STOCK)/bin/python -m pytest
+	$(STOCK)/bin/python -m pytest $(PARALLEL)
 
 # The core, mmcv's operators, and one short training each of the detector and the segmenter.
 test-newest: $(NEWEST)/.installed

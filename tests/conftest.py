@@ -87,6 +87,22 @@ def segmentation(segmentation_options, tmp_path_factory) -> Run:
 
 
 @pytest.fixture
+def coco(tmp_path):
+    """A small data set with COCO annotations, whose parts a test can damage."""
+    from data_sets import Coco
+
+    return Coco(tmp_path)
+
+
+@pytest.fixture
+def label_maps(tmp_path):
+    """A small data set with label maps, whose parts a test can damage."""
+    from data_sets import LabelMaps
+
+    return LabelMaps(tmp_path)
+
+
+@pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """Call a tool in this process, from an empty folder; return its status, output and errors."""
     from condattn.openmmlab.errors import run_tool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ..wording import some
 from .results import Measurement
 
 LOW_ENTROPY = 0.05
@@ -31,9 +32,7 @@ def find_warnings(measurements: Mapping[str, Measurement], trained: bool = True)
             (_small(measurement), _SMALL),
         ):
             if sites:
-                named = ", ".join(site or "the model itself" for site in sites[:3]) + (
-                    f" and {len(sites) - 3} more" if len(sites) > 3 else ""
-                )
+                named = some(site or "the model itself" for site in sites)
                 lines.append(f"{label}{': ' * bool(label)}{text.format(sites=named, count=len(sites))}")
     return lines
 

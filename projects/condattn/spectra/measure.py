@@ -20,6 +20,7 @@ from ..attention.rules import find_sites
 from ..attention.site import AttentionSite
 from ..layers.correction import CorrectedModule
 from ..layers.head_transform import head_transform_of
+from ..wording import some
 from .bound import head_bound
 from .capture import Seen, capture, precondition
 from .extremes import RELIABLE
@@ -93,7 +94,7 @@ def _select(model: nn.Module, names: Sequence[str] | None) -> list[AttentionSite
         raise ValueError(f"{type(model).__name__} has no attention site; there is nothing to measure")
     known = [site.name for site in found]
     if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"no attention site is called {unknown[0]!r}; the model has {', '.join(known[:3])}, ...")
+        raise ValueError(f"no attention site is called {unknown[0]!r}; the model has {some(known)}")
     return [site for site in found if names is None or site.name in names]
 
 

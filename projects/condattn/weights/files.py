@@ -12,6 +12,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from ..wording import some
+
 # Where the weights lie in a file, and what may stand before their names. Averages first, as timm's loader takes them;
 # but mmengine's EMAHook keeps the average in state_dict, and what was averaged in ema_state_dict.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "model_state", "ema_state_dict", "ema")
@@ -199,8 +201,7 @@ def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, T
         raise BadFileError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights")
     weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
-        some = ", ".join(map(str, list(content)[:3])) or "nothing"
-        raise BadFileError(f"{path} holds no weights; its entries are {some}")
+        raise BadFileError(f"{path} holds no weights; its entries are {some(content) or 'none'}")
     beside: list[str] = []
     stripped = True
     while stripped:

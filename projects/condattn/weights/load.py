@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.correction import subtract_corrections
+from ..wording import some
 from .files import read_file, weights_of
 from .names import recognize, translate
 from .resize import resize_bias_table, resize_positions
@@ -52,11 +53,6 @@ class LoadReport:
             if names:
                 parts.append(f"{len(names)} {what} ({some(names)})")
         return "; ".join(parts)
-
-
-def some(names: Collection[str], count: int = 3) -> str:
-    """The first names, as text."""
-    return ", ".join(list(names)[:count]) + (", ..." if len(names) > count else "")
 
 
 def load_pretrained(

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ...wording import counted, listed, shown, some
 from ..errors import UserError
 from .masks import mask_area
-from .wording import counted, listed, shown, some
 
 LARGEST = 2.0**53
 """Numbers above it cannot be told apart by those who read the file."""
@@ -69,9 +69,8 @@ class Annotations:
 
     def names(self, chosen: Sequence[int]) -> str:
         """The first ids of several objects, to be named in a message."""
-        rest = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
         kind = "annotation" if len(chosen) == 1 else "annotations"
-        return f"{kind} {', '.join(self.name(i) for i in list(chosen)[:3])}{rest}"
+        return f"{kind} {some(map(self.name, chosen))}"
 
     def _require(self, entries: list[dict], key: str, kind: str) -> list[Any]:
         """Values of ``key``, which every entry must have."""

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from ...wording import counted, shown
 from .annotations import Annotations
 from .masks import bounds, is_drawable
 from .sampling import sample
-from .wording import counted, shown
 
 MARGIN = 2
 """Pixels by which a box may reach beyond its image without a word."""

@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
+from ...wording import counted, one_line
 from ..errors import UserError
 from ..processes import local_rank
 from .coco import check_coco
@@ -22,7 +23,6 @@ from .paths import as_list, check_paths, is_local, leaves, named_paths
 from .settings import misshapen, slips
 from .transforms import PLAIN, loads_annotations, options, reads_plain_annotations, reads_plain_images, transform_class
 from .usage import CocoUse
-from .wording import counted, one_line
 
 AS_ANNOTATED = "condattn.openmmlab.data_check.orientation.LoadImageAsAnnotated"
 PATIENCE = 60

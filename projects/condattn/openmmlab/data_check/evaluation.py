@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import METRICS
 
+from ...wording import counted, shown
 from ..errors import UserError
 from .annotations import Annotations
 from .boxes import check_boxes
@@ -16,7 +17,6 @@ from .findings import Findings
 from .masks import check_masks
 from .paths import as_list
 from .usage import CocoUse, Usage
-from .wording import counted, shown
 
 
 @dataclass

@@ -5,8 +5,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ...wording import counted, listed
 from .paths import as_list
-from .wording import counted, listed
 
 OTHER_PARTS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_head", "panoptic_fusion_head")
 """Parts of a model whose number of classes need not be that of the data."""

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ...wording import counted, some
 from .sampling import in_parallel, sample
-from .wording import counted, some
 
 ORIENTATION = 0x0112
 """EXIF's tag for the orientation; 1 is upright, 2 to 4 keep the sides' lengths, 5 to 8 exchange them."""

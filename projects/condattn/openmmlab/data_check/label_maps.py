@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ...wording import counted, listed, some
 from .findings import ClassCount, Findings
 from .images import check_images, find_missing, names_in, no_file
 from .sampling import in_parallel, sample
-from .wording import counted, listed, some
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 

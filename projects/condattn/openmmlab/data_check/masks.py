@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pycocotools import mask as masks
 
+from ...wording import counted, shown
 from .runs import count_runs
 from .sampling import sample
-from .wording import counted, shown
 
 if TYPE_CHECKING:
     from .annotations import Annotations

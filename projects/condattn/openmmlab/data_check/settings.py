@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .wording import listed, shown
+from ...wording import listed, shown
 
 WRAPPED = ("dataset", "datasets")
 """Settings of a wrapper that hold the data sets in it."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ...wording import counted, listed, some
 from .annotations import Annotations
 from .findings import ClassCount, Findings
 from .sampling import sample
-from .wording import counted, listed, some
 
 SMALL, LARGE = 32**2, 96**2
 """COCO's bounds between small, medium and large objects, in pixels."""

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ...attention.rules import find_sites
+from ...wording import some
 from ..errors import UserError
 from ..models.wrapping import unwrapped
 from .atomic_checkpoint import LAST
@@ -95,7 +96,7 @@ def find_trouble(model: nn.Module, args: tuple, kwargs: dict) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [f"{kind} at {', '.join(sites[:3])}{', ...' * (len(sites) > 3)}" for kind, sites in found.items()]
+    return [f"{kind} at {some(sites)}" for kind, sites in found.items()]
 
 
 def _union(lists: list[list[str]]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...condition import conditioning_of, same_conditioning
 from ...methods.base import registered_methods
 from ...methods.weight import WeightMethod
+from ...wording import some
 from ..errors import UserError
 from .wrapping import unwrapped
 
@@ -107,7 +108,7 @@ def difference(record: Record, model: nn.Module, source: str) -> str:
     advice = f"set conditioning={before} in the configuration to load it as it was trained"
     if before == "'none'":
         advice += ", or make a conditioned checkpoint of it with tools/checkpoints/calibrate.py"
-    names = ", ".join(name or "(the model itself)" for name in other[:2]) + (", ..." if len(other) > 2 else "")
+    names = some((name or "(the model itself)" for name in other), 2)
     return (
         f"{source} of a model with conditioning={before} at {len(other)} of {len(places)} attention sites ({names}), "
         f"where this one has conditioning={now}, so that its weights mean something else here: {advice}"

@@ -17,6 +17,7 @@ from mmengine.runner.checkpoint import (
 from torch import Tensor, nn
 
 from ...weights.files import BadFileError, describe_wrong_hash, read_file, weights_of
+from ...wording import some
 from ..errors import UserError
 from ..models.base import is_pretrained
 from ..models.wrapping import unwrapped
@@ -113,7 +114,7 @@ def _address(path: str) -> str:
             name = get_deprecated_model_names().get(name, name)
             known = addresses()
             if name not in known:
-                raise UserError(f"{hub} has no weights called {name}; it has {_some(known)}")
+                raise UserError(f"{hub} has no weights called {name}; it has {some(known)}")
             return known[name]
     return path
 
@@ -183,7 +184,7 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
             sizes = f"{_size(weights[one])} there, {_size(expected[one])} in the model"
             reason = f"all {len(misshapen)} that have a name of the model have another shape ({one} is {sizes})"
         else:
-            reason = f"the checkpoint has {_some(weights)}; the model expects {_some(expected)}"
+            reason = f"the checkpoint has {some(weights)}; the model expects {some(expected)}"
         raise UserError(
             f"no weight of the checkpoint {path} fits the model: {reason}; use the configuration that the checkpoint "
             "was trained with"
@@ -191,13 +192,13 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
     if damaged := [key for key in common if key in fitting and _is_damaged(weights[key], expected[key])]:
         raise UserError(
             f"{path} is damaged, or its training diverged: {len(damaged)} weights have values that are not finite "
-            f"({_some(damaged)}); use an earlier checkpoint"
+            f"({some(damaged)}); use an earlier checkpoint"
         )
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected]
     if warn and (missing or unexpected or misshapen):
         parts = [
-            f"{len(keys)} {what} ({_some(names)})"
+            f"{len(keys)} {what} ({some(names)})"
             for keys, names, what in (
                 (missing, _whole_parts(missing, expected), "are not in it and keep their initial values"),
                 (misshapen, misshapen, "have another shape there and keep their initial values"),
@@ -266,7 +267,7 @@ def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False)
             module.init_weights()
             if all(value.equal(before[key]) for key, value in module.state_dict().items()):
                 weights = weights.get("state_dict", weights.get("model", weights))
-                raise UserError(f"none fits: the file has {_some(weights)}, the model expects {_some(before)}")
+                raise UserError(f"none fits: the file has {some(weights)}, the model expects {some(before)}")
         except (UserError, ValueError) as error:
             raise UserError(
                 f"the pretrained weights {init_cfg.get('checkpoint')} cannot be loaded; train from a file with "
@@ -291,8 +292,3 @@ def _pretrained(model: nn.Module) -> Iterator[tuple[str, dict]]:
     for name, module in model.named_modules():
         if is_pretrained(init_cfg := getattr(module, "init_cfg", None)):
             yield name, init_cfg
-
-
-def _some(keys) -> str:
-    shown = list(keys)[:3]
-    return ", ".join(shown) + (", ..." if len(keys) > 3 else "")

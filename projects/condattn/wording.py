@@ -1,4 +1,4 @@
-"""Wording of the messages of a check: counted nouns, shortened lists and shortened values."""
+"""Wording of messages: counted nouns, shortened lists and shortened values."""
 
 from collections.abc import Iterable
 from reprlib import Repr

@@ -1,0 +1,468 @@
+"""The check of data: configurations, findings that are remembered, tools and trainings."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import HEIGHT, WIDTH, Coco, picture, rotated
+from runs import CONFIGS, DEMO, TOOLS, error_lines, run
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import CocoDataset  # noqa: F401 (registers)
+from mmengine.registry import init_default_scope
+from mmseg.datasets.transforms import LoadAnnotations
+
+from condattn.openmmlab.data_check import check as check_module
+from condattn.openmmlab.data_check import check_data
+from condattn.openmmlab.data_check import coco as coco_check
+from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
+from condattn.openmmlab.data_check.paths import leaves, named_paths
+from condattn.openmmlab.data_check.sampling import sample
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.runner.launch import load_config
+
+
+def test_classes_in_a_string(coco):
+    coco.cfg.train_dataloader.dataset.metainfo.classes = "cat"
+    (error,) = coco.check().errors
+    assert "write classes = ('cat',)" in error
+
+
+def test_a_data_set_that_nobody_has_registered(coco):
+    coco.cfg.train_dataloader.dataset.type = "CocoDatasett"
+    (error,) = coco.check().errors
+    assert "no data set CocoDatasett is registered" in error
+
+
+def test_heads_with_another_number_of_classes(coco):
+    coco.cfg.model = dict(rpn_head=dict(num_classes=1), roi_head=dict(bbox_head=[dict(num_classes=80)]))
+    (error,) = coco.check().errors
+    assert error.startswith("model.roi_head.bbox_head.0.num_classes is 80, but the data have 2 classes ('cat', 'dog')")
+
+
+def test_findings_are_remembered_until_a_file_changes(coco, monkeypatch):
+    first = coco.check()
+    monkeypatch.setattr(coco_check, "read_annotations", lambda path: pytest.fail("the file was read again"))
+    assert coco.check() == first
+    monkeypatch.undo()
+    (coco.folder / "images" / "1.jpg").write_bytes(b"")
+    assert len(coco.check().errors) == 1
+    picture().save(coco.folder / "images" / "1.jpg")
+    (coco.folder / "images" / "2.jpg").unlink()
+    assert "1 of 6 images are missing" in coco.check().errors[0]
+
+
+def test_a_cache_that_cannot_be_written(coco, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    assert coco.check().errors == []
+
+
+FULL = np.ones((HEIGHT, WIDTH), int)
+
+
+def test_classes_of_segmentation_in_a_string(label_maps):
+    label_maps.dataset.metainfo.classes = "cat"
+    (error,) = label_maps.check().errors
+    assert "write classes = ('cat',)" in error
+
+
+def test_one_class_with_a_softmax(label_maps):
+    label_maps.dataset.metainfo.classes = ("cat",)
+    head = dict(num_classes=1, loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False))
+    label_maps.cfg.model = dict(decode_head=head)
+    (error,) = label_maps.check().errors
+    assert "one class, 'cat', and a softmax" in error
+
+
+def test_fewer_classes_in_the_head(label_maps):
+    label_maps.cfg.model = dict(decode_head=dict(num_classes=2), auxiliary_head=dict(num_classes=3))
+    (error,) = label_maps.check().errors
+    assert error.startswith("model.decode_head.num_classes is 2, but the data have 3 classes")
+
+
+def test_a_sample_has_both_ends():
+    assert sample(range(100), read_all=False, number=5) == [0, 25, 50, 74, 99]
+    assert sample(range(100), read_all=True, number=5) == list(range(100))
+    assert sample([3, 4], read_all=False, number=5) == [3, 4]
+
+
+def test_every_error_is_printed(coco, capsys):
+    """The last one by the exception, which the tools print."""
+    (coco.folder / "images" / "1.jpg").unlink()
+    (coco.folder / "images" / "2.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="train: 1 image cannot be read"):
+        check_data(coco.cfg, "train")
+    captured = capsys.readouterr()
+    assert "error: train: 1 of 6 images are missing" in captured.err
+    assert captured.out.startswith("train: 6 of 6 images, 12 of 12 objects (cat 8, dog 4)")
+
+
+def test_the_other_processes_end_with_the_first(coco, capsys, monkeypatch):
+    (coco.folder / "images" / "1.jpg").unlink()
+    coco.cfg.launcher = "pytorch"
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    slept = []
+    monkeypatch.setattr(check_module.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(check_module.time, "sleep", slept.append)
+    with pytest.raises(SystemExit) as exit_:
+        check_data(coco.cfg, "train")
+    assert exit_.value.code == 2
+    assert sum(slept) >= check_module.PATIENCE
+    coco.cfg.train_dataloader.dataset.ann_file = "missing.json"
+    slept.clear()
+    with pytest.raises(SystemExit):
+        check_data(coco.cfg, "train")
+    assert sum(slept) >= check_module.PATIENCE
+    assert capsys.readouterr().err == ""
+
+
+def test_negatives_beside_other_data(coco):
+    """A data set without objects is an error by itself, and none in a loader that has objects elsewhere."""
+    leaf = coco.cfg.train_dataloader.dataset
+    del leaf["filter_cfg"]
+    negatives = {**copy.deepcopy(leaf), "ann_file": "negatives.json"}
+    (coco.folder / "negatives.json").write_text(json.dumps({**coco.content, "annotations": []}))
+    coco.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[leaf, negatives])
+    assert [entry.findings.errors for entry in find(coco.cfg, "train")] == [[], []]
+    coco.cfg.train_dataloader.dataset = negatives
+    assert "no annotation in the file" in coco.check().errors[0]
+
+
+def test_one_class_in_each_data_set(label_maps):
+    """Is enough where they have different ones."""
+    for i in range(6):
+        label_maps.label(i, FULL * (i >= 3))
+    halves = [{**copy.deepcopy(label_maps.dataset), "indices": list(half)} for half in ((0, 1, 2), (3, 4, 5), (0, 1))]
+    for chosen, wrong in ((halves[:2], 0), (halves[::2], 2), (halves[:1], 1)):
+        label_maps.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=chosen)
+        entries = find(label_maps.cfg, "train")
+        assert sum(bool(entry.findings.errors) for entry in entries) == wrong
+
+
+def test_remote_data_are_left_alone(coco):
+    coco.cfg.train_dataloader.dataset.data_root = "s3://bucket/data"
+    assert next(named_paths(coco.cfg.train_dataloader.dataset)) == "s3://bucket/data/annotations.json"
+    findings = coco.check()
+    assert (findings.errors, "not read by this check" in findings.summary) == ([], True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dict(language_model=dict(type="BertModel"), bbox_head=dict(num_classes=80)),
+        dict(bbox_head=dict(type="GroundingDINOHead", num_classes=256)),
+        dict(bbox_head=dict(type="ATSSVLFusionHead", num_classes=80)),
+    ],
+)
+def test_open_vocabularies(coco, model):
+    coco.cfg.model = model
+    assert coco.check().errors == []
+
+
+def test_auxiliary_heads(label_maps):
+    """One for edges has two classes by design; others with another number are doubtful."""
+    decode = dict(num_classes=3)
+    label_maps.cfg.model = dict(decode_head=decode, auxiliary_head=[dict(type="STDCHead", num_classes=2)])
+    findings = label_maps.check()
+    assert (findings.errors, findings.warnings) == ([], [])
+    label_maps.cfg.model.auxiliary_head.append(dict(type="FCNHead", num_classes=2))
+    findings = label_maps.check()
+    assert findings.errors == []
+    assert "model.auxiliary_head.1.num_classes is 2" in findings.warnings[0]
+
+
+def test_heads_are_compared_once(coco):
+    coco.cfg.model = dict(bbox_head=dict(num_classes=80))
+    errors = [error for entry in find(coco.cfg, "train", "val") for error in entry.findings.errors]
+    assert len(errors) == 1
+
+
+def test_transforms_that_are_classes(coco):
+    """As configurations in pure Python name them."""
+    coco.cfg.train_dataloader.dataset.pipeline[0]["type"] = LoadImageFromFile
+    rotated(coco.folder / "images" / "1.jpg")
+    (entry,) = find(coco.cfg, "train")
+    assert entry.findings.as_annotated
+    adapt(coco.cfg, entry)
+    assert entry.settings["pipeline"][0]["type"] == AS_ANNOTATED
+
+
+def test_transforms_of_label_maps_that_are_classes(label_maps):
+    dataset = label_maps.cfg.test_dataloader.dataset
+    dataset.pipeline[1]["type"] = LoadAnnotations
+    del dataset.data_prefix["seg_map_path"]
+    label_maps.cfg.test_evaluator.format_only = True
+    assert "which LoadAnnotations needs" in label_maps.check("test").errors[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("ann_file"), "has no ann_file"),
+        (lambda d: d.update(ann_file=None), "has no ann_file"),
+        (lambda d: d.update(ann_file="images"), "is a folder; name the annotation file"),
+        (lambda d: d.update(data_prefix=None), "data_prefix: expected dict"),
+        (lambda d: d.update(data_prefix="images"), "data_prefix: expected dict"),
+        (lambda d: d.update(metainfo="cat"), "metainfo: expected dict"),
+        (lambda d: d.metainfo.update(classes=[]), "classes is empty; name the classes"),
+        (lambda d: d.metainfo.update(classes=["cat", "cat"]), "classes has 'cat' 2 times"),
+        (lambda d: d.metainfo.update(classes=[1, 2]), "classes: expected names"),
+        (lambda d: d.filter_cfg.update(min_size="32"), "filter_cfg.min_size: expected a number of pixels, found '32'"),
+        (lambda d: d.update(indices="3"), "indices: expected a whole number"),
+        (lambda d: d.update(indices=[0, 99]), "indices has 99, and 6 images are there"),
+        (lambda d: d.update(backend_args="local"), "backend_args: expected dict"),
+        (lambda d: d.update(data_root=5), "data_root: expected the path"),
+    ],
+)
+def test_slips_in_a_configuration(coco, change, message):
+    change(coco.cfg.train_dataloader.dataset)
+    (error,) = coco.check().errors
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loader: loader.dataset.pop("type"), "train_dataloader.dataset has no type"),
+        (lambda loader: loader.update(dataset=[loader.dataset]), "train_dataloader.dataset is a list"),
+        (
+            lambda loader: loader.update(dataset=dict(type="ConcatDataset", datasets=[])),
+            "train_dataloader.dataset.datasets is empty",
+        ),
+        (lambda loader: loader.update(dataset=None), "train_dataloader.dataset: expected the settings of a data set"),
+    ],
+)
+def test_loaders_without_a_data_set(coco, change, message):
+    change(coco.cfg.train_dataloader)
+    with pytest.raises(UserError, match=message):
+        coco.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.data_prefix.pop("img_path"), "data_prefix has no img_path"),
+        (lambda d: d.update(metainfo=None), "classes. should be specified when testing"),
+        (lambda d: d.update(img_suffix=5), "the images cannot be listed"),
+        (lambda d: d.update(indices=[7]), "indices has 7, and 6 images are there"),
+        (lambda d: d.metainfo.update(classes=["a", "b", "a"]), "classes has 'a' 2 times"),
+    ],
+)
+def test_slips_in_a_segmentation(label_maps, change, message):
+    dataset = label_maps.cfg.test_dataloader.dataset
+    dataset.test_mode = True
+    change(dataset)
+    (error,) = label_maps.check("test").errors
+    assert re.search(message, error), error
+
+
+def test_a_repaired_copy_is_written_once(coco, monkeypatch):
+    coco.content["annotations"][0]["id"] = 0
+    coco.write()
+    copied = Path(coco.check().ann_file)
+    state = copied.stat().st_mtime_ns
+    coco.cfg.train_dataloader.dataset.indices = 5
+    assert coco.check().ann_file == str(copied)
+    assert copied.stat().st_mtime_ns == state
+
+
+def test_a_cache_folder_that_cannot_take_copies(coco, monkeypatch, tmp_path):
+    """The temporary folder takes them; without one it is an error in one line."""
+    coco.content["annotations"][0]["id"] = 0
+    coco.write()
+    home = tmp_path / "home"
+    (home / "condattn").mkdir(parents=True)
+    (home / "condattn" / "annotations").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert Path(coco.check().ann_file).is_relative_to(tmp_path / "temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(home / "condattn" / "annotations"))
+    coco.content["annotations"][1]["area"] = 5
+    coco.write()
+    (error,) = coco.check().errors
+    assert "set XDG_CACHE_HOME to a folder that can be written" in error
+
+
+def test_a_relative_cache_folder(coco, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    coco.content["annotations"][0]["id"] = 0
+    coco.write()
+    assert Path(coco.check().ann_file).is_relative_to(tmp_path / "relative")
+
+
+def _metric_entries(coco) -> list:
+    init_default_scope("mmdet")
+    return find(coco.cfg, "val")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_annotation_file_of_the_evaluator(coco, nested):
+    other = coco.folder / "other.json"
+    if nested:
+        metric = coco.cfg.val_evaluator
+        coco.cfg.val_evaluator = dict(type="MultiDatasetsEvaluator", metrics=[metric], dataset_prefixes=["own"])
+    metric = coco.cfg.val_evaluator.metrics[0] if nested else coco.cfg.val_evaluator
+    metric["ann_file"] = str(other)
+    content = copy.deepcopy(coco.content)
+    content["annotations"][0]["id"] = 0
+    other.write_text(json.dumps(content))
+    data, evaluation = _metric_entries(coco)
+    assert (data.findings.errors, evaluation.label, evaluation.findings.errors) == ([], "val_evaluator", [])
+    adapt(coco.cfg, evaluation)
+    assert json.loads(Path(metric["ann_file"]).read_text())["annotations"][0]["id"] == 1
+    metric["ann_file"] = str(other)
+    content["images"][0]["id"] = 77
+    other.write_text(json.dumps(content))
+    assert "1 image is not in the data that are evaluated" in _metric_entries(coco)[1].findings.errors[0]
+    content["categories"][0]["name"] = "horse"
+    other.write_text(json.dumps(content))
+    assert "no category 'cat'" in _metric_entries(coco)[1].findings.errors[0]
+
+
+def test_a_folder_that_changes_below(label_maps):
+    """Sub-folders that were searched are part of what the findings depend on."""
+    (label_maps.folder / "images" / "below").mkdir()
+    assert label_maps.check().warnings == []
+    picture().save(label_maps.folder / "images" / "below" / "new.png")
+    label_maps.dataset.seg_map_suffix = ".PNG"
+    for path in list((label_maps.folder / "labels").iterdir()):
+        path.rename(path.with_suffix(".PNG"))
+    assert "new.png" in label_maps.check().warnings[0]
+
+
+def test_long_lists_of_classes_are_shortened(coco):
+    coco.content["categories"] = [dict(id=i, name=f"c{i}") for i in range(90)]
+    coco.write()
+    (error,) = coco.check().errors
+    assert "'c9' and 80 more" in error
+
+
+def test_two_data_sets_have_pictures_of_their_own(coco, tmp_path, call):
+    """On the page, with one that is not there yet beside them, and the errors are printed first."""
+    leaf = {key: value for key, value in coco.cfg.train_dataloader.dataset.items() if key != "filter_cfg"}
+    second = tmp_path / "second"
+    second.mkdir()
+    Coco(second)
+    both = [leaf, {**copy.deepcopy(leaf), "data_root": str(second)}]
+    coco.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=both)
+    config = tmp_path / "config.py"
+    config.write_text(coco.cfg.pretty_text)
+    status, _, _ = call("dataset/check", config, "--out", "page")
+    assert not status
+    names = {path.name for path in (tmp_path / "page").glob("train_*.png")}
+    assert any(name.startswith("train_1_") for name in names) and any(name.startswith("train_2_") for name in names)
+    (tmp_path / "file").write_text("")
+    status, _, errors = call("dataset/check", config, "--out", "file")
+    assert status == 2 and "--out: expected a folder" in error_lines(errors)[0]
+
+
+@pytest.mark.parametrize("damage", ["image", "folder"])
+def test_several_processes_print_one_error(coco, tmp_path, damage):
+    """The first process says what is wrong, and the launcher ends the others."""
+    shutil.rmtree(coco.folder / "images") if damage == "folder" else (coco.folder / "images" / "1.jpg").unlink()
+    config, script = tmp_path / "config.py", tmp_path / "check.py"
+    config.write_text(coco.cfg.pretty_text)
+    script.write_text(
+        "from mmdet.utils import register_all_modules\n"
+        "from mmengine.config import Config\n"
+        "from condattn.openmmlab.data_check import check_data\n"
+        "from condattn.openmmlab.errors import run_tool\n"
+        "register_all_modules()\n"
+        f"cfg = Config.fromfile({str(config)!r})\n"
+        "cfg.launcher = 'pytorch'\n"
+        "run_tool(lambda: check_data(cfg, 'train'))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    (error,) = error_lines(result.stderr)
+    assert ("no data at" if damage == "folder" else "1 of 6 images are missing") in error
+
+
+def test_the_tool(coco, tmp_path, call):
+    """Prints, and writes a page with pictures."""
+    config = tmp_path / "config.py"
+    config.write_text(coco.cfg.pretty_text)
+    (tmp_path / "annotations.json").write_text(json.dumps(coco.content))
+    status, output, _ = call("dataset/check", config, "--out", "page")
+    assert not status
+    assert "train: 6 of 6 images, 12 of 12 objects (cat 8, dog 4)" in output
+    page = (tmp_path / "page" / "index.html").read_text()
+    for picture_ in tmp_path.joinpath("page").glob("*.png"):
+        assert picture_.name in page
+    assert len(list(tmp_path.joinpath("page").glob("*.png"))) >= 4
+    assert "<td>cat</td>" in page
+    (coco.folder / "images" / "1.jpg").unlink()
+    status, _, errors = call("dataset/check", config, "--images")
+    assert status == 2
+    assert len(error_lines(errors)) == 2
+
+
+def test_the_tool_on_label_maps(label_maps, tmp_path, call):
+    config = tmp_path / "config.py"
+    config.write_text(label_maps.cfg.pretty_text)
+    status, output, _ = call("dataset/check", config, "--out", "page")
+    assert not status
+    assert "test: 6 of 6 images, 3 classes" in output
+    assert "<td>dog</td>" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_a_training_on_repaired_data(coco, tmp_path):
+    """Areas are missing, an id is 0, an image is rotated in its header; training and evaluation run."""
+    for entry in coco.content["annotations"]:
+        del entry["area"], entry["iscrowd"]
+        entry["id"] -= 1
+    rotated(coco.folder / "images" / "1.jpg")
+    coco.write()
+    config = tmp_path / "config.py"
+    dataset = dict(coco.cfg.train_dataloader.dataset)
+    for key in ("pipeline", "filter_cfg"):
+        dataset.pop(key)
+    dataset = {"_delete_": True, **dataset}
+    config.write_text(
+        f"""
+_base_ = {str(DEMO / "_base_" / "mask_rcnn_digit_scenes.py")!r}
+model = dict(roi_head=dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=2)))
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="Resize", scale=(64, 64), keep_ratio=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+dataset = dict({dataset!r}, pipeline=pipeline)
+loader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+train_dataloader = dict(dataset=dataset, **loader)
+val_dataloader = dict(dataset=dict(dataset, test_mode=True), **loader)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file={str(coco.folder / "annotations.json")!r})
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1)
+"""
+    )
+    result = run(TOOLS / "train.py", config, "--work-dir", tmp_path / "work", cwd=tmp_path)
+    assert "numbered anew from 1" in result.stderr
+    assert "rotated by its EXIF header" in result.stderr
+    assert "coco/bbox_mAP" in result.stdout
+
+
+def test_every_configuration_can_be_checked():
+    """Their data are not here; what is known of them is that the check knows their kinds."""
+    for name in ("mask_rcnn_swin_pc.py", "upernet_swin_pc.py", "own_data/coco.py", "own_data/png_labels.py"):
+        cfg = load_config(str(CONFIGS / name))
+        for loader in ("train", "val", "test"):
+            assert all(_kind(leaf) for leaf in leaves(cfg[f"{loader}_dataloader"].dataset)), name
