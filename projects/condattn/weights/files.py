@@ -201,7 +201,7 @@ def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, T
         raise BadFileError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights")
     weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
-        raise BadFileError(f"{path} holds no weights; its entries are {some(content) or 'none'}")
+        raise BadFileError(f"{path} holds no weights; its entries are {some(content) or 'nothing'}")
     beside: list[str] = []
     stripped = True
     while stripped:
