@@ -3,14 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 
-from condattn.attention import rules
+from condattn.attention import rules, tokens
 from condattn.methods import base
 
 
 @contextlib.contextmanager
 def registrations_undone() -> Iterator[None]:
     """Rules, exceptions and methods that are registered meanwhile are forgotten in the end."""
-    tables = (rules._RULES, rules._EXCEPTIONS, rules._ATTENDING, base._METHODS, base._ALIASES)
+    tables = (rules._RULES, rules._EXCEPTIONS, rules._ATTENDING, tokens._RULES, base._METHODS, base._ALIASES)
     before = [table.copy() for table in tables]
     try:
         yield

@@ -2,8 +2,11 @@
 
 import copy
 import importlib
+import re
 import warnings
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from attention_taps import HeadTap
@@ -13,6 +16,7 @@ import condattn
 from condattn import SpectralCorrection
 from condattn.attention import rules as sites
 from condattn.attention.classes import qualified_name
+from condattn.attention.tokens import find_token_entries
 from condattn.spectra.capture import capture
 
 ZOO = []
@@ -130,6 +134,71 @@ def test_preconditioned(family):
         handle.remove()
     assert not torch.equal(want, run(model, forward))
     close(run(conditioned, forward), want)
+
+
+def add_correction(module, args, kwargs, layout="tokens", masked=False):
+    """X + C for the first argument, by NumPy; ``masked`` leaves out the padding of zoo_transformers.py."""
+    name = None if args else next(iter(kwargs))
+    x = args[0] if args else kwargs[name]
+    tokens = x.movedim(1, -1).flatten(1, -2) if layout == "channels_first" else x.flatten(1, -2)
+    if masked:
+        tokens = tokens.clone()
+        tokens[1, 5:] = 0
+    u, s, vh = np.linalg.svd(tokens.detach().numpy(), full_matrices=False)
+    kept = s > s[:, :1] * 1e-12
+    c = torch.from_numpy(s[:, :1, None] * (u * kept[:, None, :]) @ vh)
+    c = c.mT.reshape(x.shape) if layout == "channels_first" else c.reshape(x.shape)
+    return ((x + c, *args[1:]), kwargs) if args else (args, {**kwargs, name: x + c})
+
+
+def test_embedded_tokens(family):
+    """Where a rule says that they enter the first block; other models, and causal ones, are refused in one line."""
+    model, forward = family
+    conditioned = copy.deepcopy(model)
+    try:
+        report = condattn.condition(conditioned, "ct")
+    except ValueError as error:
+        assert re.search("no rule says where the embedded tokens|each token sees only those before it", str(error))
+        assert "\n" not in str(error)
+        assert [type(m) for m in conditioned.modules()] == [type(m) for m in model.modules()]
+        return
+    other = copy.deepcopy(model)
+    for entry in find_token_entries(other):
+        hook = partial(add_correction, layout=entry.layout, masked=bool(entry.mask))
+        entry.module.register_forward_pre_hook(hook, with_kwargs=True)
+    assert report.elsewhere == tuple(entry.name for entry in find_token_entries(model))
+    want = run(other, forward)
+    assert not torch.equal(want, run(model, forward))
+    close(run(conditioned, forward), want)
+
+
+def test_initialised(family):
+    """Queries and keys of each head orthogonal, values the identity, and nothing else changed."""
+    model, forward = family
+    conditioned = copy.deepcopy(model)
+    chosen = [site for site in condattn.find_sites(model) if site.q or site.k or site.v]
+    if not chosen:
+        with pytest.raises(ValueError, match="has no projection of its own to initialise"):
+            condattn.condition(conditioned, "ci")
+        return
+    condattn.condition(conditioned, "ci", include=[site.name for site in chosen])
+    changed = set()
+    for site in condattn.find_sites(conditioned):
+        for name in "qkv":
+            projection = getattr(site, name)
+            if projection is None or site.name not in {one.name for one in chosen}:
+                continue
+            changed.add(id(getattr(projection.owner, projection.parameter)))
+            weight = projection.weight
+            if name == "v":
+                assert torch.equal(weight, torch.eye(*weight.shape, dtype=weight.dtype))
+                continue
+            for head in weight.chunk(site.heads_of(projection)):
+                gram = head @ head.T if len(head) <= head.shape[1] else head.T @ head
+                close(gram, torch.eye(len(gram), dtype=weight.dtype))
+    for one, other in zip(model.parameters(), conditioned.parameters(), strict=True):
+        assert id(other) in changed or torch.equal(one, other)
+    assert run(conditioned, forward).isfinite().all()
 
 
 def test_corrected(family):

@@ -11,13 +11,23 @@ from .attention import hosts as _hosts  # registers the rules  # noqa: F401
 from .attention.builders import halves, into, read_by, split, split_each_head, thirds, whole
 from .attention.rules import find_sites, register_exception, register_rule
 from .attention.site import AttentionSite, HeadOutputs, Place, Projection
+from .attention.tokens import TokenEntry, register_token_rule
 from .condition import Report, condition, conditioning_of, fold, remove
-from .methods import Method, RowPreconditioner, SpectralCorrection, register_method
+from .methods import (
+    ConditionedInitialization,
+    EmbeddedTokens,
+    Method,
+    RowPreconditioner,
+    SpectralCorrection,
+    register_method,
+)
 
 __version__ = "0.2.0"
 
 __all__ = [
     "AttentionSite",
+    "ConditionedInitialization",
+    "EmbeddedTokens",
     "HeadOutputs",
     "Method",
     "Place",
@@ -25,6 +35,7 @@ __all__ = [
     "Report",
     "RowPreconditioner",
     "SpectralCorrection",
+    "TokenEntry",
     "condition",
     "conditioning_of",
     "find_sites",
@@ -36,6 +47,7 @@ __all__ = [
     "register_exception",
     "register_method",
     "register_rule",
+    "register_token_rule",
     "remove",
     "split",
     "split_each_head",

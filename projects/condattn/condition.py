@@ -104,6 +104,7 @@ def condition(
         if id(place.module) in taken[type(method)]:
             raise ValueError(f"{place}: {type(method).__name__} is applied already; condition a site once")
         method.check(place)
+    _check_combination(methods, [method for _, method in conditioned_places(model)])
     _check_nothing_is_shared(chosen)
     _check_adapters(model, chosen)
     _apply(places)
@@ -264,6 +265,15 @@ def conditioned_places(model: nn.Module) -> list[tuple[Place, Method]]:
     """The places of ``model`` that are conditioned, each with its method, method by method."""
     sites = find_sites(model)
     return [one for cls in registered_methods() for one in cls.find(model, sites)]
+
+
+def _check_combination(new: list[Method], applied: list[Method]) -> None:
+    """Methods that make no sense together are refused with the reason."""
+    everything = [*new, *{str(method): method for method in applied}.values()]
+    for one in everything:
+        for other in everything:
+            if reason := one.excludes(other):
+                raise ValueError(f"{one} and {other} make no sense together: {reason}")
 
 
 def _owners(site: AttentionSite) -> set[nn.Module]:

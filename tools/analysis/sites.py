@@ -99,12 +99,12 @@ def table_of(title: str, sites: list[AttentionSite]) -> Table:
         "k",
         "v",
         "out",
-        *(cls.alias.upper() for cls in registered_methods()),
+        *(cls.alias.upper() for cls in registered_methods() if cls.acts_at_sites()),
     ):
         table.add_column(column, overflow="fold")
     for site in sites:
         maps = [shape_of(projection) for projection in (site.q, site.k, site.v)]
-        abilities = [ability(cls(), site) for cls in registered_methods()]
+        abilities = [ability(cls(), site) for cls in registered_methods() if cls.acts_at_sites()]
         cls = type(site.module).__name__
         table.add_row(site.name or "(itself)", cls, str(site.num_heads), *maps, shape_of_output(site.out), *abilities)
     return table

@@ -6,11 +6,19 @@ from .head_output import HeadOutputMethod
 from .initial_weights import InitialWeightsMethod
 from .model_input import ModelInputMethod
 from .parsing import parse
-from .preconditioner import RowPreconditioner
-from .spectral import SpectralCorrection
 from .weight import WeightMethod
 
+# Registered in this order, in which messages and tables list them.
+# isort: off
+from .preconditioner import RowPreconditioner
+from .spectral import SpectralCorrection
+from .tokens import EmbeddedTokens
+from .initialization import ConditionedInitialization
+# isort: on
+
 __all__ = [
+    "ConditionedInitialization",
+    "EmbeddedTokens",
     "HeadOutputMethod",
     "HeadTransform",
     "InitialWeightsMethod",

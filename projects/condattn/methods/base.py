@@ -39,6 +39,11 @@ class Method(ABC):
         """Where the method acts in ``model``, of whose attention sites ``sites`` were chosen; by default there."""
         return sites
 
+    @classmethod
+    def acts_at_sites(cls) -> bool:
+        """Whether the method acts at attention sites, and not elsewhere in a model."""
+        return cls.places.__func__ is Method.places.__func__  # type: ignore[attr-defined]
+
     @abstractmethod
     def check(self, place: Any) -> None:
         """Raise a one-line ``ValueError`` if the method cannot act at ``place``; change nothing."""
@@ -56,6 +61,10 @@ class Method(ABC):
     def find(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> list[tuple[Place, Method]]:
         """Where methods of this class condition ``model``, whose attention sites are ``sites``."""
         return [(site, method) for site in sites if (method := cls.applied_to(site)) is not None]
+
+    def excludes(self, other: Method) -> str:
+        """Why the method makes no sense beside ``other`` in one model; '' if it does."""
+        return ""
 
     def parts(self, place: Any) -> str:
         """What of ``place`` the method conditions, for a table of sites; :meth:`check` has passed."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..attention.site import AttentionSite, Place
 from ..kernels.private import forward_pre_hooks
-from ..layers.hooks import remove_methods
+from ..layers.hooks import remove_hooks
+from ..layers.input_transform import InputTransform
 from .base import Method
 
 
@@ -24,6 +24,10 @@ class ModelInputMethod(Method):
     def transform(self, x: Tensor) -> Tensor:
         """The input in place of ``x``, of the same shape."""
 
+    def input_transform(self, place: Place) -> InputTransform:
+        """The hook that applies :meth:`transform` at ``place``."""
+        return InputTransform(self.transform, self)
+
     @classmethod
     def places(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> Sequence[Place]:
         """The model itself."""
@@ -31,29 +35,21 @@ class ModelInputMethod(Method):
 
     def check(self, place: Place) -> None:
         """Raise if another method changes the same input."""
-        for hook in forward_pre_hooks(place.module).values():
-            if isinstance(other := getattr(hook, "__self__", None), ModelInputMethod):
-                raise ValueError(
-                    f"{place}: its input is conditioned already, by {other}; two methods cannot change it: name one of "
-                    "them"
-                )
+        if others := _transforms(place.module):
+            raise ValueError(
+                f"{place}: its input is conditioned already, by {others[0].method}; two methods cannot change it: name "
+                "one of them"
+            )
 
     def apply(self, place: Place) -> None:
         """Change the input from now on."""
-        place.module.register_forward_pre_hook(self.before_forward, with_kwargs=True)
-
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """As a forward pre-hook: transform the first argument."""
-        if args:
-            return (self.transform(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self.transform(kwargs[name])}
+        place.module.register_forward_pre_hook(self.input_transform(place), with_kwargs=True)
 
     @classmethod
     def applied_to(cls, place: Place) -> ModelInputMethod | None:
         """The method of this class that changes the input of ``place``, or None."""
-        owners = (getattr(hook, "__self__", None) for hook in forward_pre_hooks(place.module).values())
-        return next((method for method in owners if type(method) is cls), None)
+        methods = (transform.method for transform in _transforms(place.module))
+        return next((method for method in methods if type(method) is cls), None)
 
     @classmethod
     def find(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> list[tuple[Place, Method]]:
@@ -64,4 +60,8 @@ class ModelInputMethod(Method):
     @classmethod
     def remove(cls, place: Place) -> None:
         """Leave the input as it is."""
-        remove_methods(place.module, cls)
+        remove_hooks(place.module, lambda hook: isinstance(hook, InputTransform) and type(hook.method) is cls)
+
+
+def _transforms(module: nn.Module) -> list[InputTransform]:
+    return [hook for hook in forward_pre_hooks(module).values() if isinstance(hook, InputTransform)]

@@ -1,5 +1,5 @@
 """Rules that describe the attention classes of other libraries, one file a library; none is imported."""
 
-from . import openmmlab, timm, torch, torchvision, transformers
+from . import openmmlab, timm, tokens, torch, torchvision, transformers
 
-__all__ = ["openmmlab", "timm", "torch", "torchvision", "transformers"]
+__all__ = ["openmmlab", "timm", "tokens", "torch", "torchvision", "transformers"]

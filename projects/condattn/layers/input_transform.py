@@ -1,0 +1,76 @@
+"""Functions of what a module is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.switch import autocast
+
+LARGE = -1e4
+"""Masks that are added to scores hold 0 for tokens that take part, and less than this for the others."""
+
+
+class InputTransform:
+    """A forward pre-hook that replaces the first argument of a module by a function of it.
+
+    Args:
+        function: Takes the argument and returns another of its shape.
+        method: The settings of the method that the transform is of.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], method: object) -> None:
+        self.function, self.method = function, method
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Replace the argument, be it positional or the first keyword."""
+        if args:
+            return (self.transform(args[0], args, kwargs), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self.transform(kwargs[name], args, kwargs)}
+
+    def transform(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The argument in place of ``x``."""
+        return self.function(x)
+
+
+class TokenCorrection(InputTransform):
+    """Adds a correction C(X) to the tokens X of each sample, (tokens, channels).
+
+    C is computed in single precision at least. Masked tokens take no part, and are not changed.
+
+    Args:
+        function: Takes tokens (batch, tokens, channels), and returns C.
+        method: As of :class:`InputTransform`.
+        layout: See :class:`condattn.attention.tokens.TokenEntry`.
+        mask: See there.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], method: object, layout: str, mask: str) -> None:
+        super().__init__(function, method)
+        self.layout, self.mask = layout, mask
+
+    def transform(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """X + C, in the layout and the dtype of ``x``."""
+        tokens = {"tokens": x, "channels_last": x.flatten(1, -2), "channels_first": x.flatten(2).mT}[self.layout]
+        with autocast(x, None):
+            exact = tokens if tokens.dtype == torch.float64 else tokens.float()
+            seen = self._seen(args, kwargs)
+            if seen is not None:
+                exact = exact * seen[..., None]
+            # Values that are not finite reach the loss, whose check names where they come from.
+            constant = self.function(exact.nan_to_num(0.0, 0.0, 0.0)).to(x.dtype)
+        return x + (constant.mT if self.layout == "channels_first" else constant).reshape(x.shape)
+
+    def _seen(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """Which tokens take part, (batch, tokens), or None if all do."""
+        if not self.mask:
+            return None
+        mask = kwargs.get(self.mask, args[1] if len(args) > 1 else None)
+        if not isinstance(mask, Tensor):
+            return None
+        rows = mask.flatten(1, -2)[:, 0] if mask.dim() > 2 else mask  # in encoders all queries see the same tokens
+        return rows if rows.dtype == torch.bool else rows > (LARGE if mask.dim() > 2 else 0)

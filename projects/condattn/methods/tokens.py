@@ -1,0 +1,76 @@
+"""Conditioned embedded tokens, "CT" (arXiv 2505.12789): X + C with kappa(X + C) <= 2 enters the first block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..attention.site import AttentionSite, Place
+from ..attention.tokens import find_token_entries
+from ..kernels.polar import newton_schulz_correction, svd_correction
+from ..layers.input_transform import TokenCorrection
+from .base import register_method
+from .model_input import ModelInputMethod
+
+FORMS = ("svd", "newton_schulz")
+
+
+@register_method
+@dataclass(frozen=True)
+class EmbeddedTokens(ModelInputMethod):
+    """X + C in place of the embedded tokens X of each sample, C = sigma_max(X) U V^T by its decomposition U S V^T.
+
+    X, (tokens, channels), is what enters the first block: after positions, class token, patch norm and dropout. That is
+    our reading of the paper's "embedded tokens". Padding of images consists of tokens like others and takes part;
+    tokens that a mask excludes (BERT) do not. Adds no parameter.
+
+    Attributes:
+        form: 'svd' decomposes the tokens in every forward, as the paper does. 'newton_schulz' approximates C by
+            products of matrices alone; see :func:`condattn.kernels.polar.newton_schulz_correction`.
+        detach: If True, C is a constant in backpropagation; if False, the gradient is that of the forward pass. The
+            paper does not say which.
+        iterations: Number of Newton-Schulz iterations.
+
+    Raises:
+        ValueError: If a setting is not one of these.
+    """
+
+    alias: ClassVar[str] = "ct"
+
+    form: str = "svd"
+    detach: bool = True
+    iterations: int = 24
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            raise ValueError(f"EmbeddedTokens: form is {self.form!r}; expected one of {', '.join(map(repr, FORMS))}")
+        if type(self.iterations) is not int or self.iterations < 1:
+            raise ValueError(f"EmbeddedTokens: iterations is {self.iterations!r}; expected a whole number from 1 up")
+
+    def transform(self, x: Tensor) -> Tensor:
+        """X + C of tokens (batch, tokens, channels), in single or double precision."""
+        return x + self.correction(x)
+
+    def correction(self, x: Tensor) -> Tensor:
+        """C of tokens (batch, tokens, channels), in single or double precision."""
+        if self.form == "svd":
+            return svd_correction(x, self.detach)
+        return newton_schulz_correction(x, self.iterations, self.detach)
+
+    @classmethod
+    def places(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> Sequence[Place]:
+        """The first blocks in ``model``, by the rules of :mod:`condattn.attention.tokens`."""
+        return find_token_entries(model)
+
+    def check(self, place: Any) -> None:
+        """Raise if the tokens must not be mixed, or another method changes them."""
+        if place.obstacle:
+            raise ValueError(f"{place}: its embedded tokens cannot be conditioned: {place.obstacle}")
+        super().check(place)
+
+    def input_transform(self, place: Any) -> TokenCorrection:
+        """The hook of the first block."""
+        return TokenCorrection(self.correction, self, place.layout, place.mask)

@@ -1,0 +1,144 @@
+"""Conditioned initialisation: which weights it sets, to what, and what it is refused beside."""
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import condattn
+from condattn import ConditionedInitialization
+from condattn.methods.initialization import semi_orthogonal
+
+timm = pytest.importorskip("timm")
+
+
+def vit(**other):
+    options = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=4)
+    return timm.models.VisionTransformer(**options, **other)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 10**6))
+def test_semi_orthogonal(rows, columns, seed):
+    torch.manual_seed(seed)
+    w = semi_orthogonal(torch.empty(rows, columns, dtype=torch.float64))
+    product = w @ w.T if rows <= columns else w.T @ w
+    torch.testing.assert_close(product, torch.eye(min(rows, columns), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_head"])
+def test_which_weights_become_what(layout):
+    torch.manual_seed(0)
+    plain, model = vit(), vit()
+    model.load_state_dict(plain.state_dict())
+    report = condattn.condition(model, f"ci(layout={layout!r})")
+    assert report.conditioned == ("blocks.0.attn", "blocks.1.attn")
+    heads = []
+    for name, value in model.state_dict().items():
+        if not name.endswith("attn.qkv.weight"):
+            assert torch.equal(value, plain.state_dict()[name]), name
+            continue
+        q, k, v = value.chunk(3)
+        for part in (*q.chunk(3), *k.chunk(3)):
+            torch.testing.assert_close(part @ part.T, torch.eye(8), rtol=0, atol=1e-6)
+            heads.append(part)
+        assert torch.equal(v, torch.eye(24) if layout == "fused" else torch.eye(8, 24).repeat(3, 1))
+    for i, one in enumerate(heads):  # independent of each other
+        assert not any(torch.allclose(one, other, atol=0.05) for other in heads[:i])
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_values_of_other_sizes():
+    """The rectangular identity where values are narrower or wider than the input."""
+    model = nn.MultiheadAttention(8, 2, kdim=12, vdim=5)
+    condattn.condition(model, "ci")
+    assert torch.equal(model.v_proj_weight, torch.eye(8, 5))
+    for head in (*model.q_proj_weight.chunk(2), *model.k_proj_weight.chunk(2)):
+        torch.testing.assert_close(head @ head.T, torch.eye(4), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
+def test_weights_that_are_kept_transposed():
+    transformers = importlib.import_module("transformers")
+    model = transformers.GPT2Model(transformers.GPT2Config(30, 16, 24, 1, 3))
+    condattn.condition(model, "ci+pc")
+    q, k, v = model.h[0].attn.c_attn.weight.T.chunk(3)
+    assert torch.equal(v, torch.eye(24))
+    for head in (*q.chunk(3), *k.chunk(3)):
+        torch.testing.assert_close(head @ head.T, torch.eye(8), rtol=0, atol=1e-6)
+
+
+def test_it_is_done_once_and_reproducible():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        models.append(vit())
+        condattn.condition(models[-1], "ci")
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    with pytest.raises(ValueError, match="ConditionedInitialization is applied already"):
+        condattn.condition(models[0], "ci")
+    assert condattn.fold(models[0]) == 0
+    assert condattn.remove(models[0]) == 2
+    assert all(torch.equal(value, first[name]) for name, value in models[0].state_dict().items())
+
+
+@pytest.mark.parametrize("conditioning", ["ci+sc(form='svd')", "sc(form='svd')+ci", "pc+ci+sc(form='svd')"])
+def test_the_exact_correction_of_the_same_weights_is_refused(conditioning):
+    model = vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="ci and sc.* make no sense together: of orthogonal weights the exact"):
+        condattn.condition(model, conditioning)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    condattn.condition(model, "sc(form='svd')")
+    with pytest.raises(ValueError, match="make no sense together"):
+        condattn.condition(model, "ci")
+
+
+def test_a_relative_correction_is_of_the_weights_that_were_set():
+    """In either order."""
+    for conditioning in ("ci+sc(strength=3.0, relative=True)", "sc(strength=3.0, relative=True)+ci"):
+        model = vit().eval()
+        condattn.condition(model, conditioning)
+        model(torch.rand(1, 3, 16, 16))
+        qkv = model.blocks[0].attn.qkv
+        largest = torch.linalg.matrix_norm(qkv.weight[:24], 2)
+        torch.testing.assert_close(
+            qkv.effective_weight()[:24] - qkv.weight[:24], 3 * largest * torch.eye(24), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_combinations():
+    for conditioning in ("ci+pc", "ct+ci+sc+pc"):
+        model = vit().eval()
+        report = condattn.condition(model, conditioning)
+        assert str(report).endswith(f": {conditioning}")
+        assert model(torch.rand(1, 3, 16, 16)).isfinite().all()
+
+
+def test_pretrained_weights_are_refused(tmp_path):
+    pytest.importorskip("mmseg")
+    from mmengine.registry import MODELS, DefaultScope
+
+    import condattn.registry
+
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        settings = dict(type="ConditionedTimmBackbone", model_name="vit_tiny_patch16_224")
+        backbone = MODELS.build(dict(**settings, conditioning="ci"))
+        torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
+        pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "vit.pth"))
+        settings["init_cfg"] = pretrained
+        with pytest.raises(ValueError, match="'ci' sets initial weights, which the pretrained weights would replace"):
+            MODELS.build(dict(**settings, conditioning="ci")).init_weights()
+        MODELS.build(dict(**settings, conditioning="pc")).init_weights()
+    backbone.init_weights()
+    sites = condattn.find_sites(backbone)
+    assert all(torch.equal(site.v.weight, torch.eye(192)) for site in sites)
+
+
+def test_a_layout_that_is_none():
+    with pytest.raises(ValueError, match="ConditionedInitialization: layout is 'whole'; expected one of"):
+        ConditionedInitialization("whole")

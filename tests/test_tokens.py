@@ -1,0 +1,290 @@
+"""Conditioned embedded tokens: the correction and its gradient, where the tokens enter, masks, and what is refused."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from registrations import registrations_undone
+from torch import nn
+
+import condattn
+from condattn import EmbeddedTokens
+from condattn.attention.tokens import find_token_entries, known_token_rules
+from condattn.kernels.polar import newton_schulz_correction, svd_correction
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers") if importlib.util.find_spec("transformers") else None
+needs_transformers = pytest.mark.skipif(transformers is None, reason="needs transformers")
+
+
+def matrix(rows, columns, condition, seed, rank=None):
+    """A random float64 matrix whose singular values go from 1 down to 1 / condition, and zeros beyond ``rank``."""
+    rng = np.random.default_rng(seed)
+    size = min(rows, columns)
+    u = np.linalg.qr(rng.standard_normal((rows, size)))[0]
+    v = np.linalg.qr(rng.standard_normal((columns, size)))[0]
+    values = np.geomspace(1, 1 / condition, size)
+    values[rank if rank is not None else size :] = 0
+    return torch.from_numpy(u * values @ v.T)
+
+
+def singular_values(x):
+    values = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    return values[values > values[0] * 1e-10]
+
+
+shapes = st.tuples(st.integers(1, 24), st.integers(1, 24))
+
+
+@settings(max_examples=80, deadline=None)
+@given(shapes, st.floats(0, 6), st.floats(-3, 3), st.integers(0, 10**6))
+def test_the_condition_number_is_at_most_2(shape, exponent, scale, seed):
+    """Theorem 4.4, for any shape, fewer tokens than channels included, and any scale."""
+    x = 10**scale * matrix(*shape, 10**exponent, seed)
+    c = svd_correction(x)
+    u, s, vh = np.linalg.svd(x.numpy(), full_matrices=False)
+    np.testing.assert_allclose(c.numpy(), s[0] * u @ vh, atol=1e-8 * s[0])
+    values = singular_values(x + c)
+    assert len(values) == min(shape) and values[0] / values[-1] <= 2 + 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 16), st.integers(2, 16), st.data())
+def test_the_rank_stays(rows, columns, data):
+    """Repeated tokens: directions that X does not have are not made up."""
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    x = matrix(rows, columns, 10.0, data.draw(st.integers(0, 1000)), rank)
+    values = singular_values(x + svd_correction(x))
+    assert len(values) == rank and values[0] / values[-1] <= 2 + 1e-9
+    assert not svd_correction(torch.zeros(rows, columns)).any()
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (2, 6, 3)])
+def test_the_gradient_is_that_of_the_forward_pass(shape):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: svd_correction(x, detach=False), x)
+    assert torch.autograd.gradcheck(lambda x: newton_schulz_correction(x, 60, detach=False), x, atol=1e-4, rtol=1e-3)
+
+
+def test_the_gradient_where_singular_values_are_equal():
+    """PyTorch's own gradient of a decomposition divides by their differences."""
+    x = (3 * torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64))[0]).requires_grad_()
+    weight = torch.randn(6, 4, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((svd_correction(x, detach=False) * weight).sum(), x)
+    assert grad.isfinite().all()
+    # Among orthogonal changes of X, sigma_max stays and C changes as X itself does.
+    turn = torch.randn(4, 4, dtype=torch.float64)
+    direction = x.detach() @ (turn - turn.T)
+    torch.testing.assert_close((grad * direction).sum(), (weight * direction).sum())
+
+
+def test_by_default_the_correction_is_a_constant():
+    x = torch.randn(5, 3, requires_grad=True)
+    assert not svd_correction(x).requires_grad and not newton_schulz_correction(x).requires_grad
+    assert EmbeddedTokens().detach
+
+
+@pytest.mark.parametrize(
+    ("condition", "iterations", "error"), [(10.0, 24, 1e-3), (1e3, 24, 1e-2), (1e4, 36, 1e-3), (1e5, 40, 2e-2)]
+)
+@pytest.mark.parametrize("shape", [(200, 48), (48, 200), (64, 64)], ids=str)
+def test_newton_schulz(shape, condition, iterations, error):
+    """Its error against the decomposition, relative to the size of C."""
+    x = matrix(*shape, condition, 0)
+    exact, found = svd_correction(x), newton_schulz_correction(x, iterations)
+    assert (found - exact).norm() <= error * exact.norm()
+    half = newton_schulz_correction(x.float(), iterations)
+    assert half.dtype == torch.float32 and (half - exact).norm() <= (error + 1e-3) * exact.norm()
+
+
+def by_hand(tokens):
+    """X + C of tokens (batch, N, D), by NumPy."""
+    out = []
+    for x in tokens.double().numpy():
+        u, s, vh = np.linalg.svd(x, full_matrices=False)
+        kept = s > s[0] * 1e-12
+        out.append(x + s[0] * (u * kept) @ vh)
+    return torch.from_numpy(np.stack(out))
+
+
+MODELS = {
+    "vit": lambda: timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3),
+    "swin": lambda: timm.models.SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(2, 2)
+    ),
+    "davit": lambda: timm.models.DaVit(depths=(1, 1), embed_dims=(24, 32), num_heads=(2, 2), window_size=4),
+    "xcit": lambda: timm.models.Xcit(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, eta=1.0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("conditioning", ["ct", "ct(form='newton_schulz', iterations=60)"])
+def test_the_tokens_of_the_first_block(name, conditioning):
+    """In each layout, against a hook that knows none of the code under test."""
+    torch.manual_seed(0)
+    model = MODELS[name]().double().eval()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    images = images[..., :16, :16] if name == "vit" else images
+    plain = model(images)
+    conditioned = MODELS[name]().double().eval()
+    conditioned.load_state_dict(model.state_dict())
+    report = condattn.condition(conditioned, conditioning)
+    assert report.conditioned == () and len(report.elsewhere) == 1
+
+    def hook(module, args):
+        x = args[0]
+        if name == "swin":
+            tokens = by_hand(x.flatten(1, 2))
+        elif name == "davit":
+            tokens = by_hand(x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        else:
+            tokens = by_hand(x)
+        return (tokens.reshape(x.shape), *args[1:])
+
+    model.get_submodule(report.elsewhere[0]).register_forward_pre_hook(hook)
+    tolerance = 1e-9 if conditioning == "ct" else 1e-5
+    torch.testing.assert_close(conditioned(images), model(images), rtol=0, atol=tolerance)
+    assert not torch.allclose(conditioned(images), plain)
+    condattn.remove(conditioned)
+    assert torch.equal(conditioned(images), plain)
+
+
+def test_combinations_do_not_depend_on_the_order():
+    torch.manual_seed(0)
+    state = MODELS["vit"]().state_dict()
+    outputs = []
+    for conditioning in ("ct+sc+pc", "pc+ct+sc", "sc+pc+ct"):
+        model = MODELS["vit"]().eval()
+        model.load_state_dict(state)
+        condattn.condition(model, conditioning)
+        outputs.append(model(torch.ones(1, 3, 16, 16)))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    record = condattn.conditioning_of(model)
+    assert [one["type"] for one in record["blocks.0"]] == ["EmbeddedTokens"]
+    assert [one["type"] for one in record["blocks.0.attn"]] == ["RowPreconditioner", "SpectralCorrection"]
+    assert condattn.fold(model) == 2 and condattn.conditioning_of(model)["blocks.0"] == record["blocks.0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """Decomposed in single precision: LAPACK has no other."""
+    torch.manual_seed(0)
+    model = MODELS["vit"]().eval()
+    condattn.condition(model, "ct")
+    images = torch.rand(1, 3, 16, 16)
+    wanted = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(images).float(), wanted, rtol=0.1, atol=0.1)
+    found = model.to(dtype)(images.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1)
+
+
+def test_tokens_that_are_not_finite_reach_the_output():
+    """So that the check of the loss names where they come from."""
+    model = MODELS["vit"]().eval()
+    condattn.condition(model, "ct")
+    images = torch.rand(2, 3, 16, 16)
+    images[0, 0, 0, 0] = torch.nan
+    output = model(images)
+    assert output[0].isnan().any() and output[1].isfinite().all()
+
+
+def test_padding_of_images_takes_part():
+    """It consists of tokens as any others, so that the size a batch is padded to matters."""
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, dynamic_img_size=True, pos_embed="none"
+    ).eval()
+    seen = []
+    condattn.condition(model, "ct")
+    model.blocks[0].norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = torch.rand(1, 3, 16, 16)
+    model(images)
+    model(nn.functional.pad(images, (0, 0, 0, 8)))
+    assert not torch.allclose(seen[0][:, :17], seen[1][:, :17], atol=1e-3)
+
+
+@pytest.fixture
+def bert():
+    config = transformers.BertConfig(30, 24, 2, 3, 32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    return transformers.BertModel(config).eval()
+
+
+@needs_transformers
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_masked_tokens_take_no_part(bert, attention):
+    bert.set_attn_implementation(attention) if hasattr(bert, "set_attn_implementation") else None
+    condattn.condition(bert, "ct")
+    words = torch.randint(0, 30, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    seen = []
+    bert.encoder.layer[0].attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    padded = bert(words, attention_mask=mask).last_hidden_state
+    alone = bert(words[1:, :5]).last_hidden_state
+    torch.testing.assert_close(padded[1:, :5], alone, rtol=1e-4, atol=1e-5)
+    embedded = bert.embeddings(words)
+    assert torch.equal(seen[0][1, 5:], embedded[1, 5:])
+    torch.testing.assert_close(seen[0][:1].double(), by_hand(embedded[:1]), rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+def test_causal_models_are_refused(bert):
+    """With C the first token would depend on the last one."""
+    gpt = transformers.GPT2Model(transformers.GPT2Config(30, 16, 24, 2, 3))
+    with pytest.raises(ValueError, match=r"h.0 \(GPT2Block\): its embedded tokens cannot be conditioned: each token"):
+        condattn.condition(gpt, "ct")
+    assert not gpt.h[0]._forward_pre_hooks
+    decoder = transformers.BertModel(transformers.BertConfig(30, 24, 2, 3, 32, is_decoder=True))
+    with pytest.raises(ValueError, match="cannot be conditioned: each token sees only those before it"):
+        condattn.condition(decoder, "ct")
+    x = torch.randn(1, 6, 8)
+    other = x.clone()
+    other[:, -1] += 1.0
+    assert not torch.allclose(svd_correction(x)[:, 0], svd_correction(other)[:, 0], atol=1e-3)
+
+
+def test_models_without_a_rule_are_refused():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1)
+    with pytest.raises(ValueError, match=r"no rule says where .* TransformerEncoder enter .*register_token_rule\("):
+        condattn.condition(model, "sc+ct")
+    assert not any(condattn.conditioning_of(model).values())
+
+
+def test_rules_of_users():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, batch_first=True)])
+
+        def forward(self, x):
+            return self.blocks[0](src=x)
+
+    name = f"{Encoder.__module__}.{Encoder.__qualname__}"
+    with registrations_undone():
+        condattn.register_token_rule(name, lambda m: dict(module=m.blocks[0]))
+        with pytest.raises(ValueError, match="has a rule for its tokens already"):
+            condattn.register_token_rule(name, dict)
+        model = nn.Sequential(Encoder()).eval()
+        x = torch.randn(1, 5, 8)
+        wanted = model[0].blocks[0](by_hand(x).float())
+        assert condattn.condition(model, "ct").elsewhere == ("0.blocks.0",)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    with registrations_undone():
+        condattn.register_token_rule(name, lambda m: dict(module=nn.Identity(), layout="rows"))
+        with pytest.raises(ValueError, match="the rule for the tokens of .*Encoder is wrong"):
+            find_token_entries(Encoder())
+    assert "timm.models.xcit.Xcit" in known_token_rules()
+
+
+@pytest.mark.parametrize("settings", [dict(form="qr"), dict(iterations=0), dict(iterations=1.5)])
+def test_settings_that_are_none(settings):
+    with pytest.raises(ValueError, match="EmbeddedTokens: (form|iterations) is .*; expected"):
+        EmbeddedTokens(**settings)
