@@ -10,7 +10,7 @@ from tqdm import tqdm
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
 from condattn.openmmlab.runner.inference import IMAGE_SUFFIXES, Predictor, find_images, is_readable, save_prediction
-from condattn.openmmlab.runner.launch import add_config_arguments, choose_device, load_config
+from condattn.openmmlab.runner.launch import DRAWN, add_config_arguments, choose_device, load_config
 
 
 def positive(text: str) -> int:
@@ -55,10 +55,8 @@ def main() -> int:
     device = choose_device(args.device)
     images = find_images(args.source, args.out_dir)
     cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope == "mmpretrain":
-        raise UserError(
-            f"{args.config} is of a classifier; predict.py is for detection and segmentation configurations"
-        )
+    if cfg.default_scope not in DRAWN:
+        raise UserError(f"{args.config} is neither of a detector nor of a segmenter, which predict.py is for")
     predictor = Predictor(cfg, args.checkpoint, device, args.other_conditioning, args.unsafe)
     done = 0
     with tqdm(total=len(images), desc="predict", unit="image", dynamic_ncols=True, disable=None) as bar:

@@ -13,6 +13,7 @@ from condattn.openmmlab.models.loading import check_conditioning
 from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments, check_fit, drop_pretrained, read_checkpoint
 from condattn.openmmlab.runner.launch import (
+    DRAWN,
     add_config_arguments,
     add_runner_arguments,
     build_model,
@@ -60,9 +61,10 @@ def main() -> None:
     args = parse_args()
     cfg = load_runner_config(args)
     detection = cfg.default_scope == "mmdet"
-    if cfg.default_scope == "mmpretrain" and (args.out or args.show or args.show_dir or args.tta):
+    if cfg.default_scope not in DRAWN and (args.out or args.show or args.show_dir or args.tta):
         raise UserError(
-            f"{args.config} is of a classifier; --out, --show, --show-dir and --tta are for detection and segmentation"
+            f"{args.config} is neither of a detector nor of a segmenter, and --out, --show, --show-dir and --tta are for "
+            "these alone"
         )
     if args.out and detection and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"--out: expected a pickle file (.pkl, .pickle) for a detection configuration, got {args.out}")

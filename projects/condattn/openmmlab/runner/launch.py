@@ -33,7 +33,9 @@ from ..processes import LAUNCHERS, start_processes
 from .checkpoints import read_safely
 from .sharding import check_sharding
 
-TOOLBOXES = ("mmdet", "mmseg", "mmpretrain")
+TOOLBOXES = ("mmdet", "mmseg", "mmpretrain", "mmengine")
+DRAWN = ("mmdet", "mmseg")
+"""Toolboxes whose predictions are drawn and written; those of the others are scored alone."""
 
 
 class ConfigOptions(DictAction):
@@ -47,7 +49,8 @@ class ConfigOptions(DictAction):
 def add_config_arguments(parser: ArgumentParser) -> None:
     """Add what every tool takes: the configuration and changes to it."""
     parser.add_argument(
-        "config", help="configuration file; its default_scope (mmdet, mmseg or mmpretrain) decides the toolbox"
+        "config",
+        help="configuration file; its default_scope (mmdet, mmseg, mmpretrain or mmengine) decides the toolbox",
     )
     parser.add_argument(
         "--cfg-options",

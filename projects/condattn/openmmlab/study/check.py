@@ -14,6 +14,8 @@ from ..runner.launch import build_model, load_config
 from .plan import TUNING, RunId, Study
 from .run import training_config
 
+NAMES = ("img_path", "sample_id", "img_id")
+"""What identifies a sample in the information that a data set has about it; the first that is there."""
 PURPOSES = {"train_dataloader": "training", "val_dataloader": "tuning", "test_dataloader": "the final evaluation"}
 
 
@@ -74,7 +76,7 @@ def check_images(study: Study, cfg: Config) -> None:
                 source = f"; {study.data['source']}" if study.data else ""
                 raise UserError(f"{study.path}: no data for {purpose}: {error}{source}") from error
         infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-        images[purpose] = {info.get("img_path") or info["img_id"] for info in infos}
+        images[purpose] = {next(info[key] for key in NAMES if key in info) for info in infos}
         if not images[purpose]:
             raise UserError(f"{study.path}: no image for {purpose}")
     for one, other in combinations(images, 2):
