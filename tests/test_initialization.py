@@ -1,6 +1,7 @@
 """Conditioned initialisation: which weights it sets, to what, and what it is refused beside."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from condattn import ConditionedInitialization
 from condattn.methods.initialization import semi_orthogonal
 
 timm = pytest.importorskip("timm")
+ROOT = Path(__file__).parents[1]
 
 
 def vit(**other):
@@ -49,6 +51,25 @@ def test_which_weights_become_what(layout):
     for i, one in enumerate(heads):  # independent of each other
         assert not any(torch.allclose(one, other, atol=0.05) for other in heads[:i])
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_the_other_initial_weights_are_those_without_it():
+    """Although it draws random numbers before the head is built, and before it is initialised again."""
+    pytest.importorskip("mmpretrain")
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    cfg = Config.fromfile(ROOT / "configs" / "studies" / "_base_" / "vit_fashion_mnist.py")
+    states = []
+    for conditioning in ("none", "ci"):
+        torch.manual_seed(3)
+        cfg.model.backbone.conditioning = conditioning
+        with DefaultScope.overwrite_default_scope("mmpretrain"):
+            model = MODELS.build(cfg.model)
+        model.init_weights()
+        states.append(model.state_dict())
+    changed = {name for name, value in states[0].items() if not torch.equal(value, states[1][name])}
+    assert changed == {f"backbone.layers.{i}.attn.qkv.weight" for i in range(4)}
 
 
 def test_values_of_other_sizes():

@@ -63,8 +63,7 @@ def main() -> None:
     detection = cfg.default_scope == "mmdet"
     if cfg.default_scope not in DRAWN and (args.out or args.show or args.show_dir or args.tta):
         raise UserError(
-            f"{args.config} is neither of a detector nor of a segmenter, and --out, --show, --show-dir and --tta are for "
-            "these alone"
+            f"{args.config} is neither of a detector nor of a segmenter, as --out, --show, --show-dir and --tta expect"
         )
     if args.out and detection and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"--out: expected a pickle file (.pkl, .pickle) for a detection configuration, got {args.out}")

@@ -20,6 +20,7 @@ from .layers.correction import CorrectedModule
 from .layers.first_forward import FirstForward
 from .layers.overrides import CorrectedWeightOverride
 from .methods.base import Method, registered_methods
+from .methods.initial_weights import random_numbers_apart
 from .methods.parsing import DEFAULT, Conditioning, parse
 
 
@@ -180,8 +181,9 @@ def initialize(model: nn.Module) -> None:
     To be called by what initialises a model after it was built, as OpenMMLab's ``init_weights`` does, and never after
     a checkpoint was loaded.
     """
-    for place, method in conditioned_places(model):
-        method.initialize(place)
+    with random_numbers_apart():
+        for place, method in conditioned_places(model):
+            method.initialize(place)
 
 
 def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
@@ -250,10 +252,11 @@ def _apply(places: list[tuple[Method, Place]]) -> None:
     """Apply all methods, or with an error none; an earlier one may have taken what a later one needs."""
     applied: list[tuple[Method, Place]] = []
     try:
-        for method, place in places:
-            method.check(place)
-            method.apply(place)
-            applied.append((method, place))
+        with random_numbers_apart():
+            for method, place in places:
+                method.check(place)
+                method.apply(place)
+                applied.append((method, place))
     except Exception:
         for method, place in reversed(applied):
             with suppress(NotImplementedError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -12,14 +14,28 @@ from .base import Method
 
 MARK = "initialized_by"
 """The attribute of an attention module with the method that has set its initial weights."""
+APART = 0x5EED
+"""Makes the stream of :func:`random_numbers_apart` another one than that of its seed."""
+
+
+@contextmanager
+def random_numbers_apart() -> Iterator[None]:
+    """Let what draws random numbers meanwhile leave those that are drawn afterwards as they would be without it.
+
+    The numbers come from a stream of their own, which is a function of the state of PyTorch's CPU generator.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, ())) ^ APART)
+        yield
 
 
 class InitialWeightsMethod(Method):
     """Initial weights of a site: set when it is conditioned, and again after each initialisation of the model.
 
     OpenMMLab's models are initialised when a training starts (``init_weights``), before a checkpoint is loaded. The
-    method changes no function: a model with it is the model without it, from other initial weights. Subclasses
-    implement :meth:`set_weights`.
+    method changes no function: a model with it is the model without it, from other initial weights. Random numbers that
+    it draws on the CPU leave all other initial weights as they are without the method. Subclasses implement
+    :meth:`set_weights`.
     """
 
     changes_function: ClassVar[bool] = False
