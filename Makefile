@@ -10,7 +10,7 @@ DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
 WORK := work_dirs/demo/mask_rcnn_swin_pc
 DTYPE := float32
 TABLES := work_dirs/benchmark
-# Files of tests in parallel, one thread a process.
+# Run test files in parallel processes, each with one thread.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
 REQUIREMENTS := pyproject.toml $(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*)
@@ -59,7 +59,7 @@ demo: $(WORK)/metrics.txt
 	@echo "data         data/digit_scenes"
 
 $(WORK)/trained: $(DEMO_CONFIGS) | setup
-	@[ ! -e $@ ] || rm -r $(WORK)  # a finished run of another configuration
+	@[ ! -e $@ ] || rm -r $(WORK)  # remove a finished run whose configuration has changed
 	$(PY) tools/train.py $(DEMO) --work-dir $(WORK) --resume
 	@touch $@
 
@@ -73,7 +73,7 @@ test test-slow test-stock: export OMP_NUM_THREADS = 1
 test: setup
 	$(PY) -m pytest $(PARALLEL)
 
-# One model of timm, torchvision, mmdet, mmseg, mmpretrain and transformers each, by the ends of their names.
+# -k selects one model each of timm, torchvision, mmdet, mmseg, mmpretrain and transformers, by the ends of test names.
 test-fast: setup
 	$(PY) -m pytest tests/test_condition.py tests/test_preconditioner.py tests/test_spectral.py tests/test_multihead.py \
 	    tests/test_first_forward.py tests/test_kernels.py tests/test_swin.py tests/test_walk.py tests/test_contributing.py \
@@ -87,13 +87,13 @@ test-all: test test-slow
 test-stock: $(STOCK)/.installed
 	$(STOCK)/bin/python -m pytest $(PARALLEL)
 
-# The core, mmcv's operators, and one short training each of the detector and the segmenter.
+# The tests of the core and of mmcv's operators, and one short training each of the detector and the segmenter.
 test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest tests/test_condition.py tests/test_methods.py tests/test_preconditioner.py \
 	    tests/test_spectral.py tests/test_multihead.py tests/test_kernels.py tests/test_swin.py tests/test_mmcv_ops.py \
 	    tests/test_mmcv_ext.py tests/test_tools.py
 
-# Beside the environment, because mmpretrain, and with it mmdet, cannot be imported with this release.
+# Installed outside the environment, because mmpretrain, and with it mmdet, cannot be imported with this release.
 $(TRANSFORMERS)/.installed: | setup
 	$(PY) -m pip --disable-pip-version-check install -q --target $(TRANSFORMERS) -c requirements/torch.txt 'transformers>=5,<6'
 	@touch $@

@@ -1,6 +1,6 @@
 """Mask R-CNN, DaViT-T, preconditioned attention (the default), COCO 3x, multi-scale with crop.
 
-Reference: the Mask R-CNN of DaViT-T, 36 epochs, of the DaViT paper, with mmdet's Swin recipe.
+Reference: Mask R-CNN with DaViT-T, 36 epochs, in the DaViT paper; the recipe is mmdet's for Swin.
 """
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"

@@ -1,6 +1,7 @@
 """Mask R-CNN, DeiT-S, preconditioned attention (the default), COCO 3x, multi-scale with crop.
 
-Reference: none; a plain ViT with ViTDet's simple feature pyramid and global attention, with mmdet's Swin recipe.
+There is no published reference: this is a plain ViT with global attention and ViTDet's simple feature pyramid, trained
+with mmdet's recipe for Swin.
 """
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"

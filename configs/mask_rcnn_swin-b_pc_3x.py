@@ -1,6 +1,6 @@
 """Mask R-CNN, Swin-B, preconditioned attention (the default), COCO 3x, multi-scale with crop, AMP.
 
-No published reference: the Swin-S recipe with the Swin-B of the Swin authors' Cascade Mask R-CNN.
+There is no published reference: this is the Swin-S recipe with the Swin-B of the Swin authors' Cascade Mask R-CNN.
 """
 
 _base_ = "./mask_rcnn_swin-s_pc_3x.py"

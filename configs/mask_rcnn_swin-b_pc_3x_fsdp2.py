@@ -1,6 +1,6 @@
 """Mask R-CNN, Swin-B, preconditioned attention, with parameters, gradients and optimizer state sharded over the GPUs.
 
-The training of mask_rcnn_swin-b_pc_3x.py in less memory.
+The training is that of mask_rcnn_swin-b_pc_3x.py, in less memory.
 """
 
 _base_ = "./mask_rcnn_swin-b_pc_3x.py"

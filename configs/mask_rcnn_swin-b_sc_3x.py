@@ -1,6 +1,6 @@
 """Mask R-CNN, Swin-B, spectral correction, COCO 3x, multi-scale with crop, AMP.
 
-Reference: that of mask_rcnn_swin-b_pc_3x.py, which it follows in all else.
+Reference: that of mask_rcnn_swin-b_pc_3x.py, with the same settings otherwise.
 """
 
 _base_ = "./mask_rcnn_swin-b_pc_3x.py"

@@ -1,6 +1,6 @@
 """Mask R-CNN, Swin-T, spectral correction, COCO 3x, multi-scale with crop.
 
-Reference: that of mask_rcnn_swin_pc_3x.py, which it follows in all else.
+Reference: that of mask_rcnn_swin_pc_3x.py, with the same settings otherwise.
 """
 
 _base_ = "./mask_rcnn_swin_pc_3x.py"

@@ -1,6 +1,6 @@
 """Mask R-CNN, XCiT-M24/16, preconditioned attention (the default), COCO 3x, multi-scale with crop.
 
-Reference: the Mask R-CNN of XCiT-M24/16, 36 epochs, of the XCiT authors' detection code, in float32 (theirs: float16).
+Reference: Mask R-CNN with XCiT-M24/16, 36 epochs, in the XCiT authors' detection code; float32 instead of float16.
 """
 
 _base_ = "mask_rcnn_xcit-s_pc_3x.py"

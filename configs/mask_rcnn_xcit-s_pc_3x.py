@@ -1,6 +1,6 @@
 """Mask R-CNN, XCiT-S12/16, preconditioned attention (the default), COCO 3x, multi-scale with crop.
 
-Reference: the Mask R-CNN of XCiT-S12/16, 36 epochs, of the XCiT authors' detection code, in float32 (theirs: float16).
+Reference: Mask R-CNN with XCiT-S12/16, 36 epochs, in the XCiT authors' detection code; float32 instead of float16.
 """
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"

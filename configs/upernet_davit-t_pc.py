@@ -1,6 +1,6 @@
 """UPerNet, DaViT-T, preconditioned attention (the default), ADE20K 160k, 512 x 512.
 
-Reference: the UPerNet of DaViT-T of the DaViT paper, with mmseg's Swin recipe.
+Reference: UPerNet with DaViT-T in the DaViT paper; the recipe is mmseg's for Swin.
 """
 
 _base_ = [

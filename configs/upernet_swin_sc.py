@@ -1,6 +1,6 @@
 """UPerNet, Swin-T, spectral correction, ADE20K 160k, 512 x 512.
 
-Reference: that of upernet_swin_pc.py, which it follows in all else.
+Reference: that of upernet_swin_pc.py, with the same settings otherwise.
 """
 
 _base_ = "./upernet_swin_pc.py"

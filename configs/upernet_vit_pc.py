@@ -1,7 +1,7 @@
 """UPerNet, ViT-B/16, preconditioned attention (the default), ADE20K 160k, 512 x 512.
 
 Reference: mmseg's vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py.
-The pretrained weights are a local file, as they are upstream; README.md in this folder tells how to make it.
+The pretrained weights are a local file, as in mmseg's config; README.md in this folder explains how to make it.
 """
 
 _base_ = [

@@ -1,6 +1,6 @@
 """UPerNet, XCiT-S12/16, preconditioned attention (the default), ADE20K 160k, 512 x 512.
 
-Reference: the UPerNet of XCiT-S12/16 of the XCiT authors' segmentation code.
+Reference: UPerNet with XCiT-S12/16 in the XCiT authors' segmentation code.
 """
 
 _base_ = [

@@ -1,6 +1,6 @@
-"""Print docs/attention.md: python docs/make_attention.py > docs/attention.md.
+"""Generate docs/attention.md: python docs/make_attention.py > docs/attention.md.
 
-It reads the models of the test suite, and needs timm, torchvision, mmpretrain and transformers.
+The script builds the models of the test suite, and needs timm, torchvision, mmpretrain and transformers.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ checked by the tests.
 
 
 def walk() -> dict[str, tuple[str, str, str]]:
-    """Qualified name of each class in the zoo -> what PC and SC can do there, and the first model that has it."""
+    """Qualified name of each attention class in the test models -> (PC support, SC support, first model with it)."""
     found = {}
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     for zoo, names in ZOOS.items():
@@ -41,13 +41,13 @@ def walk() -> dict[str, tuple[str, str, str]]:
 
 
 def rule_of(cls: type) -> str:
-    """The class that has the rule for ``cls``, by its qualified name."""
+    """Qualified name of the class whose rule applies to ``cls``: the class itself or a base class."""
     hosts = set(known_hosts())
     return next(name for base in cls.__mro__ if (name := qualified_name(base)) in hosts)
 
 
 def can_pc(site) -> str:
-    """Whether ``site`` can be preconditioned."""
+    """Table cell: whether ``site`` can be preconditioned."""
     try:
         RowPreconditioner().check(site)
     except ValueError:
@@ -56,7 +56,7 @@ def can_pc(site) -> str:
 
 
 def can_sc(site) -> str:
-    """The projections of ``site`` that can be corrected."""
+    """Table cell: the projections of ``site`` to which spectral correction applies."""
     try:
         SpectralCorrection().check(site)
     except ValueError:
@@ -65,7 +65,7 @@ def can_sc(site) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Make the content of the page."""
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install a stack and condattn into a virtual environment; safe to run again after an interruption.
 # usage: install.sh VENV [default|stock|newest]      PYTHON chooses the interpreter, 3.10 or newer
-# newest is the default stack on the newest torch and torchvision that pip offers.
+# The stack "newest" is the default stack with the newest torch and torchvision that pip offers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?usage: install.sh VENV [default|stock|newest]}
@@ -39,7 +39,7 @@ else
 fi
 
 echo "[2/3] OpenMMLab"
-# A stock environment may have mmcv with compiled operators in the place of mmcv-lite.
+# A stock environment may have mmcv with compiled operators instead of mmcv-lite; keep it.
 [ "$packages" = stock ] && "$venv/bin/python" -m pip show -q mmcv 2>/dev/null ||
     "${pip[@]}" install -q --no-cache-dir -c "$constraints" -r "requirements/${prefix}mmcv.txt"
 "${pip[@]}" install -q -c "$constraints" -r "requirements/$packages.txt" -r "requirements/$packages-test.txt"
@@ -47,7 +47,7 @@ echo "[2/3] OpenMMLab"
 echo "[3/3] condattn"
 "${pip[@]}" install -q -c "$constraints" -e '.[data,openmmlab,test]'
 
-# The dependencies bring opencv-python, which needs a desktop's libGL; the headless build is the same module without it.
+# The dependencies install opencv-python, which needs libGL; the headless build is the same module without it.
 opencv=$("${pip[@]}" show opencv-python 2>/dev/null | sed -n 's/^Version: //p')
 if [ -n "$opencv" ]; then
     "${pip[@]}" uninstall -q -y opencv-python

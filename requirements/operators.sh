@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compile mmcv's operators in an environment that has a stack, against its torch: 15 to 20 minutes on two cores.
-# usage: operators.sh VENV      FORCE_CUDA=1 builds those for GPUs on a machine without one
+# Compile mmcv's operators in an installed environment, against its torch; this takes 15 to 20 minutes on two cores.
+# usage: operators.sh VENV      FORCE_CUDA=1 also builds the operators for GPUs on a machine without a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?usage: operators.sh VENV}
@@ -28,7 +28,7 @@ command -v c++ >/dev/null || {
 "${pip[@]}" install -q 'setuptools>=77,<81' wheel packaging ninja psutil
 log=$venv/mmcv-build.log wheels=$venv/mmcv-wheel
 rm -rf "$wheels"
-# Without isolation, so that the build sees torch; without the cache, whose wheel may belong to another torch.
+# No build isolation, so that the build finds torch; no cache, which may have a wheel for another torch.
 if ! "${pip[@]}" wheel -v --no-build-isolation --no-cache-dir --no-deps -w "$wheels" "$version" 2>&1 | tee "$log" |
     { grep --line-buffered -oE '^ *\[[0-9]+/[0-9]+\]' || true; } | sed -u 's/^ */  compiling mmcv /'; then
     echo "error: mmcv was not built, and $venv is as it was; the log is $log, its end:" >&2

@@ -1,7 +1,8 @@
-"""Watch attention inside any model, knowing nothing of its classes: follow softmax maps to the product with the values.
+"""Observe attention maps and head outputs in any model, without rules for its classes.
 
-A softmax output is a map; whatever is computed from a map is one too, until a matrix product with something else ends
-it. The result of that product is the output of the heads.
+Tensors are followed from the softmax to the product with the values. The output of a softmax is a map, and so is every
+tensor computed from a map, up to a matrix product with a tensor that is no map. The result of this product is the head
+outputs.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ SOFTMAX = {torch.softmax, Tensor.softmax, functional.softmax}
 
 
 class HeadTap(TorchFunctionMode):
-    """Call ``change(map, heads, dim)`` with each map and head output; what it returns takes the place of ``heads``.
+    """Call ``change(map, heads, dim)`` with each map and its head outputs, and replace ``heads`` by what it returns.
 
     ``dim`` is the axis of ``heads`` along which the channels of a head lie if the map is between tokens.
     """
@@ -31,7 +32,7 @@ class HeadTap(TorchFunctionMode):
         self.depth += by
 
     def __enter__(self):
-        # nn.MultiheadAttention's function would be taken as a whole, and nothing in it be seen.
+        # Otherwise multi_head_attention_forward would be dispatched as one function, and nothing inside it observed.
         self.dispatch, functional.has_torch_function = functional.has_torch_function, lambda *_: False
         return super().__enter__()
 
@@ -57,7 +58,7 @@ class HeadTap(TorchFunctionMode):
         return result
 
     def _attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """Fused attention, step by step, where no dropout and no grouped heads are asked for."""
+        """Compute scaled dot-product attention step by step; without dropout and grouped-query attention."""
         assert dropout_p == 0.0 and not enable_gqa
         scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:

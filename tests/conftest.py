@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite; what trains a demo does so once."""
+"""Fixtures of the whole test suite; the demo models are trained once and shared by all tests."""
 
 import importlib.util
 import sys
@@ -11,13 +11,13 @@ from runs import DEMO, LOADERS, TOOLS, Run, error_lines, train
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Every test starts from the same random state."""
+    """Start every test from the same random state."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of its own, of this process and those that it starts."""
+    """Give this process and its children a separate cache folder."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -41,7 +41,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(scenes) -> list[str]:
-    """Options for runs of seconds: a handful of scenes, no worker processes."""
+    """Options for runs that take seconds: a handful of scenes, no worker processes."""
     options = ["default_hooks.logger.interval=1"]
     for loader in LOADERS:
         options += [
@@ -74,21 +74,21 @@ def segmentation_options(small) -> list[str]:
 
 @pytest.fixture(scope="session")
 def detection(detection_options, tmp_path_factory) -> Run:
-    """The demo detector, trained by the tool."""
+    """The demo detector, trained by tools/train.py."""
     folder = tmp_path_factory.mktemp("detection")
     return train(DEMO / "mask_rcnn_swin_pc.py", detection_options, folder, "epoch_1.pth")
 
 
 @pytest.fixture(scope="session")
 def segmentation(segmentation_options, tmp_path_factory) -> Run:
-    """The demo segmenter, trained by the tool."""
+    """The demo segmenter, trained by tools/train.py."""
     folder = tmp_path_factory.mktemp("segmentation")
     return train(DEMO / "upernet_swin_pc.py", segmentation_options, folder, "iter_2.pth")
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """A small data set with COCO annotations, whose parts a test can damage."""
+    """A small data set with COCO annotations, which tests can damage."""
     from data_sets import Coco
 
     return Coco(tmp_path)
@@ -96,7 +96,7 @@ def coco(tmp_path):
 
 @pytest.fixture
 def label_maps(tmp_path):
-    """A small data set with label maps, whose parts a test can damage."""
+    """A small data set with label maps, which tests can damage."""
     from data_sets import LabelMaps
 
     return LabelMaps(tmp_path)
@@ -123,7 +123,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def refuse(call, tmp_path):
-    """Call a tool with bad input: expect status 2, one line that has ``parts``, and nothing written."""
+    """Call a tool with bad input; expect status 2, a one-line error that contains ``parts``, and no new files."""
 
     def refuse(tool: str, *arguments, parts: tuple[str, ...]):
         before = sorted(tmp_path.rglob("*"))

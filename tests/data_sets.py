@@ -1,4 +1,4 @@
-"""Small data sets whose files and configurations tests damage."""
+"""Small data sets with files and configurations that tests can damage."""
 
 import copy
 import json
@@ -29,14 +29,14 @@ def picture(seed: int = 0, width: int = WIDTH, height: int = HEIGHT) -> Image.Im
 
 
 def rotated(path: Path, orientation: int = 6, **size: int) -> None:
-    """Write an image whose header asks for a rotation."""
+    """Write an image with an EXIF orientation in its header."""
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     picture(**size).save(path, exif=exif)
 
 
 class Coco:
-    """A small data set in COCO's format, and a configuration of it."""
+    """A small data set in COCO's format, and a configuration for it."""
 
     def __init__(self, folder: Path) -> None:
         init_default_scope("mmdet")
@@ -83,7 +83,7 @@ class Coco:
         self.write()
 
     def write(self) -> None:
-        """Write the annotations as they stand."""
+        """Write the current annotations to the annotation file."""
         (self.folder / "annotations.json").write_text(json.dumps(self.content))
 
     def check(self, loader: str = "train"):
@@ -93,7 +93,7 @@ class Coco:
         return entry.findings
 
     def repaired(self, loader: str = "train") -> dict:
-        """The content of the repaired copy, after the configuration was adapted to it."""
+        """The content of the repaired copy of the annotations, after the configuration was adapted to it."""
         (entry,) = find(self.cfg, loader)
         assert not entry.findings.errors
         adapt(self.cfg, entry)
@@ -102,7 +102,7 @@ class Coco:
 
 
 class LabelMaps:
-    """A small data set of images and label maps, and a configuration of it."""
+    """A small data set of images and label maps, and a configuration for it."""
 
     def __init__(self, folder: Path) -> None:
         init_default_scope("mmseg")

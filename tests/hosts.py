@@ -1,6 +1,6 @@
-"""The test table: every supported attention class, with plain float64 formulas of what it computes.
+"""Table of all supported attention classes for tests, with float64 reference formulas of what they compute.
 
-A new host class is one more entry of ``HOSTS``.
+A new attention class needs one more entry in ``HOSTS``.
 """
 
 import importlib
@@ -17,7 +17,7 @@ EMBED, HEADS, TOKENS = 24, 3, 12
 
 @dataclass
 class Attention:
-    """Inputs, weights and score bias of one call of an attention module; weights as in ``nn.Linear``."""
+    """Inputs, weights and score bias of one call of an attention module; weights have the layout of ``nn.Linear``."""
 
     x: tuple[Tensor, Tensor, Tensor]
     w: tuple[Tensor, Tensor, Tensor]
@@ -32,7 +32,7 @@ class Attention:
         precondition: Callable[[Tensor], Tensor] = lambda rows: rows,
         corrections: tuple[Any, Any, Any] = (0.0, 0.0, 0.0),
     ) -> Tensor:
-        """Head by head: softmax(scores + bias) V, rows preconditioned, concatenated, projected."""
+        """Compute softmax(scores + bias) V for each head, precondition its rows, concatenate and project."""
         q, k, v = (
             x @ (w + c).T + (0.0 if b is None else b)
             for x, w, b, c in zip(self.x, self.w, self.b, corrections, strict=True)
@@ -50,7 +50,7 @@ class Attention:
 
 @dataclass
 class Host:
-    """How to build a module, call it, and describe the same call for the formula."""
+    """How to build a module, how to call it, and how to describe the same call for the reference formula."""
 
     build: Callable[[], nn.Module]
     call: Callable[[nn.Module, tuple, Any], Tensor]
@@ -62,7 +62,7 @@ class Host:
     tokens: int = TOKENS
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of a call, (batch, tokens, channels); one tensor thrice for self-attention."""
+        """Query, key and value of a call, (batch, tokens, channels); the same tensor three times for self-attention."""
         x = torch.randn(batch, self.tokens, EMBED)
         if not self.cross:
             return x, x, x
@@ -70,7 +70,7 @@ class Host:
         return x, torch.randn(batch, sources, self.key_dim), torch.randn(batch, sources, self.value_dim)
 
     def mask(self, batch: int) -> Tensor:
-        """A boolean mask (query tokens, key tokens), True where attention is forbidden; every row keeps some."""
+        """A boolean mask (query tokens, key tokens), True where attention is forbidden; no row is fully masked."""
         mask = torch.rand(self.tokens, self.tokens + 3 if self.cross else self.tokens) < 0.4
         mask[:, 0] = False
         return mask
@@ -145,7 +145,7 @@ def _timm(fused: bool, **kwargs) -> Host:
 
 
 def relative_position_bias(table: Tensor, size: tuple[int, int]) -> Tensor:
-    """(heads, N, N): the bias of tokens i and j of a window, by the difference of their coordinates."""
+    """Bias of each pair of tokens of a window, looked up by the difference of their coordinates, (heads, N, N)."""
     height, width = size
     coordinates = [(r, c) for r in range(height) for c in range(width)]
     index = [
@@ -164,7 +164,7 @@ def _window(toolbox: str) -> Host:
         return module
 
     def call(module, x, mask):
-        # One mask per window; all windows of an image share it here.
+        # The module expects one mask per window; all windows of an image have the same mask here.
         return module(x[0], mask=None if mask is None else _forbid(mask)[0, :1])
 
     def describe(module, x, mask):
@@ -175,7 +175,7 @@ def _window(toolbox: str) -> Host:
 
 
 def _with_bias(module: nn.Module, name: str, mask: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
-    """``run()`` with a mask in the bias that the method ``name`` of a module without masks makes."""
+    """Call ``run()`` with a mask added to the bias that the method ``name`` returns, for a module without masks."""
     method = getattr(module, name)
     setattr(module, name, lambda: method() + _forbid(mask))
     try:

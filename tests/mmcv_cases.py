@@ -1,4 +1,4 @@
-"""What the tests of mmcv's operators share."""
+"""Helpers that the tests of mmcv's operators share."""
 
 import sys
 
@@ -17,7 +17,7 @@ IMAGES = (2, 3, 8, 9)
 
 
 def use(extension, monkeypatch):
-    """Let every module of mmcv.ops call ``extension``."""
+    """Make every module of mmcv.ops call the operators of ``extension``."""
     for name, module in list(sys.modules.items()):
         if name.startswith("mmcv.ops.") and hasattr(module, "ext_module"):
             monkeypatch.setattr(module, "ext_module", extension)
@@ -31,5 +31,5 @@ def boxes_and_scores(number: int, ties: bool = False) -> tuple[torch.Tensor, tor
 
 
 def rotated(number: int) -> torch.Tensor:
-    """Boxes far from the origin, where differences of coordinates lose digits."""
+    """Random rotated boxes far from the origin, where differences of coordinates lose precision."""
     return torch.cat([torch.rand(number, 2) * 30 + 1000, 3 + torch.rand(number, 2) * 20, torch.randn(number, 1)], dim=1)

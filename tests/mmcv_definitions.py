@@ -1,4 +1,4 @@
-"""What mmcv's operators compute, one number at a time, in tensors that PyTorch differentiates."""
+"""Definitions of mmcv's operators, written number by number, and differentiable by autograd."""
 
 import math
 from itertools import product
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def interpolate(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Bilinear interpolation of ``image`` (C, H, W), which is zero outside, at one point: (C,)."""
+    """Interpolate ``image`` (C, H, W), which is zero outside, bilinearly at one point; returns (C,)."""
     _, height, width = image.shape
     value = image.new_zeros(len(image))
     top, left = math.floor(y.item()), math.floor(x.item())
@@ -19,7 +19,7 @@ def interpolate(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 
 def interpolate_at_border(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The same for RoIAlign, where up to a pixel outside the image repeats its border."""
+    """Interpolate as RoIAlign does, where points up to one pixel outside the image take the value at its border."""
     _, height, width = image.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return image.new_zeros(len(image))
@@ -157,7 +157,7 @@ def box_iou(a, b, offset=0) -> float:
 
 
 def suppress(scores, close) -> list[list[int]]:
-    """Greedy suppression: each one that is kept, with those that it took away; the order of ties is PyTorch's."""
+    """Greedy suppression: lists of a kept item and the items that it suppressed; ties are ordered as by PyTorch."""
     order = torch.tensor(scores).sort(descending=True).indices.tolist()
     groups, gone = [], set()
     for place, i in enumerate(order):
@@ -184,7 +184,7 @@ def soft_nms(boxes, scores, threshold, sigma, min_score, method, offset) -> list
 
 
 def rotated_box(box):
-    """The box as a polygon of shapely."""
+    """The rotated box as a shapely polygon."""
     from shapely import Polygon
 
     x, y, width, height, angle = box

@@ -1,4 +1,4 @@
-"""Four methods as a user writes them, one for each kind; a configuration imports this module."""
+"""Four methods as a user would write them, one of each kind; configurations import this module."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from condattn.methods import HeadOutputMethod, HeadTransform, InitialWeightsMeth
 @register_method
 @dataclass(frozen=True)
 class Scaled(WeightMethod):
-    """The initial weight times (factor - 1) is added to the weight."""
+    """Add the initial weight times (factor - 1) to the weight."""
 
     alias: ClassVar[str] = "scaled"
     factor: float = 0.5
@@ -24,7 +24,7 @@ class Scaled(WeightMethod):
 
 
 class Shrink(HeadTransform):
-    """Each row divided by a power of its norm."""
+    """Divide each row by a power of its norm."""
 
     def transform_heads(self, x: Tensor, heads: int, channels: int) -> Tensor:
         return x / torch.linalg.vector_norm(x, dim=channels, keepdim=True).clamp_min(1e-6) ** self.method.power
@@ -33,7 +33,7 @@ class Shrink(HeadTransform):
 @register_method
 @dataclass(frozen=True)
 class Shrunk(HeadOutputMethod):
-    """The rows of head outputs, shrunk."""
+    """Shrink the rows of the head outputs."""
 
     alias: ClassVar[str] = "shrunk"
     power: float = 0.5
@@ -45,7 +45,7 @@ class Shrunk(HeadOutputMethod):
 @register_method
 @dataclass(frozen=True)
 class Centred(ModelInputMethod):
-    """Part of the mean over the second axis (tokens or channels) is subtracted from the model's input."""
+    """Subtract part of the mean over the second axis (tokens or channels) from the model's input."""
 
     alias: ClassVar[str] = "centred"
     part: float = 1.0
@@ -57,7 +57,7 @@ class Centred(ModelInputMethod):
 @register_method
 @dataclass(frozen=True)
 class OrthogonalValues(InitialWeightsMethod):
-    """The value projection starts orthogonal."""
+    """Initialise the value projection as an orthogonal matrix."""
 
     alias: ClassVar[str] = "orthogonal"
     gain: float = 1.0

@@ -1,4 +1,4 @@
-"""Rules and methods that tests register do not outlive them."""
+"""Clean-up of the rules and methods that tests register."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from condattn.methods import base
 
 @contextlib.contextmanager
 def registrations_undone() -> Iterator[None]:
-    """Rules, exceptions and methods that are registered meanwhile are forgotten in the end."""
+    """Remove rules, exceptions and methods that are registered inside this context, when it ends."""
     tables = (rules._RULES, rules._EXCEPTIONS, rules._ATTENDING, tokens._RULES, base._METHODS, base._ALIASES)
     before = [table.copy() for table in tables]
     try:

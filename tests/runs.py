@@ -1,4 +1,4 @@
-"""How the tests run the command-line tools."""
+"""Helpers that run the command-line tools in tests."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ NOWHERE = ["model.backbone.init_cfg.type=Pretrained", "model.backbone.init_cfg.c
 
 
 def can_forward() -> bool:
-    """Whether mmengine can forward a data loader; its stock version cannot."""
+    """Whether mmengine can skip a data loader forward to an iteration; its stock version cannot."""
     if not find_spec("mmengine"):
         return False
     from mmengine.runner import loops
@@ -35,7 +35,7 @@ forwarded = pytest.mark.skipif(not can_forward(), reason="this mmengine cannot f
 
 
 class Malice:
-    """Its pickle creates a file where it is read."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -56,7 +56,7 @@ class Run:
 
 
 def run(*command, cwd: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess:
-    """Run a tool as a user does; fail with its output unless it exits with ``status``."""
+    """Run a tool in a new process; fail with its output unless it exits with ``status``."""
     if str(command[0]).endswith(".py"):
         command = (sys.executable, *command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env}
@@ -68,7 +68,7 @@ def run(*command, cwd: Path, status: int = 0, **env: str) -> subprocess.Complete
 
 
 def free_port() -> str:
-    """A port for processes of this machine to meet at."""
+    """A free port for the rendezvous of processes on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""LoRA in every order with conditioning, against formulas: what adapters add is added to the conditioned layer."""
+"""LoRA adapters and conditioning, applied in every order: adapters add to conditioned layers, as in the formulas."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ CLOSE = dict(rtol=0, atol=1e-10)
 
 
 class Block(nn.Module):
-    """Attention with layers that are called."""
+    """Attention that calls its layers."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Convolutions(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """PyTorch's own."""
+    """A block with PyTorch's ``nn.MultiheadAttention``."""
 
     def __init__(self, **settings):
         super().__init__()
@@ -101,7 +101,7 @@ def norms(rows):
 
 
 class Case:
-    """A model, its weights at the start, and the formula of what it is to compute with adapters."""
+    """A model, its initial weights, and the formula of what it should compute with adapters."""
 
     def __init__(self, model, conditioning, *targets):
         self.model, self.conditioning, self.targets = nn.Sequential(model).eval(), conditioning, targets
@@ -126,7 +126,7 @@ class Case:
         return self.peft
 
     def delta(self, name):
-        """What the adapter around a layer adds to its weight: alpha / r B A."""
+        """The update that the adapter of a layer adds to its weight, alpha / r B A."""
         parameters = dict(self.peft.named_parameters())
         a, b = (
             next((p for key, p in parameters.items() if f"{name}.lora_{part}.default" in key), None) for part in "AB"
@@ -134,7 +134,7 @@ class Case:
         return 0.0 if a is None else 3.0 * _matrix(b) @ _matrix(a)
 
     def want(self, adapted=True, constants_of=None):
-        """The output, from the weights at the start; C is made of ``constants_of``."""
+        """The expected output, from the initial weights; C is computed from ``constants_of`` or the initial weights."""
         qkv, qkv_bias, out, out_bias = self.weights
         attends = self.names[0] == "in_proj_weight"
         deltas = [self.delta(n) for n in (("attention", "out_proj") if attends else ("qkv", "proj"))]
@@ -173,7 +173,7 @@ class Case:
 
 @functools.cache
 def times_in_multihead_attention():
-    """How often PEFT adds the output projection's part: twice in some versions, with one gradient."""
+    """How often PEFT adds the update of the output projection: twice in some versions, but with one gradient."""
     plain = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS))
     before = plain[0].out_proj.weight.detach().clone()
     adapted = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False))
@@ -203,7 +203,7 @@ CASES = {
 
 
 PAIRS = [(name, one) for name in CASES for one in CONDITIONINGS]
-# Without PC the host projects by itself, and PEFT's adapter has no effect, whoever conditions the queries.
+# Without PC the host reads the weight itself, so that PEFT's adapter has no effect, with or without SC.
 PAIRS = [(name, one) for name, one in PAIRS if name != "reader's proj" or "pc" in one]
 
 
@@ -261,7 +261,7 @@ def test_folded_inside_adapters(case, order, merged):
 
 
 def test_conditioned_while_merged(case):
-    """C is made of the weights as they are then."""
+    """C is computed from the merged weights."""
     case.adapt()
     case.peft.merge_adapter()
     case.condition()
@@ -296,7 +296,7 @@ def test_detached_preconditioner():
 
 
 def test_sequence_of_adapters_and_conditionings():
-    """PC before, SC behind."""
+    """PC is applied before the adapter, SC after it."""
     case = CASES["both"]([GENTLE, "pc"])
     condattn.condition(case.model, "pc")
     case.adapt()
@@ -306,7 +306,7 @@ def test_sequence_of_adapters_and_conditionings():
 
 @pytest.mark.parametrize("conditioning", ["sc", "sc+pc"])
 def test_around_a_layer_whose_weight_is_read(conditioning):
-    """The adapter has no effect there, with or without conditioning, until it is merged."""
+    """The adapter would have no effect there, so that the forward raises an error until it is merged."""
     case = Case(Reader(), CONDITIONINGS[conditioning], "qkv")
     case.condition()
     case.adapt()
@@ -336,7 +336,7 @@ def test_around_the_output_projection_of_multihead_attention_alone(conditioning)
 
 @pytest.mark.parametrize("conditioning", ["pc", "sc"])
 def test_inference_fast_path_around_an_adapter(conditioning):
-    """In eval mode nn.TransformerEncoderLayer would read in_proj_weight itself."""
+    """In eval mode the fast path of nn.TransformerEncoderLayer would read in_proj_weight itself."""
     model = nn.Sequential(nn.TransformerEncoderLayer(WIDTH, HEADS, 16, dropout=0.0, batch_first=True))
     condattn.condition(model, CONDITIONINGS[conditioning])
     config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
@@ -370,7 +370,7 @@ def test_other_adapters_are_refused(order, target):
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_layers_that_peft_copies(conditioning):
-    """``modules_to_save``: its copies are conditioned if the layers are; its wrappers, which go again, are not."""
+    """Copies of conditioned layers by ``modules_to_save`` are conditioned; its temporary wrappers are refused."""
     config = peft.LoraConfig(target_modules=["other"], modules_to_save=["qkv", "proj"])
     for order in ("conditioned first", "copied first"):
         case = Case(Block(), CONDITIONINGS[conditioning])
@@ -390,7 +390,7 @@ def test_layers_that_peft_copies(conditioning):
 
 
 def test_parametrized_weights():
-    """As another LoRA may be made: merged by its user, not by fold."""
+    """Other implementations of LoRA use parametrizations, which the user merges, not ``fold``."""
     case = Case(Block(), [GENTLE], "qkv")
     case.condition()
     block = case.model[0]

@@ -1,4 +1,4 @@
-"""The registered subclasses: whole backbones against upstream's, with every option that touches attention."""
+"""The registered backbones against upstream's, with every option that affects attention."""
 
 import importlib
 
@@ -35,7 +35,7 @@ def build(scope, type, **settings):
 
 
 def swins(scope, conditioning, fast=True, **settings):
-    """Upstream's backbone and the conditioned one, with the same weights, in float64."""
+    """Build upstream's backbone and the conditioned one, with the same weights, in float64."""
     pair = (
         build(scope, "SwinTransformer", **SMALL, **settings),
         build(scope, "ConditionedSwinTransformer", conditioning=conditioning, fast_attention=fast, **SMALL, **settings),
@@ -72,7 +72,7 @@ SHAPES = [(1, 3, 31, 31), (3, 3, 31, 31), (1, 3, 112, 137), (2, 3, 64, 64)]
 
 
 def normalise_before(projection, heads):
-    """Precondition upstream's own projection from outside, with a formula of its own."""
+    """Precondition the input of upstream's projection by a hook, with an independent formula."""
 
     def rows_over_norm(module, inputs):
         parts = inputs[0].unflatten(-1, (heads, -1))
@@ -88,7 +88,7 @@ def precondition(swin):
 
 
 def correct(swin, strength):
-    """Add the identity to upstream's own weights; the gradient for W is that for W + C."""
+    """Add the scaled identity to upstream's weights; the gradient for W equals that for W + C."""
     for stage in swin.stages:
         for block in stage.blocks:
             weight = block.attn.w_msa.qkv.weight
@@ -141,7 +141,7 @@ class TestSwin:
 
     @pytest.mark.parametrize("conditioning", ["pc", SpectralCorrection(1.0)], ids=str)
     def test_autocast(self, scope, conditioning):
-        """bf16 differs from float32 no more than it does upstream."""
+        """The difference between bf16 and float32 is no larger than with upstream's backbone."""
         errors = []
         for backbone in swins(scope, conditioning):
             backbone.float()
@@ -227,14 +227,14 @@ class TestVisionTransformer:
     @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 40, 56), (1, 3, 31, 37)], ids=str)
     @pytest.mark.parametrize("with_cp", [False, True], ids=["", "checkpointing"])
     def test_corrected(self, shape, with_cp):
-        """The class that is conditioned, with weights W, is upstream's with weights W + C."""
+        """The conditioned class with weights W computes the same as upstream's with weights W + C."""
         upstream, ours = self.pair(SpectralCorrection(0.5), with_cp=with_cp)
         for layer in upstream.layers:
             layer.attn.attn.in_proj_weight.data += 0.5 * torch.eye(24, dtype=torch.float64).repeat(3, 1)
         assert_same(results(ours, shape), results(upstream, shape), **CLOSE)
 
     def test_preconditioned(self):
-        """Against the block's own formula, with the attention computed by hand."""
+        """Compare with the formula of the block, with the attention computed by hand."""
         upstream, ours = self.pair("pc")
         for layer in upstream.layers:
             layer.attn.attn.forward = by_hand(layer.attn.attn)
@@ -310,7 +310,7 @@ class TestFactory:
         assert build("mmdet", "Conditioned", module=module, conditioning="pc") is module
 
     def test_hands_the_data_preprocessor_on(self):
-        """Which mmengine's runner gives to the model, wherever the config has it."""
+        """mmengine's runner passes the data preprocessor to the model, wherever the config defines it."""
         given = dict(type="SegDataPreProcessor", size=(32, 32), mean=[1.0] * 3, std=[1.0] * 3)
         head = dict(type="FCNHead", in_channels=96, in_index=3, channels=8, num_classes=2)
         backbone = dict(type="SwinTransformer", **SMALL)
@@ -362,7 +362,7 @@ def test_unknown_conditioning_names_the_known():
 
 
 def test_pretrained_weights_as_mmsegs_own_test_of_its_vit_asks_for_them():
-    """Its cases: the settings that its ``test_vit_init`` gives to the class, and the errors that it expects."""
+    """The cases of mmseg's ``test_vit_init``: the settings that it passes, and the errors that it expects."""
     path = "PATH_THAT_DO_NOT_EXIST"
     missing = dict(type="Pretrained", checkpoint=path)
 

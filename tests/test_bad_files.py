@@ -1,4 +1,4 @@
-"""Files that are no good: each is refused in one line, nothing is executed, and the model stays as it was."""
+"""Bad weight files: each is refused with a one-line error, nothing in it is executed, and the model is unchanged."""
 
 import hashlib
 import io
@@ -56,7 +56,7 @@ def with_value(name, value):
 
 
 def torn(content):
-    """Whole in length, with a hole of zeros in the directory at its end."""
+    """A file of full length whose zip directory, at its end, is partly zeros."""
     return content[:-400] + bytes(300) + content[-100:]
 
 
@@ -66,7 +66,7 @@ def no_shape(weights):
 
 WHOLE = saved(vit().state_dict())
 OLD = saved(vit().state_dict(), _use_new_zipfile_serialization=False)
-# Name of the file -> its content, and what the one line says.
+# Name of the file -> its content, and a part of the error message.
 FILES = {
     "empty.pth": (b"", "is empty"),
     "empty.safetensors": (b"", "is empty"),
@@ -165,7 +165,7 @@ def test_code_is_not_executed(where, zip_format, tmp_path):
 
 
 class Reach:
-    """Its pickle takes an attribute that leads to torch's own list of what is allowed."""
+    """An object whose pickle accesses an attribute that leads to torch's list of allowed globals."""
 
     def __reduce__(self):
         return getattr, (torch._utils._rebuild_tensor_v2, "__globals__")

@@ -1,4 +1,4 @@
-"""Bad input: one clear line, an exit status that is not zero, and nothing written."""
+"""Bad input to the tools: a one-line error, a nonzero exit status, and nothing written."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def test_missing_test_data(refuse):
 
 
 def own_data(folder: Path, categories: list[str]) -> list[str]:
-    """Write a small data set, whose training data have these categories; return options that lead to it."""
+    """Write a small data set with these categories in its training data; return the options that select it."""
     for name, names in (("train", categories), ("val", ["cat", "dog"])):
         (folder / "images" / name).mkdir(parents=True)
         (folder / "annotations").mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def test_classes_in_another_order_than_in_the_annotations(refuse, tmp_path):
 
 
 def test_classes_in_a_file_of_their_own(call, tmp_path):
-    """Which mmengine reads; the run goes on to its next check, the missing pretrained weights."""
+    """mmengine reads the classes from the file; the run proceeds to the next check, the missing pretrained weights."""
     options = own_data(tmp_path / "own", ["cat", "dog"])
     (tmp_path / "classes.txt").write_text("cat\ndog")
     files = [f"{loader}_dataloader.dataset.metainfo.classes=classes.txt" for loader in LOADERS]
@@ -168,7 +168,7 @@ def test_pretrained_weights_that_cannot_be_had(refuse, monkeypatch, tmp_path_fac
 
 
 def test_weights_of_timm_that_cannot_be_had(refuse, call, detection_options, tmp_path, monkeypatch):
-    """Which are not asked for where a checkpoint replaces them."""
+    """The weights are not needed if a checkpoint replaces them."""
     import timm
 
     create = timm.create_model

@@ -1,4 +1,4 @@
-"""The benchmark, on images so small that its figures say nothing; no figure is tested."""
+"""The benchmark tool, on images so small that its numbers mean nothing; no number is tested."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Warm starts, folding, publishing and the guard: the mathematics, and the tools on a trained demo."""
+"""Calibration, folding, publishing and the conditioning guard: the mathematics, and the tools on a trained demo."""
 
 import copy
 import hashlib
@@ -30,7 +30,7 @@ NONE = "model.backbone.conditioning=none"
 
 
 def mean_norms(heads):
-    """Of head outputs (rows, heads, d): the mean over the rows of the norm over d, in float64."""
+    """Mean row norm of each head, of head outputs (rows, heads, d), in float64."""
     rows = heads.double().numpy()
     return torch.as_tensor(np.sqrt((rows**2).sum(-1)).mean(0))
 
@@ -67,7 +67,7 @@ def test_calibration_folds_the_mean_row_norms(interleaved):
 
 
 def test_calibration_of_multihead_attention_is_exact_where_rows_have_one_norm():
-    """One token attends to itself: all rows of a sequence are equal, and calibration restores the function."""
+    """With one token, all rows of a sequence are equal, and calibration restores the function exactly."""
     model = nn.MultiheadAttention(12, 3, batch_first=True).eval()
     x = torch.randn(1, 1, 12).expand(2, 4, 12)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_whole_conditioned_model_refuses_the_weights_of_another():
 
 @pytest.fixture(scope="session")
 def vanilla(detection, tmp_path_factory):
-    """What an unconditioned training would have left: the demo's weights without the record."""
+    """A checkpoint as of an unconditioned training: the demo's weights without the record of conditioning."""
     path = tmp_path_factory.mktemp("vanilla") / "vanilla.pth"
     checkpoint = torch.load(detection.checkpoint, weights_only=False)
     del checkpoint["meta"]["conditioning"]
@@ -225,7 +225,7 @@ def test_calibrate_then_evaluate(call, refuse, vanilla, detection, scenes, tmp_p
 
 
 def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(call, refuse, vanilla, scenes, tmp_path):
-    """W - C, and with C added again; and the folded model is upstream's own."""
+    """Calibration replaces W by W - C, and folding adds C again; the folded model is of upstream's class."""
     images = scenes / "images" / "validation"
     options = ["--cfg-options", SC]
     command = ["checkpoints/calibrate", SWIN, vanilla, "--images", images, "--out", "sc.pth", "--num", 2, *options]
@@ -267,7 +267,7 @@ def test_publish(call, refuse, detection, tmp_path):
 
 
 def test_weights_alone_in_safetensors(call, segmentation):
-    """Which say nothing of their conditioning."""
+    """A safetensors file has no record of the conditioning."""
     safetensors = pytest.importorskip("safetensors.torch")
     weights = torch.load(segmentation.checkpoint, weights_only=False)["state_dict"]
     safetensors.save_file(weights, "weights.safetensors")
@@ -279,7 +279,7 @@ def test_weights_alone_in_safetensors(call, segmentation):
 
 
 def test_the_runner_executes_nothing_in_a_file(tmp_path, monkeypatch):
-    """As mmengine's own reader does."""
+    """After ``read_safely``, mmengine's own reader executes nothing in a checkpoint either."""
     from mmengine.runner import load_checkpoint
 
     monkeypatch.chdir(tmp_path)
@@ -308,7 +308,7 @@ def test_convert(call, refuse, suffix, tmp_path):
     back = torch.load("back.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(back[name], model.state_dict()[name]) for name in back)
     assert len(back) == len(model.state_dict()) - 4
-    if suffix == ".pth":  # upstream's own backbone reads it
+    if suffix == ".pth":  # upstream's backbone reads only this format
         from mmdet.models.backbones.swin import SwinTransformer
 
         init_cfg = ConfigDict(type="Pretrained", checkpoint="mmdet.pth")

@@ -1,4 +1,4 @@
-"""The three calls: condition, fold, conditioning_of; and what they refuse."""
+"""``condition``, ``fold`` and ``conditioning_of``, and the errors that they raise."""
 
 import subprocess
 import sys
@@ -93,7 +93,7 @@ def test_no_site():
 
 
 class StrangeAttention(nn.Module):
-    """Attention that no rule describes."""
+    """Attention for which no rule exists."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ def test_sites_that_share_a_layer():
 
 
 class Shared(nn.Module):
-    """Attention whose output projection may be another one's."""
+    """Attention that may share its output projection with another module."""
 
     def __init__(self, heads):
         super().__init__()
@@ -281,7 +281,7 @@ def test_names_take_settings_and_are_printed_with_them(text, methods):
 )
 @pytest.mark.parametrize("at_once", [True, False])
 def test_two_methods_for_one_thing_are_refused(base, message, at_once):
-    """And the model stays as it was."""
+    """The model is unchanged after the error."""
 
     @condattn.register_method
     @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def test_lists_of_names():
 
 
 def test_a_short_name_in_the_long_form():
-    """It stands for the same settings there."""
+    """A short name has the same settings as the ``type`` of a dictionary."""
     assert condattn.methods.parse(dict(type="sc", targets=("q",))) == [SpectralCorrection(1.0, targets=("q",))]
     assert condattn.methods.parse(dict(type="SpectralCorrection")) == [SpectralCorrection(10.0)]
 
@@ -381,7 +381,7 @@ def test_fold_computes_the_same(conditioning, dtype, tolerance, training):
 
 
 def test_a_folded_model_takes_the_fused_inference_kernel():
-    """Which torch's encoder layers use without gradients only, and which rounds otherwise."""
+    """torch's encoder layers use this kernel only without gradients, and it rounds differently."""
     model = transformer()
     condattn.condition(model, SpectralCorrection(1.0))
     with torch.no_grad():
@@ -450,7 +450,7 @@ def test_compiles(conditioning):
 
 
 def test_import_is_light():
-    """``import condattn`` loads no library but torch (and what torch itself loads)."""
+    """``import condattn`` loads no library except torch (and what torch itself loads)."""
     code = (
         "import sys, torch; before = set(sys.modules); import condattn;"
         "print(*sorted({n.split('.')[0] for n in set(sys.modules) - before}))"

@@ -1,4 +1,4 @@
-"""Every config loads, builds and trains one step; each is its published reference in all but the conditioning."""
+"""Every config loads, builds and trains one step, and differs from its published reference only in the conditioning."""
 
 import inspect
 import re
@@ -25,8 +25,8 @@ from mmseg.structures import SegDataSample
 import condattn
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-UNREAD = ("_base_", "studies")  # base files, and studies, which tests/test_study.py reads
-OWN_DATA = ("coco.py", "png_labels.py")  # what else is in own_data/ is a user's
+UNREAD = ("_base_", "studies")  # base files, and studies, which tests/test_study.py tests
+OWN_DATA = ("coco.py", "png_labels.py")  # other files in own_data/ belong to the user
 FILES = sorted(
     file
     for file in CONFIGS.rglob("*.py")
@@ -54,7 +54,7 @@ REFERENCES = {
     "upernet_deit-s_pc": (mmseg, "vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py"),
     "upernet_vit_pc": (mmseg, "vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py"),
 }
-# What mmdet and mmseg do not ship.
+# Configs whose references mmdet and mmseg do not ship.
 WITHOUT_REFERENCE = {
     *(
         "cascade_mask_rcnn_swin_pc",
@@ -75,7 +75,7 @@ RECIPE = {
 }
 DATA_ROOTS = {"data/coco", "data/ade/ADEChallengeData2016", "data/own"}
 IMAGE_SIZE = (64, 96)
-# DETR's first self-attention in the decoder has nothing but equal queries to attend to.
+# The first self-attention of DETR's decoder attends to queries that are all equal; its weights may stay unchanged.
 AT_REST = r"decoder\.layers\.0\.self_attn"
 
 
@@ -88,7 +88,7 @@ def scope(cfg):
 
 
 def dicts(node):
-    """Every dict in `node`, itself included."""
+    """Yield every dict in `node`, including itself."""
     if isinstance(node, dict):
         yield node
     children = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
@@ -97,7 +97,7 @@ def dicts(node):
 
 
 def shrink(cfg, depths=None):
-    """Take away what a test cannot have: downloads, mixed precision without a GPU, thousands of proposals."""
+    """Remove what a test cannot use: downloads, mixed precision without a GPU, thousands of proposals."""
     few = {"nms_pre": 50, "max_per_img": 20, "num": 16, "num_queries": 20, "num_points": 64}
     model = cfg.model.get("module", cfg.model)
     for node in dicts(model):
@@ -123,7 +123,7 @@ def build(cfg):
 
 
 def batch(cfg):
-    """Two random images with labels, as the toolbox's data loader hands them to the model."""
+    """Make two random images with labels, as the toolbox's data loader passes them to the model."""
     classes = next(iter(class_counts(cfg)))
     sample = {"mmdet": detection_sample, "mmseg": segmentation_sample}[cfg.default_scope]
     samples = [sample(classes) for _ in range(2)]
@@ -153,7 +153,7 @@ def segmentation_sample(classes):
 
 
 def check_training(cfg):
-    """Train one step from random weights; the loss is finite and every attention weight moves."""
+    """Train one step from random weights; the loss is finite, and every attention weight changes."""
     model = build(cfg)
     weights = {
         name: (parameter, parameter.detach().clone())
@@ -212,7 +212,7 @@ def test_readme_lists_every_config():
 
 
 def effective(node):
-    """`node` without defaults, None and scopes, and with file names for URLs: equal where the effect is."""
+    """Normalise `node` to compare effects: without defaults, None and scopes, and with file names instead of URLs."""
     if isinstance(node, dict):
         defaults = {"requires_grad": True}
         with MODELS.switch_scope_and_registry(None) as registry:
@@ -251,7 +251,7 @@ def test_is_its_published_reference_but_for_the_conditioning(name):
     else:
         backbone = ours.model.backbone
         backbone.pop("conditioning", None)
-        if backbone.type == "ConditionedTimmBackbone":  # timm's model of the same network; all else is compared
+        if backbone.type == "ConditionedTimmBackbone":  # timm's model of the same network; the rest is compared
             del reference.model.pretrained, reference.model["backbone"], ours.model["backbone"]
         else:
             assert backbone.type == f"Conditioned{reference.model.backbone.type}"
@@ -292,7 +292,7 @@ COCO = [name for name in NAMES if "/" not in name and "data/coco" in str(load(na
 
 @pytest.mark.parametrize("base", COCO)
 def test_own_coco_data_on_every_detector(base, tmp_path):
-    """A user's copy of own_data/coco.py with another detector and other classes, and nothing else changed."""
+    """A user's copy of own_data/coco.py in which only the detector and the classes are changed."""
     cfg = own_coco(base, tmp_path)
     assert cfg.model == with_num_classes(load(base).model, 3)
     assert class_counts(cfg) == {3}
@@ -312,7 +312,7 @@ def test_own_coco_data_trains_heads_of_another_kind(base, tmp_path):
 
 
 def rates(cfg, batches):
-    """The share of the configured rate in each iteration of a training with so many batches an epoch."""
+    """Fraction of the configured learning rate in each iteration of a training with ``batches`` batches per epoch."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     defaults = dict(optimizer=optimizer, epoch_length=batches)
@@ -376,7 +376,7 @@ TIMM = {
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", TIMM.values(), ids=lambda settings: settings.model_name)
 def test_weights_of_timm_fit(settings, tmp_path):
-    """What timm's own model of that name would download loads into the backbone of the config."""
+    """The weights that timm's model of that name would download fit the backbone of the config."""
     settings = settings.to_dict()
     pretrained = timm.create_model(settings["model_name"])
     torch.save(pretrained.state_dict(), tmp_path / "weights.pth")

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: its Python blocks run, and what it names exists."""
+"""CONTRIBUTING.md: its Python blocks run, and the files, targets and modules that it names exist."""
 
 import copy
 import importlib
@@ -21,7 +21,7 @@ NAME = "my_package.models"
 
 @pytest.fixture
 def guide():
-    """The names that the blocks define."""
+    """The names that the Python blocks of the guide define."""
     names = {"__name__": NAME}
     blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 2
@@ -32,7 +32,7 @@ def guide():
 
 
 def test_the_rule(guide):
-    """The site is the new class's, and conditioned it computes what the formula says."""
+    """The rule finds the site of the new class, and the conditioned module computes the formula."""
     model = guide["MyAttention"](8, num_heads=2)
     (site,) = condattn.find_sites(model)
     assert (site.module, site.num_heads, site.out.owner) == (model, 2, model.proj)
@@ -51,7 +51,7 @@ def test_the_rule(guide):
 
 
 def test_the_method(guide):
-    """It is found by its name and its alias, checks a site, computes what it says, and can be removed."""
+    """The method is found by name and alias, checks a site, computes what the guide says, and can be removed."""
     model = guide["MyAttention"](8, num_heads=2)
     x, heads = torch.randn(2, 5, 8), []
     model.proj.register_forward_pre_hook(lambda module, args: heads.append(args[0]))
@@ -86,7 +86,7 @@ def test_registrations_are_undone():
     ["CONTRIBUTING.md", "docs/architecture.md", *(str(f.relative_to(ROOT)) for f in ROOT.glob(".github/**/*.*"))],
 )
 def test_what_documents_name_exists(file):
-    """Targets of make, and files and folders of the repository."""
+    """Documents name only targets of make, files and folders that exist."""
     text = (ROOT / file).read_text()
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:`|run: |^    )make ([a-z-]+)", text, re.MULTILINE):
@@ -99,7 +99,7 @@ def test_what_documents_name_exists(file):
 
 @pytest.mark.parametrize("file", ["docs/architecture.md", "CHANGELOG.md"])
 def test_modules_that_documents_name_exist(file):
-    """In the changelog, those of the right column."""
+    """In the changelog, only the modules of the right column have to exist."""
     text = re.sub(r"^  \|.*?\|", "", (ROOT / file).read_text(), flags=re.MULTILINE)
     names = set(re.findall(r"`(condattn(?:\.\w+)+)`", text))
     assert len(names) > 8
@@ -111,7 +111,7 @@ def test_modules_that_documents_name_exist(file):
 
 
 def test_what_the_architecture_says_of_parametrizations():
-    """They rename the parameter and cannot be pickled; conditioned modules keep names, and can."""
+    """Parametrizations rename parameters and prevent pickling; conditioned modules keep names and can be pickled."""
 
     class Plus(torch.nn.Module):
         def forward(self, weight):

@@ -1,4 +1,4 @@
-"""Weights of every naming load with every key used, and the models that they come from and go to agree."""
+"""Weights in every naming format load completely, and source and target models compute the same."""
 
 import math
 import re
@@ -29,7 +29,7 @@ IMAGE = torch.linspace(-9, 9, 2 * 3 * 224 * 224).sin().reshape(2, 3, 224, 224)
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """In evaluation mode and with values in every weight, also in those that start as zeros and ones."""
+    """Put a model into evaluation mode, with random values in all weights, also those initialised to zeros or ones."""
     for value in model.state_dict().values():
         if value.is_floating_point():
             nn.init.uniform_(value, 0.5, 1.5) if value.ndim < 2 else nn.init.normal_(value, std=0.1)
@@ -49,7 +49,7 @@ def timm_swin():
 def mm_swin(scope, cls="SwinTransformer", **settings):
     model = build(scope, type=cls, **(dict(arch=SWIN) if scope == "mmpretrain" else SWIN), **settings)
     for name, value in model.state_dict().items():
-        if re.match(r"norm\d", name):  # in front of the outputs, which timm's model has not
+        if re.match(r"norm\d", name):  # the norms before the outputs, which timm's model lacks
             value.fill_(name.endswith("weight"))
     return model
 
@@ -72,17 +72,17 @@ def timm_maps(model):
 
 
 def run(model):
-    """The outputs in float64, in which models that compute the same differ by less than 1e-5."""
+    """Compute the outputs in float64, where models that compute the same differ by less than 1e-5."""
     return model.double()(IMAGE.double())
 
 
 def normed(maps):
-    """With the norms in front of the outputs, which mmdet and mmseg have and timm has not."""
+    """Apply the norms before the outputs, which mmdet and mmseg have and timm lacks."""
     return [nn.functional.layer_norm(m.movedim(1, -1), (m.shape[1],)).movedim(-1, 1) for m in maps]
 
 
 def official_swin(weights):
-    """The official names for timm's, written down from the release: a stage ends with its downsampling."""
+    """Rename timm's weights to the official names of the release, where a stage ends with its downsampling."""
     official = {}
     for name, value in weights.items():
         name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
@@ -113,7 +113,7 @@ def test_swin(scope, names, entry, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("scope", ["mmdet", "mmseg", "mmpretrain"])
 def test_swin_of_openmmlab(scope, tmp_path):
-    """Into timm's model and into mmdet's own."""
+    """Weights of OpenMMLab load into timm's model and into mmdet's."""
     source = mm_swin(scope)
     torch.save(dict(state_dict={f"backbone.{n}": v for n, v in source.state_dict().items()}), tmp_path / "swin.pth")
     same = mm_swin("mmdet", "ConditionedSwinTransformer", conditioning="none")
@@ -179,7 +179,7 @@ def test_distilled_deit_into_a_model_without_the_token(kind):
 
 
 def official_xcit(weights):
-    """The official names for timm's, written down from the release: fused class attention, another position module."""
+    """Rename timm's weights to those of the release, with fused class attention and another position module."""
     official = {name.replace("pos_embed.", "pos_embeder."): value for name, value in weights.items()}
     for name in [name for name in official if re.search(r"cls_attn.*attn\.q\.", name)]:
         parts = [official.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
@@ -188,7 +188,7 @@ def official_xcit(weights):
 
 
 def official_davit(weights):
-    """The official names for timm's, written down from the release."""
+    """Rename timm's weights to the official names of the release."""
     official = {}
     for name, value in weights.items():
         name = re.sub(r"^stem", "stages.0.downsample", name).replace("downsample.conv", "downsample.proj")
@@ -212,7 +212,7 @@ def test_xcit_and_davit(name, settings, official, tmp_path):
     weights = official(source.state_dict())
     assert str(recognize(weights)).endswith("of official")
     module = timm.models.xcit if "xcit" in name else timm.models.davit
-    theirs = module.checkpoint_filter_fn(dict(weights), source)  # timm's own reading of the official names
+    theirs = module.checkpoint_filter_fn(dict(weights), source)  # timm's conversion from the official names
     target = randomized(timm.create_model(name, **settings))
     fitted, report = fit(weights, target, "official.pth")
     assert (report.missing, report.left_out) == ([], [])
@@ -247,7 +247,7 @@ def test_windows_and_images_of_another_size():
 
 
 def test_interpolation_is_that_of_a_plane():
-    """A table that rises evenly does so at every size, away from the border; torch's kernel ripples a little."""
+    """A linear table stays linear at every size, away from the border, but for small ripples of torch's kernel."""
     from condattn.weights.resize import resize_bias_table, resize_positions
 
     rows = torch.arange(13.0)[:, None].expand(13, 13).reshape(-1, 1)
@@ -264,7 +264,7 @@ def test_interpolation_is_that_of_a_plane():
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_there_and_back_is_the_identity(data):
-    """For any depth and width, from every format to every other of its family."""
+    """Converting to any other format of the family and back gives the same weights, for any depth and width."""
     source = data.draw(st.sampled_from(FORMATS))
     target = data.draw(st.sampled_from([one for one in FORMATS if one.family == source.family]))
     width = 4 * data.draw(st.integers(1, 3))

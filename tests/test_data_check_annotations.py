@@ -1,4 +1,4 @@
-"""The check of data: annotation files, boxes and masks."""
+"""The data check: annotation files, boxes and masks."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def test_what_is_used_is_said(coco):
 
 
 def test_the_summary_counts_as_mmdet_does(coco):
-    """Crowds, ignored objects, empty boxes, other categories, images without objects, indices."""
+    """Cases: crowds, ignored objects, empty boxes, other categories, images without objects, ``indices``."""
     objects = coco.content["annotations"]
     objects[0]["iscrowd"] = 1
     objects[1]["ignore"] = 1
@@ -135,7 +135,7 @@ def test_annotations_that_cannot_work(coco, change, message):
 
 
 def test_corners_without_polygons(coco):
-    """Are told by boxes that reach beyond their images."""
+    """Boxes in corner format are recognised because they reach beyond their images."""
     for entry in coco.content["annotations"]:
         entry["bbox"] = _corners(entry)
         del entry["segmentation"]
@@ -147,7 +147,7 @@ def test_corners_without_polygons(coco):
 
 
 def test_boxes_that_reach_beyond(coco):
-    """Are cut; with polygons that confirm them they are no corners."""
+    """Such a box is clipped; it is not taken for corners if its polygon confirms it."""
     coco.content["annotations"][11]["bbox"] = [40, 12, 40, 16]
     coco.write()
     findings = coco.check()
@@ -168,7 +168,7 @@ def test_a_class_without_an_object(coco):
 
 
 def average_precision(path: str) -> float:
-    """Of predictions that are the annotations themselves."""
+    """Average precision of predictions that equal the annotations."""
     truth = COCO(path)
     results = truth.loadRes([dict(entry, score=1.0) for entry in copy.deepcopy(truth.dataset["annotations"])])
     evaluation = COCOeval(truth, results, "bbox")
@@ -179,7 +179,7 @@ def average_precision(path: str) -> float:
 
 
 def test_the_annotation_0_counts(coco):
-    """pycocotools takes a match with the id 0 for none."""
+    """pycocotools treats a match with an annotation of id 0 as no match."""
     coco.content["annotations"] = coco.content["annotations"][:1]
     coco.content["annotations"][0]["id"] = 0
     coco.content["categories"] = coco.content["categories"][:1]
@@ -209,7 +209,7 @@ def test_the_annotation_0_counts(coco):
     ],
 )
 def test_repairs(coco, change, said):
-    """What mmdet reads of the copy is what it reads of sound annotations."""
+    """mmdet reads the same from the repaired copy as from correct annotations."""
     sound = DATASETS.build({**coco.cfg.train_dataloader.dataset, "pipeline": []})
     expected = [sound.get_data_info(i)["instances"] for i in range(len(sound))]
     sizes = [(sound.get_data_info(i)["width"], sound.get_data_info(i)["img_id"]) for i in range(len(sound))]
@@ -227,7 +227,7 @@ def test_repairs(coco, change, said):
 
 
 def test_names_as_ids_of_images(coco):
-    """Text that is no number stays; mmdet and its metric take it."""
+    """Ids that are no numbers are kept; mmdet and its metric accept them."""
     for image in coco.content["images"]:
         image["id"] = f"scene_{image['id']}"
     for entry in coco.content["annotations"]:
@@ -322,7 +322,7 @@ def test_some_masks_are_lost(coco, segmentation, message):
 
 
 def test_run_lengths_are_counted_as_pycocotools_counts_them():
-    """Texts of many masks at once, some of them damaged, and lists of numbers between them."""
+    """Compressed masks, counted together, some of them damaged, with uncompressed ones between them."""
     rng = np.random.default_rng(0)
     drawn = [
         np.asfortranarray(rng.random((h, w)) < share, np.uint8)
@@ -363,7 +363,7 @@ def test_masks_that_are_not_loaded_may_be_missing(coco, change, warned):
 
 
 def test_corners_some_of_which_are_degenerate(coco):
-    """Polygons tell, whatever part of the boxes could be corners."""
+    """The polygons show that boxes are corners, even if some boxes could not be corners."""
     for entry in coco.content["annotations"]:
         entry["bbox"] = _corners(entry)
     coco.content["annotations"][2]["bbox"] = [50, 40, 20, 10]
@@ -425,7 +425,7 @@ def _places(node, place: tuple = ()):
 
 
 def test_no_content_raises_anything(coco):
-    """What is accepted, mmdet reads, masks included."""
+    """mmdet can read whatever the check accepts, including masks."""
     rng, path = random.Random(0), coco.folder / "changed.json"
     leaf = {**coco.cfg.train_dataloader.dataset, "ann_file": path.name}
     coco.cfg.train_dataloader.dataset = leaf
@@ -439,7 +439,7 @@ def test_no_content_raises_anything(coco):
                 for key in place[:-1]:
                     node = node[key]
                 node[place[-1]] = rng.choice(VALUES)
-            except (KeyError, IndexError, TypeError):  # another change has taken the place away
+            except (KeyError, IndexError, TypeError):  # an earlier change has removed the entry
                 continue
         path.write_text(json.dumps(content))
         findings = coco.check()

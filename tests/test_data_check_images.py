@@ -1,4 +1,4 @@
-"""The check of data: images."""
+"""The data check: images."""
 
 import shutil
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_half_of_an_image(coco, suffix):
 
 @pytest.mark.parametrize("as_stored", [True, False])
 def test_rotation_in_the_header(coco, as_stored):
-    """Whichever orientation the annotation has is loaded."""
+    """Images are loaded in the orientation of the annotation."""
     rotated(coco.folder / "images" / "1.jpg")
     if not as_stored:
         coco.content["images"][0].update(width=HEIGHT, height=WIDTH)
@@ -126,7 +126,7 @@ def test_missing_files_of_missing_folders(tmp_path):
 
 
 def test_images_alone_where_nothing_is_evaluated(coco):
-    """A list for a submission has no annotations."""
+    """The image list of a submission to a test server has no annotations."""
     coco.cfg.val_evaluator.format_only = True
     del coco.content["annotations"]
     coco.write()
@@ -136,7 +136,7 @@ def test_images_alone_where_nothing_is_evaluated(coco):
 
 
 def test_other_loaders_of_images(coco):
-    """Their files need not be images; they must be there."""
+    """With another loader, files need not be images, but they must exist."""
     (coco.folder / "images" / "1.jpg").write_text("raw")
     assert "cannot be read" in coco.check().errors[0]
     coco.cfg.train_dataloader.dataset.pipeline[0] = dict(type="LoadMultiChannelImageFromFiles")
@@ -162,7 +162,7 @@ def test_links_to_nowhere_and_folders(coco):
 
 @pytest.mark.parametrize("orientation", [0, 9])
 def test_orientations_that_are_none(coco, orientation):
-    """OpenCV takes them for upright."""
+    """OpenCV treats images with an invalid orientation as upright."""
     rotated(coco.folder / "images" / "1.jpg", orientation)
     findings = coco.check()
     assert (findings.errors, findings.warnings) == ([], [])
@@ -190,7 +190,7 @@ def test_rotated_tiffs_that_opencv_cannot_read(coco):
 
 
 def test_relative_paths_are_of_their_folder(coco, monkeypatch, tmp_path):
-    """The same configuration below another folder is other data."""
+    """The same configuration in another working folder refers to other data."""
     coco.cfg.train_dataloader.dataset.data_root = "."
     monkeypatch.chdir(coco.folder)
     assert coco.check().errors == []
@@ -203,7 +203,7 @@ def test_relative_paths_are_of_their_folder(coco, monkeypatch, tmp_path):
 
 
 def test_sixteen_bits_file_by_file(coco):
-    """One bright file does not excuse dark ones; one dark file among bright ones is named."""
+    """Dark files are an error despite one bright file; one dark file among bright ones is a warning."""
     for number in range(3):
         pixels = np.full((HEIGHT, WIDTH), 65535 if number == 0 else 4095, np.uint16)
         Image.fromarray(pixels).save(coco.folder / "images" / f"deep{number}.png")
@@ -218,7 +218,7 @@ def test_sixteen_bits_file_by_file(coco):
 
 
 def test_files_that_accompany_an_image(label_maps):
-    """Those of Cityscapes beside the images are no images of another suffix; a photograph is."""
+    """Files like those of Cityscapes beside the images are not reported as images with another suffix; others are."""
     for i in range(6):
         shutil.move(label_maps.folder / "images" / f"{i}.jpg", label_maps.folder / "images" / f"a_{i}_rgb.jpg")
         shutil.move(label_maps.folder / "labels" / f"{i}.png", label_maps.folder / "labels" / f"a_{i}_ids.png")

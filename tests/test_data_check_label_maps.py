@@ -1,4 +1,4 @@
-"""The check of data: label maps."""
+"""The data check: label maps."""
 
 import re
 import shutil
@@ -89,7 +89,7 @@ def test_half_of_a_label_map(label_maps):
 
 
 def test_another_suffix(label_maps):
-    """Images of another suffix, upper case included, are left out by mmseg without a word."""
+    """mmseg silently ignores images with another suffix, including the same one in upper case."""
     for i in range(3):
         shutil.move(label_maps.folder / "images" / f"{i}.jpg", label_maps.folder / "images" / f"{i}.JPG")
     findings = label_maps.check()
@@ -101,7 +101,7 @@ def test_another_suffix(label_maps):
 
 
 def test_testing_without_label_maps(label_maps):
-    """Is refused, unless nothing is evaluated and nothing loads them."""
+    """Missing label maps are an error, unless nothing is evaluated and nothing loads them."""
     dataset = label_maps.cfg.test_dataloader.dataset
     del dataset.data_prefix["seg_map_path"]
     (error,) = label_maps.check("test").errors
@@ -152,7 +152,7 @@ def test_negative_values_of_label_maps(label_maps):
 
 
 def test_what_a_label_map_leaves_out_is_ignored(label_maps):
-    """Whatever ignore_index is, classes that are not chosen become 255."""
+    """Classes that are not selected become 255, whatever ``ignore_index`` is."""
     use = dict(images=[], maps=[], total=6, folder="", suffix=".jpg", map_suffix=".png", reduce_zero_label=False)
     images = [str(label_maps.folder / "images" / f"{i}.jpg") for i in range(6)]
     maps = [str(label_maps.folder / "labels" / f"{i}.png") for i in range(6)]

@@ -1,4 +1,4 @@
-"""The check of data: configurations, findings that are remembered, tools and trainings."""
+"""The data check: configurations, cached findings, tools and trainings."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ def test_a_sample_has_both_ends():
 
 
 def test_every_error_is_printed(coco, capsys):
-    """The last one by the exception, which the tools print."""
+    """The last error is raised as an exception, which the tools print."""
     (coco.folder / "images" / "1.jpg").unlink()
     (coco.folder / "images" / "2.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="train: 1 image cannot be read"):
@@ -130,7 +130,7 @@ def test_the_other_processes_end_with_the_first(coco, capsys, monkeypatch):
 
 
 def test_negatives_beside_other_data(coco):
-    """A data set without objects is an error by itself, and none in a loader that has objects elsewhere."""
+    """A data set without objects is an error by itself, but not beside another one with objects."""
     leaf = coco.cfg.train_dataloader.dataset
     del leaf["filter_cfg"]
     negatives = {**copy.deepcopy(leaf), "ann_file": "negatives.json"}
@@ -142,7 +142,7 @@ def test_negatives_beside_other_data(coco):
 
 
 def test_one_class_in_each_data_set(label_maps):
-    """Is enough where they have different ones."""
+    """Data sets with one class each are accepted if their classes differ."""
     for i in range(6):
         label_maps.label(i, FULL * (i >= 3))
     halves = [{**copy.deepcopy(label_maps.dataset), "indices": list(half)} for half in ((0, 1, 2), (3, 4, 5), (0, 1))]
@@ -173,7 +173,7 @@ def test_open_vocabularies(coco, model):
 
 
 def test_auxiliary_heads(label_maps):
-    """One for edges has two classes by design; others with another number are doubtful."""
+    """An auxiliary head for edges has two classes by design; for others, a different number of classes is a warning."""
     decode = dict(num_classes=3)
     label_maps.cfg.model = dict(decode_head=decode, auxiliary_head=[dict(type="STDCHead", num_classes=2)])
     findings = label_maps.check()
@@ -191,7 +191,7 @@ def test_heads_are_compared_once(coco):
 
 
 def test_transforms_that_are_classes(coco):
-    """As configurations in pure Python name them."""
+    """Configurations in pure Python name transforms by their classes."""
     coco.cfg.train_dataloader.dataset.pipeline[0]["type"] = LoadImageFromFile
     rotated(coco.folder / "images" / "1.jpg")
     (entry,) = find(coco.cfg, "train")
@@ -280,7 +280,7 @@ def test_a_repaired_copy_is_written_once(coco, monkeypatch):
 
 
 def test_a_cache_folder_that_cannot_take_copies(coco, monkeypatch, tmp_path):
-    """The temporary folder takes them; without one it is an error in one line."""
+    """The copies go to the temporary folder instead; if there is none either, the error has one line."""
     coco.content["annotations"][0]["id"] = 0
     coco.write()
     home = tmp_path / "home"
@@ -335,7 +335,7 @@ def test_an_annotation_file_of_the_evaluator(coco, nested):
 
 
 def test_a_folder_that_changes_below(label_maps):
-    """Sub-folders that were searched are part of what the findings depend on."""
+    """Cached findings also depend on the subfolders that were searched."""
     (label_maps.folder / "images" / "below").mkdir()
     assert label_maps.check().warnings == []
     picture().save(label_maps.folder / "images" / "below" / "new.png")
@@ -353,7 +353,7 @@ def test_long_lists_of_classes_are_shortened(coco):
 
 
 def test_two_data_sets_have_pictures_of_their_own(coco, tmp_path, call):
-    """On the page, with one that is not there yet beside them, and the errors are printed first."""
+    """The page has pictures of each data set; a file in the place of its folder is an error."""
     leaf = {key: value for key, value in coco.cfg.train_dataloader.dataset.items() if key != "filter_cfg"}
     second = tmp_path / "second"
     second.mkdir()
@@ -373,7 +373,7 @@ def test_two_data_sets_have_pictures_of_their_own(coco, tmp_path, call):
 
 @pytest.mark.parametrize("damage", ["image", "folder"])
 def test_several_processes_print_one_error(coco, tmp_path, damage):
-    """The first process says what is wrong, and the launcher ends the others."""
+    """The first process prints the error, and the launcher ends the others."""
     shutil.rmtree(coco.folder / "images") if damage == "folder" else (coco.folder / "images" / "1.jpg").unlink()
     config, script = tmp_path / "config.py", tmp_path / "check.py"
     config.write_text(coco.cfg.pretty_text)
@@ -395,7 +395,7 @@ def test_several_processes_print_one_error(coco, tmp_path, damage):
 
 
 def test_the_tool(coco, tmp_path, call):
-    """Prints, and writes a page with pictures."""
+    """The tool prints its findings, and writes a page with pictures."""
     config = tmp_path / "config.py"
     config.write_text(coco.cfg.pretty_text)
     (tmp_path / "annotations.json").write_text(json.dumps(coco.content))
@@ -423,7 +423,7 @@ def test_the_tool_on_label_maps(label_maps, tmp_path, call):
 
 
 def test_a_training_on_repaired_data(coco, tmp_path):
-    """Areas are missing, an id is 0, an image is rotated in its header; training and evaluation run."""
+    """Training and evaluation run although areas are missing, an id is 0, and an image has an EXIF rotation."""
     for entry in coco.content["annotations"]:
         del entry["area"], entry["iscrowd"]
         entry["id"] -= 1
@@ -461,7 +461,7 @@ train_cfg = dict(max_epochs=1)
 
 
 def test_every_configuration_can_be_checked():
-    """Their data are not here; what is known of them is that the check knows their kinds."""
+    """Without their data, this tests only that the check supports the types of their data sets."""
     for name in ("mask_rcnn_swin_pc.py", "upernet_swin_pc.py", "own_data/coco.py", "own_data/png_labels.py"):
         cfg = load_config(str(CONFIGS / name))
         for loader in ("train", "val", "test"):

@@ -1,4 +1,4 @@
-"""The parts that the command-line tools are made of."""
+"""Modules that the command-line tools share."""
 
 import logging
 import sys
@@ -31,7 +31,7 @@ from condattn.openmmlab.runner.checkpoints import check_fit, check_pretrained, d
     ],
 )
 def test_options_of_a_configuration(value, expected):
-    """A conditioning with settings is one value; all else is as mmengine has it."""
+    """A conditioning with settings is parsed as one value; everything else as mmengine does."""
     parser = ArgumentParser()
     launch.add_config_arguments(parser)
     options = parser.parse_args(["config.py", "--cfg-options", f"model.conditioning={value}"]).cfg_options
@@ -82,7 +82,7 @@ def test_pretrained_weights_are_not_read_when_a_checkpoint_replaces_them(tmp_pat
 
 
 class Terminal:
-    """A standard error that says it is a terminal, and keeps what it is sent."""
+    """A stream that claims to be a terminal, and records its input."""
 
     encoding = "utf-8"
 
@@ -125,10 +125,10 @@ def drive_on(terminal: Terminal, monkeypatch) -> logging.Logger:
 def test_progress_is_shown_on_a_terminal(monkeypatch):
     terminal = Terminal()
     logger = drive_on(terminal, monkeypatch)
-    assert "train:  50%" in terminal.text  # a resumed training starts where it stopped
+    assert "train:  50%" in terminal.text  # a resumed training starts at the position of its checkpoint
     assert "train: 100%" in terminal.text
     assert "val:   0%" in terminal.text
-    assert "\ra line of the log\n" in terminal.text  # on a cleared line of its own
+    assert "\ra line of the log\n" in terminal.text  # on a separate, cleared line
     assert logger.handlers[0].stream is terminal
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed end with the weights of runs that are not; bad files and losses stop them."""
+"""Resumed runs end with the same weights as uninterrupted ones; bad files and non-finite losses stop a run."""
 
 import os
 import random
@@ -24,7 +24,8 @@ from condattn.openmmlab.hooks.finite_loss import find_trouble
 from condattn.openmmlab.runner.checkpoints import find_resumable
 
 EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
-# The demo detector has random augmentation and sampling; these are the segmenter's, in its workers and in its model.
+# The demo detector has random augmentation and sampling; these settings add randomness to the segmenter's workers and
+# model.
 RANDOM = """
 model = dict(backbone=dict(drop_path_rate=0.3), decode_head=dict(dropout_ratio=0.3))
 steps = [dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'PackSegInputs')]
@@ -76,7 +77,7 @@ def check_kills(kind, small, scenes, folder, kills, workers):
         try:
             output, _ = process.communicate(timeout=moments.uniform(0.1, 1.0) * duration)
             assert process.returncode == 0, output.decode()[-3000:]
-            (folder / "killed" / "last_checkpoint").unlink()  # it was done: begin anew
+            (folder / "killed" / "last_checkpoint").unlink()  # the run had finished before the kill: start again
             for path in (folder / "killed").glob("*.pth"):
                 path.unlink()
         except subprocess.TimeoutExpired:
@@ -101,7 +102,7 @@ def check_kills(kind, small, scenes, folder, kills, workers):
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(kind, workers, small, scenes, tmp_path):
-    """Stopped after a checkpoint in the middle, as a kill leaves it, and resumed."""
+    """The run is stopped after a checkpoint in the middle, as by a kill, and resumed."""
     command = training(kind, small, scenes, tmp_path, workers)
     run(*command, "--work-dir", tmp_path / "whole", cwd=tmp_path)
     last = Path((tmp_path / "whole" / "last_checkpoint").read_text()).name
@@ -201,7 +202,7 @@ def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypat
 def test_a_loss_that_is_not_a_number_stops_the_run(call, detection, tmp_path):
     checkpoint = torch.load(detection.checkpoint, weights_only=False)
     name = next(name for name in checkpoint["state_dict"] if name.endswith("blocks.1.attn.w_msa.qkv.weight"))
-    checkpoint["state_dict"][name][0, 0] = 3e38  # which overflows in the first product
+    checkpoint["state_dict"][name][0, 0] = 3e38  # overflows in the first product
     torch.save(checkpoint, "bad.pth")
     options = [*detection.options, "load_from=bad.pth"]
     status, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)

@@ -1,4 +1,4 @@
-"""The modules that a rule names are those that the forward calls, or the first forward raises."""
+"""The first forward raises an error if it does not call the modules that the rule names."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ GENTLE = SpectralCorrection(1.0)
 
 
 class Calling(nn.Module):
-    """Attention that calls its layers; ``mode`` says what else it may do instead."""
+    """Attention that calls its layers, or behaves differently as ``mode`` says."""
 
     def __init__(self, mode="call"):
         super().__init__()
@@ -40,7 +40,7 @@ class Calling(nn.Module):
 
 
 class Model(nn.Module):
-    """Two sites, of which a forward may leave out the second."""
+    """One attention module for each mode; a forward runs the first ``depth`` of them."""
 
     def __init__(self, *modes):
         super().__init__()
@@ -104,7 +104,7 @@ def test_fold_takes_the_hooks_with_it():
 
 
 def test_a_site_that_does_not_run_is_no_error():
-    """Layer drop, and scales at which there is no attention."""
+    """Layer drop may skip a site, and so may scales without attention."""
     model = Model("call", "read")
     condattn.condition(model, "pc")
     model.depth = 1
@@ -128,7 +128,7 @@ def test_a_forward_that_fails_is_not_judged():
 
 
 def test_threads_that_run_at_once():
-    """The first one judges, and takes its hooks with it."""
+    """The first forward that ends makes the check and removes the hooks."""
     model, inside, done = Model("call"), threading.Event(), threading.Event()
     condattn.condition(model, "pc")
 
@@ -193,7 +193,7 @@ def test_compiled_in_one_graph(conditioning):
 
 
 def test_readers_that_are_named():
-    """The same function as where the layers are called."""
+    """Attention with readers computes the same as attention that calls its layers."""
     model, other = Model("call"), Model("read")
     other.load_state_dict(model.state_dict())
     condattn.condition(model, [GENTLE, "pc"])
@@ -244,7 +244,7 @@ def test_what_a_fast_path_reads_counts_as_used(fast, monkeypatch):
     from condattn.openmmlab.models.mmdet import ConditionedSwinTransformer
 
     model = ConditionedSwinTransformer(**SWIN, conditioning="sc+pc", fast_attention=fast)
-    if fast:  # which the first forward takes as well
+    if fast:  # the first forward must also take the fast path
         monkeypatch.setattr(type(model.stages[0].blocks[0].attn.w_msa), "forward", None)
     image = torch.randn(1, 3, 56, 56)
     first = model(image)[0]

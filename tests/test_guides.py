@@ -1,4 +1,4 @@
-"""The guides in docs/: their Python blocks run in order, and print what the comments behind print() say."""
+"""The guides in docs/: their Python blocks run in order, and print what the comments after print() say."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ GUIDES = ["adding_an_attention_class.md", "adding_a_method.md"]
 
 
 def matches(line, comment):
-    """Whether a printed line is what a comment says, in which three dots stand for any text."""
+    """Whether a printed line matches a comment, in which three dots stand for any text."""
     return re.fullmatch(".*".join(map(re.escape, comment.split("..."))), line)
 
 

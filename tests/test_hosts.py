@@ -1,4 +1,4 @@
-"""What the rules promise beyond single models: all of timm, exports, other implementations, the table, the tool."""
+"""Rules beyond single models: all of timm, export, other implementations, the table of classes, and the tool."""
 
 import copy
 import importlib
@@ -111,7 +111,7 @@ def test_weights_that_the_host_reads_are_lent_for_its_forward_only():
 
 
 def test_replicas_of_a_model_get_the_corrected_weights():
-    """As nn.DataParallel makes them, whose weights are no parameters."""
+    """Replicas as made by nn.DataParallel, whose weights are no parameters."""
     model = MODELS["BEiT"]().eval()
     condattn.condition(model, "sc")
     image = torch.randn(1, 3, 32, 32)
@@ -131,7 +131,7 @@ def test_replicas_of_a_model_get_the_corrected_weights():
 
 @pytest.mark.slow
 def test_no_model_of_timm_has_attention_that_nobody_knows():
-    """All registered models; prints how many families are conditioned, and why the others are not."""
+    """Test all registered models; print how many families are conditioned, and why the others are not."""
     timm = pytest.importorskip("timm")
     from zoo_timm import FAMILIES
 
@@ -155,7 +155,7 @@ def test_no_model_of_timm_has_attention_that_nobody_knows():
 
 
 def test_large_models_are_conditioned_at_once():
-    """Not a matter of milliseconds here, but of not touching every weight: nothing is computed from the weights."""
+    """Conditioning is fast, because nothing is computed from the weights; the printed times are not tested."""
     model = small("vit_large_patch16_224")
     before = time.perf_counter()
     condattn.condition(model, "pc")

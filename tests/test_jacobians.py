@@ -1,4 +1,4 @@
-"""Jacobians of heads, and the bound of Thm 3.4: against explicit matrices, derivatives, and each other."""
+"""Jacobians of heads and the bound of Thm 3.4, compared with explicit matrices, with autograd, and with each other."""
 
 import copy
 import math
@@ -62,7 +62,7 @@ def test_jacobians_against_the_explicit_matrix(conditioning):
 
 
 def host(name):
-    """A model of plain softmax attention, and its input."""
+    """Build a model with plain softmax attention, and its input."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     if name == "ViT":
@@ -83,7 +83,7 @@ def host(name):
     "name", ["self-attention", "sequence first", "keys with positions, other tokens", "ViT", "Swin"]
 )
 def test_the_structure_gives_what_derivatives_give(name, detach, monkeypatch):
-    """Row by row a Kronecker product: whole, by factors of its Gram matrix, and by products with it."""
+    """The row-wise Kronecker structure agrees with autograd: as a matrix, by its Gram matrix, and by products."""
     model, x = host(name)
     weights = dict(type="SpectralCorrection", strength=0.3)
     condattn.condition(model, [weights, dict(type="RowPreconditioner", detach=detach)])
@@ -112,7 +112,7 @@ def test_the_structure_gives_what_derivatives_give(name, detach, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(9, 4, 4, 12), (40, 4, 4, 6)])
 def test_row_by_row_kronecker_products(sizes):
-    """Wide and tall; all ways to find the extremes, against the matrix."""
+    """Wide and tall matrices; all ways to find the extreme singular values, compared with the explicit matrix."""
     torch.manual_seed(0)
     n, d, a, b = sizes
     left, right = torch.eye(d, a) + 0.2 * torch.randn(n, d, a), torch.linalg.qr(torch.randn(b, b))[0].repeat(9, 1)[:n]
@@ -129,28 +129,28 @@ def test_row_by_row_kronecker_products(sizes):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.floats(-1, 1), st.integers(2, 5))
 def test_the_bound_is_above_the_truth(seed, scale, size):
-    """Thm 3.4, where X and the weights are square."""
+    """The bound of Thm 3.4 holds where X and the weights are square."""
     torch.manual_seed(seed)
     model = nn.MultiheadAttention(size, 1, batch_first=True, bias=False).double()
     with torch.no_grad():
         model.in_proj_weight.mul_(10**scale)
     x = torch.randn(1, size, size).double()
     measurement = measure(model, lambda: model(x, x, x), ["jacobian"])
-    assume(measurement.bounds)  # or attention is saturated
+    assume(measurement.bounds)  # there is no bound if attention is saturated
     (bound,) = measurement.bounds.values()
     for one in measurement.jacobians:
         assert one.extremes.kappa <= bound.value * (1 + 1e-6)
 
 
 def test_grouped_queries_and_calls_with_a_cache(monkeypatch):
-    """Keys and values of each group; and the map of the tokens that are there, however often the call is repeated."""
+    """Keys and values belong to groups of heads, and repeated calls do not add tokens to the map."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=8)
     model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=9)).eval()
     measurement = measure(model, [dict(input_ids=torch.arange(6)[None])], EVERYTHING)
     (entropy,) = measurement.entropies
     assert entropy.keys == 6 and len(measurement.jacobians) == 12
-    assert not measurement.bounds  # queries and keys are rotated
+    assert not measurement.bounds  # no bound, because queries and keys are rotated
     for one in measurement.jacobians:
         assert one.plain == (one.weight == "W_V")
 
@@ -168,7 +168,7 @@ def test_grouped_queries_and_calls_with_a_cache(monkeypatch):
 
 
 def test_what_queries_that_are_normalised_are_not_bounded_by():
-    """Thm 3.4 knows no norm of queries and keys; and keys may be more than there are tokens."""
+    """Thm 3.4 does not cover normalised queries and keys; there may also be more keys than tokens."""
     timm = pytest.importorskip("timm")
     model = timm.layers.Attention(12, num_heads=2, qk_norm=True, norm_layer=nn.LayerNorm).double()
     measurement = measure(model, torch.randn(1, 5, 12).double(), ["jacobian"])
@@ -206,7 +206,7 @@ def test_saturated_attention_has_no_derivative_but_rounding():
 
 
 def test_rounding_of_what_went_in_is_no_singular_value():
-    """Behind a LayerNorm the tokens are orthogonal to one direction, but for the rounding of float32."""
+    """After a LayerNorm, the tokens are orthogonal to one direction, up to the rounding of float32."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model, x = timm.create_model("test_vit", img_size=160), torch.randn(1, 3, 160, 160)  # more tokens than channels
@@ -237,7 +237,7 @@ def test_products_alone_find_the_extremes_too(shape):
 
 
 def test_directions_that_cannot_change_are_left_out():
-    """They span the left null space of a preconditioned Jacobian, which products alone would find first."""
+    """They span the left null space of a preconditioned Jacobian; an iteration with products would find them first."""
     model, x = attention(8, 2), torch.randn(1, 4, 8).double()
     condattn.condition(model, "pc")
     (site,) = condattn.find_sites(model)

@@ -1,4 +1,4 @@
-"""Every fast path against its plain reference: values, gradients, precision, and bad input."""
+"""Every fast path, compared with its plain reference: values, gradients, precision, and bad input."""
 
 import functools
 import os
@@ -33,13 +33,13 @@ def inputs(height, width, size, batch, heads=2, d=3, dtype=torch.float64):
 
 
 def mlp(inside, hidden, outside, bias=True):
-    """Weights and biases of a feed-forward network."""
+    """Random weights and biases of a feed-forward network."""
     layers = random(hidden, inside), random(hidden), random(outside, hidden), random(outside)
     return layers if bias else (layers[0], None, layers[2], None)
 
 
 def same(fast, reference, arguments, atol=1e-12, rtol=0.0):
-    """Values and gradients of two functions of the same tensors."""
+    """Check that two functions of the same tensors have equal values and gradients."""
     got, want = fast(*arguments), reference(*arguments)
     torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
     gradient = torch.randn_like(want)
@@ -76,7 +76,7 @@ def test_windows_of_any_map(size, window, shift, batch, padded, normalize):
 
 
 def test_window_attention_by_hand():
-    """Token by token: who is a neighbour of whom, in the terms of the paper."""
+    """Compute shifted-window attention token by token, with the regions and masks of the Swin paper."""
     torch.manual_seed(0)
     height, width, size, shift, scale = 5, 6, 3, 1, 0.7
     qkv, padding, bias = (t.detach() for t in inputs(height, width, size, 1, heads=1, d=2))
@@ -109,7 +109,7 @@ def test_no_map_is_kept():
 
 
 def test_fused_attention_after_inference():
-    """Indices that inference made serve training; without gradients PyTorch takes another kernel."""
+    """Indices that were made in inference mode work in training; without gradients PyTorch uses another kernel."""
     grid, (qkv, padding, bias) = Windows(9, 11, 4, 1, CPU), inputs(9, 11, 4, 2)
     want = attention.window_attention_reference(qkv, padding, bias, grid, 2, 0.6)
     with torch.inference_mode():
@@ -192,7 +192,7 @@ def test_normalized_linear(detach):
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_normalized_linear_under_autocast(given):
-    """The precisions of a row norm and a linear layer, one after the other."""
+    """The precision is that of a row norm followed by a linear layer."""
     torch.manual_seed(0)
     dtype = torch.float64 if given == torch.float64 else torch.float32
     tensors = random(5, 8, dtype=given), random(4, 8, dtype=dtype), random(4, dtype=dtype)
@@ -214,7 +214,7 @@ def test_a_projection_keeps_what_attention_keeps():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    """No further from float64 than the plain reference is, but for a rounding."""
+    """The error against float64 is no larger than that of the plain reference, up to one rounding."""
     torch.manual_seed(0)
     grid = Windows(9, 10, 4, 2, CPU)
     single = inputs(9, 10, 4, 2, d=8, dtype=torch.float32)
@@ -255,7 +255,7 @@ def test_feed_forward(part, monkeypatch):
 
 
 def test_the_switch():
-    """Within ``plain`` the reference runs, which can be differentiated twice."""
+    """Inside ``plain``, the reference runs, which can be differentiated twice."""
     qkv, padding, bias = inputs(4, 4, 2, 1)
     arguments = (qkv, padding, bias, Windows(4, 4, 2, 1, CPU), 2, 0.5)
     with plain():
@@ -279,7 +279,7 @@ def test_maps_of_another_size():
 
 @needs_triton
 def test_the_kernels_in_the_interpreter():
-    """tests/triton_cases.py, in a process of its own: Triton is interpreted from its import on, or not at all."""
+    """Run tests/triton_cases.py in a new process: the interpreter has to be chosen before Triton is imported."""
     cases = Path(__file__).with_name("triton_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
@@ -291,7 +291,7 @@ def test_the_kernels_in_the_interpreter():
 
 
 def assert_near(got, arguments, want, exact):
-    """Values and gradients of a kernel, against those in double precision."""
+    """Compare values and gradients of a kernel with those in double precision."""
     tolerance = 1e-5 if got.dtype == torch.float32 else 4 * torch.finfo(got.dtype).eps
     torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
     gradient = torch.randn_like(want)
@@ -331,7 +331,7 @@ def test_normalized_linear_on_a_gpu(detach, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("size", [7, 12])
 def test_fused_attention_on_a_gpu(size):
-    """Memory-efficient attention alone takes what is added to the logits, and its gradient."""
+    """Only memory-efficient attention supports a bias of the logits with a gradient."""
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
     grid = Windows(33, 50, size, size // 2, device)
@@ -346,7 +346,10 @@ def test_fused_attention_on_a_gpu(size):
 
 
 def compile_for_a_gpu(function, constants, warps, architecture=90, **pointers):
-    """For an architecture, without a device: what the interpreter lets pass, a compiler may not. Bytes it shares."""
+    """Compile for a GPU architecture without a device, and return the bytes of shared memory.
+
+    A compiler may reject what the interpreter accepts.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -373,7 +376,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     ],
 )  # fmt: skip
 def test_the_kernel_of_windows_compiles_for_a_gpu(size, places, d, dtype, architecture):
-    """And does not take more shared memory than it says."""
+    """The kernel compiles, and uses no more shared memory than estimated."""
     kernel = triton_module("window_attention_triton")
     bytes_each = 2 if dtype == "bf16" else 4
     constants = dict(

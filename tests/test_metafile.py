@@ -1,4 +1,4 @@
-"""configs/metafile.yml lists every config of the model zoo, as the configs and their table are."""
+"""configs/metafile.yml lists every config of the model zoo, and agrees with the configs and the table of README.md."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every supported attention class, conditioned, against the formulas of ``hosts.py`` in float64."""
+"""Every supported attention class, conditioned, compared with the formulas of ``hosts.py`` in float64."""
 
 import importlib
 
@@ -66,7 +66,7 @@ def agree(host, module, conditioned, batch, masked, **formula):
 
 
 def build(host, conditioning):
-    """An untouched module, and a conditioned one with the same weights."""
+    """Build an unconditioned module, and a conditioned one with the same weights."""
     module, conditioned = host.build(), host.build()
     for p in module.parameters():
         nn.init.normal_(p, std=0.3)
@@ -121,7 +121,7 @@ def describe(module: nn.Module) -> list:
     "conditioning", ["pc", "sc", SpectralCorrection(form="svd"), "sc+pc"], ids=["pc", "sc", "svd", "sc+pc"]
 )
 def test_removed(host, conditioning, run):
-    """What is left is upstream's: classes, attributes, hooks, keys, and the weights as they are."""
+    """After ``remove``, classes, attributes, hooks and keys are upstream's, and the weights are unchanged."""
     module, conditioned = build(host, conditioning)
     before = describe(module)
     x = host.inputs(2)
@@ -156,7 +156,7 @@ class TestModes:
         torch.testing.assert_close(host.call(conditioned, x, None), want, rtol=0, atol=tolerance)
 
     def test_autocast(self, host, conditioning):
-        """In bf16 the values stay nearly as close to float32 as the unconditioned module's, and gradients close."""
+        """In bf16, errors of values are at most twice those of the unconditioned module, and gradients are close."""
         module, conditioned = build(host, conditioning)
         x = tuple(t.float() for t in host.inputs(2))
         x = x if host.cross else (x[0],) * 3
@@ -165,7 +165,7 @@ class TestModes:
             want, want_gradients = values_and_gradients(lambda m=m: host.call(m, x, None), m, ())
             with torch.autocast("cpu", torch.bfloat16):
                 got, got_gradients = values_and_gradients(lambda m=m: host.call(m, x, None).float(), m, ())
-            # The median over tokens: a row that nearly cancels out is small, and its rounding errors are not.
+            # The median over tokens, because rows that nearly cancel out have large relative errors.
             errors.append(((got - want).norm(dim=-1) / want.norm(dim=-1)).median().item())
         assert errors[1] <= 2 * errors[0]
         got_gradients, want_gradients = (nn.utils.parameters_to_vector(g) for g in (got_gradients, want_gradients))

@@ -1,4 +1,4 @@
-"""Where mmcv finds its operators, and that ours equal compiled ones where those are."""
+"""Where mmcv finds its operators, and whether ours equal the compiled ones, if those are installed."""
 
 import importlib
 import multiprocessing
@@ -52,7 +52,7 @@ def test_a_process_that_knows_nothing_of_this_package(tmp_path):
 
 
 class Boxes(torch.utils.data.Dataset):
-    """Every item is suppressed in the worker that loads it."""
+    """A data set whose items call ``nms`` in the worker process."""
 
     def __len__(self):
         return 2
@@ -70,7 +70,7 @@ def test_a_spawned_worker_of_a_data_loader():
 
 @pytest.mark.slow
 def test_the_tool_of_mmdet(detection_options, tmp_path):
-    """One of our configurations in mmdet's own train.py, which imports mmcv's operators before any of our modules."""
+    """One of our configurations runs in mmdet's train.py, which imports mmcv's operators before our modules."""
     mmdet = pytest.importorskip("mmdet")
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
     config = DEMO / "mask_rcnn_swin_pc.py"
@@ -79,7 +79,7 @@ def test_the_tool_of_mmdet(detection_options, tmp_path):
     assert (tmp_path / "run" / "epoch_1.pth").exists()
 
 
-# Compiled operators, where they are.
+# Comparison with compiled operators, if they are installed.
 
 
 @needs_compiled
@@ -97,7 +97,7 @@ def test_roi_align_equals_the_compiled_one(ratio, aligned, monkeypatch):
     average, average_grad, largest, largest_grad = zip(results[:4], results[4:], strict=True)
     assert torch.equal(*average) and torch.equal(*average_grad)
     torch.testing.assert_close(*largest, rtol=1e-4, atol=1e-4)
-    # Where two samples are equal to rounding, either may be the largest.
+    # Where two samples are equal up to rounding, either may be the largest.
     close = torch.isclose(*largest_grad, atol=1e-4)
     assert close.double().mean() > 0.999
     torch.testing.assert_close(largest_grad[0].sum(), largest_grad[1].sum())

@@ -1,4 +1,4 @@
-"""mmcv's operators on PyTorch and torchvision, against their definitions: values, gradients, layouts, precisions."""
+"""mmcv's operators on PyTorch and torchvision, compared with their definitions; layouts, precisions and bad input."""
 
 import importlib.util
 import re
@@ -21,12 +21,12 @@ from condattn.openmmlab import mmcv_ops as ours
 
 @pytest.fixture(autouse=True)
 def use_ours(monkeypatch):
-    """Where mmcv is compiled, too."""
+    """Use condattn's operators, also where mmcv is compiled."""
     use(ours, monkeypatch)
 
 
 def compare(function, definition, *inputs, tolerance=1e-9):
-    """Values and gradients of ``function(*inputs)`` against those of ``definition`` in double precision."""
+    """Compare values and gradients of ``function(*inputs)`` with those of ``definition`` in double precision."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     references = [x.double().clone().requires_grad_() for x in inputs]
     output, want = function(*leaves), definition(*references)
@@ -74,7 +74,7 @@ def test_deformable_convolutions(groups, deform_groups, stride, padding, dilatio
     positional = tuple(settings.values())
     if (
         zero
-    ):  # the ordinary convolution; at the kinks of zero offsets gradients are a convention, mmcv's is compared below
+    ):  # the ordinary convolution; gradients at zero offsets are a convention, which another test compares with mmcv
         offset = torch.zeros_like(offset)
         want = F.conv2d(image, weight, bias, stride, padding, dilation, groups)
         torch.testing.assert_close(deform_conv2d(image, offset, weight, *positional) + bias[:, None, None], want)
@@ -94,11 +94,11 @@ def test_deformable_convolutions(groups, deform_groups, stride, padding, dilatio
 
 
 def test_offsets_have_no_gradient_where_samples_leave_the_image():
-    """One pixel outside is a kink; the gradient there is mmcv's: zero. Modules start there, with offsets of zero."""
+    """One pixel outside the image, where modules with zero offsets start, the gradient is zero, as in mmcv."""
     image, weight = torch.ones(1, 1, 3, 3).double(), torch.ones(1, 1, 3, 3).double()
     offset = torch.zeros(1, 18, 3, 3, dtype=torch.float64, requires_grad=True)
     deform_conv2d(image, offset, weight, 1, 1).sum().backward()
-    upper_row = offset.grad.view(3, 3, 2, 3, 3)[0, :, :, 0]  # samples of the first row of outputs, at y = -1
+    upper_row = offset.grad.view(3, 3, 2, 3, 3)[0, :, :, 0]  # samples of the first output row, at y = -1
     assert (upper_row == 0).all()
 
 
@@ -121,7 +121,7 @@ def test_deformable_attention():
 def test_focal_losses(weighted):
     logits = torch.randn(6, 4).double() * 3
     weight = torch.rand(4).double() if weighted else None
-    target = torch.tensor([0, 3, 1, 2, 2, 0] if weighted else [0, 3, 1, 4, -1, 0])  # 4 and -1 are no class
+    target = torch.tensor([0, 3, 1, 2, 2, 0] if weighted else [0, 3, 1, 4, -1, 0])  # 4 and -1 are no class indices
     for reduce in ("none", "sum", "mean"):
 
         def reduced(loss, reduce=reduce):
@@ -198,7 +198,7 @@ def test_nms(number, offset, ties):
 
 
 def test_nms_at_the_threshold():
-    """IoU of exactly 0.6 in single precision, as compiled mmcv compares it, is not above a threshold of 0.6."""
+    """An IoU of 0.6 in single precision is not above a threshold of 0.6, as in compiled mmcv."""
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0]])
     assert len(mmcv.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.6)[1]) == 2
 
@@ -279,17 +279,17 @@ def test_nms_of_lines(top_k):
     keep, number, parent = ours.line_nms_forward(lines, scores, 6.0, top_k)
     double = lines.double().tolist()
     want = definitions.suppress(scores.tolist(), lambda i, j: definitions.lines_are_close(double[i], double[j], 6.0))
-    assert 3 < len(want) < 30  # some are close
+    assert 3 < len(want) < 30  # some lines suppress each other
     want = want[:top_k]
     assert keep[:number].tolist() == [group[0] for group in want]
     assert {i: p for i, p in enumerate(parent.tolist()) if p} == {i: n + 1 for n, g in enumerate(want) for i in g}
 
 
-# What does not depend on values: layouts, precisions, no regions, bad input.
+# Properties that do not depend on values: layouts, precisions, empty inputs, bad input.
 
 
 def test_layouts():
-    """Channels-last and strided inputs and gradients give what contiguous ones give."""
+    """Channels-last and strided inputs and gradients give the same results as contiguous ones."""
     x = torch.randn(2, 4, 8, 8)
     strided = torch.randn(2, 4, 8, 16)[..., ::2].copy_(x)
     for other in (x.to(memory_format=torch.channels_last), strided):
@@ -310,7 +310,7 @@ def test_layouts():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision(dtype):
-    """Inputs in half precision give outputs and gradients in it, as exact as it allows, under autocast or not."""
+    """Half-precision inputs give accurate outputs and gradients in half precision, with and without autocast."""
     inputs = torch.randn(IMAGES), torch.rand(2, 9, 16, 18), torch.randn(2, 3, 3, 3), torch.randn(2, 18, 8, 9)
     operators = {
         "roi_align": lambda x, *_: mmcv.ops.roi_align(x, ROIS.to(x), (3, 3), 0.5, 2, "avg", True),
@@ -332,7 +332,7 @@ def test_half_precision(dtype):
             torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=5e-2, msg=name)
             got.sum().backward()
             assert halves[0].grad.dtype == dtype
-            if name == "max":  # where the largest sample lies is kept in half precision too
+            if name == "max":  # positions of the largest samples are also in half precision
                 torch.testing.assert_close(halves[0].grad.float().sum(), floats[0].grad.sum(), rtol=1e-2, atol=0.1)
             else:
                 torch.testing.assert_close(halves[0].grad.float(), floats[0].grad, rtol=3e-2, atol=5e-2, msg=name)
@@ -386,7 +386,7 @@ def test_other_operators_say_what_they_need():
 
 
 def test_every_operator_of_the_toolboxes_is_there():
-    """What the operators that mmdet, mmseg and mmpretrain import call of the extension."""
+    """All functions of the extension are there that the operators imported by mmdet, mmseg and mmpretrain call."""
     imported = set()
     for toolbox in ("mmdet", "mmseg", "mmpretrain"):
         for path in Path(pytest.importorskip(toolbox).__file__).parent.rglob("*.py"):
@@ -398,7 +398,7 @@ def test_every_operator_of_the_toolboxes_is_there():
     for module in modules - {"torch.autograd.function"}:
         source = Path(importlib.util.find_spec(module).origin).read_text()
         called |= set(re.findall(r"ext_module\.(\w+)\(", source))
-    # Functions of a module are looked up together; quadrilaterals are imported by nobody.
+    # nms_quadri is found only because it is in the same module as nms; no toolbox imports it.
     assert called and called - {"nms_quadri"} <= set(ours.__all__)
 
 
@@ -411,7 +411,7 @@ def test_plain_operators_still_work():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
-    """Values and gradients there are those of the CPU."""
+    """Values and gradients on a GPU equal those on the CPU."""
     inputs = torch.randn(IMAGES), torch.rand(2, 9, 16, 18), torch.randn(2, 3, 3, 3), torch.randn(2, 18, 8, 9)
     target = torch.randint(9, (16,))
     operators = (

@@ -11,7 +11,7 @@ import condattn
 from condattn import SpectralCorrection
 from condattn.layers.head_norm import HeadNorm
 
-# Of size zero: the conditioned class must compute what PyTorch's own class computes.
+# A correction of zero, with which the conditioned class must compute the same as PyTorch's class.
 NOTHING = SpectralCorrection(0.0)
 
 
@@ -59,7 +59,7 @@ def test_same_as_pytorch(monkeypatch, conditioning, variant, batched, masks, nee
     arguments = dict(need_weights=need_weights, average_attn_weights=average)
     if masks == "causal":
         if variant in ("bias-kv", "zero-attention", "both-extra-tokens"):
-            need_weights = arguments["need_weights"] = True  # PyTorch drops the mask here otherwise
+            need_weights = arguments["need_weights"] = True  # otherwise PyTorch drops the mask in these cases
         arguments |= dict(attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1), is_causal=True)
     if masks in ("bool", "both"):
         arguments["attn_mask"] = mask
@@ -115,7 +115,7 @@ def test_nested_sequences_in_plain_self_attention_only():
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_half_precision_does_not_overflow_where_pytorchs_does_not(need_weights):
-    """Logits fit into float16 only after their division by sqrt(d)."""
+    """The logits fit into float16 only after the division by sqrt(d)."""
     plain, conditioned = nn.MultiheadAttention(64, 1), nn.MultiheadAttention(64, 1)
     for module in (plain, conditioned):
         module.load_state_dict(plain.state_dict())
@@ -155,7 +155,7 @@ def encoder(conditioning, nested=True):
 @pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_inference_fast_path_does_not_skip_the_conditioning(conditioning, nested, padded):
-    """In eval mode nn.TransformerEncoder(Layer) would read in_proj_weight itself."""
+    """In eval mode, the fast path of nn.TransformerEncoder(Layer) would read in_proj_weight itself."""
     model = encoder(conditioning, nested)
     x = torch.randn(3, 5, 16)
     padding = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2]) if padded else None

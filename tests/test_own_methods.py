@@ -1,4 +1,4 @@
-"""Methods of users, one of each kind (tests/own_methods.py), go through everything that the built-in ones do."""
+"""User-defined methods, one of each kind (tests/own_methods.py), pass the same tests as the built-in ones."""
 
 import copy
 import json
@@ -53,10 +53,10 @@ def images():
 
 
 def formula(names):
-    """The output of the model in float64, conditioned by these methods, by independent formulas."""
+    """Output of the model conditioned by these methods, in float64, by independent formulas."""
     model = vit().double()
     for block in model.blocks:
-        if "orthogonal" in names:  # tested by itself
+        if "orthogonal" in names:  # has a separate test
             continue
         if "scaled" in names:
             block.attn.qkv.weight.data[:24] *= 0.5
@@ -169,7 +169,7 @@ def test_weights_are_loaded_such_that_the_function_stays():
 
 @torch.no_grad()
 def test_calibration():
-    """The factor of each head is that of least squares."""
+    """The factor of each head is the least-squares solution."""
     plain, (model, _) = vit(), conditioned("shrunk")
     seen = []
     plain.blocks[0].attn.proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
@@ -218,7 +218,7 @@ def test_the_record_and_the_guard(conditioning):
     assert json.loads(json.dumps(record_of(again))) == record
     checkpoint = {"meta": {"conditioning": record}}
     check_conditioning(checkpoint, "a.pth", again)
-    if conditioning == "orthogonal":  # the function is that of the unconditioned model
+    if conditioning == "orthogonal":  # computes the same as the unconditioned model
         check_conditioning(checkpoint, "a.pth", vit())
         check_conditioning({}, "a.pth", model)
     else:
@@ -230,7 +230,7 @@ def test_the_record_and_the_guard(conditioning):
 
 @pytest.fixture
 def swin():
-    """Builds a conditioned Swin of mmdet, or the whole in ``Conditioned``."""
+    """A function that builds mmdet's Swin, conditioned as a backbone class or by the wrapper ``Conditioned``."""
     pytest.importorskip("mmdet")
     from mmengine.registry import MODELS, DefaultScope
 
@@ -272,7 +272,7 @@ def test_initial_weights_are_set_after_the_initialisation(swin, wrapped, tmp_pat
 
 @pytest.mark.slow
 def test_a_run_is_trained_resumed_and_tested(small, detection_options, tmp_path):
-    """From a configuration that imports the methods."""
+    """The configuration imports the methods."""
     pytest.importorskip("mmdet")
     text = f"""
 _base_ = {str(DEMO / "mask_rcnn_swin_pc.py")!r}

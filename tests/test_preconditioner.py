@@ -1,4 +1,4 @@
-"""The row normalisation at its edges: zero rows, tiny and huge values, half precision."""
+"""Edge cases of the row normalisation: zero rows, tiny and huge values, half precision."""
 
 import copy
 
@@ -104,7 +104,7 @@ def test_a_vit_of_timm_keeps_no_more_for_its_backward():
 
 
 def test_rows_of_cross_covariance_attention():
-    """Each token's channels of a head, or each channel over all tokens."""
+    """A row is either the channels of a head for one token, or one channel over all tokens."""
     timm = pytest.importorskip("timm")
     module = timm.models.xcit.XCA(12, 3)
     received = []

@@ -1,4 +1,4 @@
-"""Out of one process: the same training in several, on several machines, in steps, compiled, and in less memory."""
+"""The same training in several processes, on several machines, with accumulation, compiled, and in less memory."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ import condattn.registry  # noqa: F401
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.sharding import FSDP2Strategy, check_shardable, transformer_blocks
 
-# No warm-up, a loss that is the mean over samples, and a rate at which rounding stays rounding.
+# No warm-up, a loss that is the mean over samples, and a learning rate that does not amplify rounding errors.
 PLAIN = """
 model = dict(decode_head=dict(loss_decode=dict(class_weight=None)))
 randomness = dict(seed=0)
@@ -34,7 +34,7 @@ DISTRIBUTED = (TOOLS / "train.py", "--launcher", "pytorch")
 OFTEN = "default_hooks.checkpoint.interval=1"
 CLIPPED = "optim_wrapper.clip_grad.max_norm=1.0"
 SHARDED = ("runner_type=FlexibleRunner", "strategy.type=FSDP2Strategy")
-# With a validation, and so a best model, before the last iteration.
+# With a validation, and thus a best checkpoint, before the last iteration.
 HALVES = ("train_dataloader.batch_size=2", CLIPPED, OFTEN, "train_cfg.val_interval=2", *SHARDED)
 sharding = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="this torch has no FSDP2")
 
@@ -74,7 +74,7 @@ def plain(small, tmp_path):
 
 
 def together(command, folder, environments):
-    """Run a command once for each environment, at the same time; all must end well."""
+    """Run a command once for each environment, at the same time; all must succeed."""
     base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
     processes = [
@@ -90,13 +90,13 @@ def together(command, folder, environments):
 
 
 def two_processes():
-    """What a launcher tells each of two processes of this machine."""
+    """Environment variables that a launcher sets for two processes on this machine."""
     address = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     return [dict(RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
 
 
 def forget(folder, iteration):
-    """Take the last checkpoint of a run away, as if it had been stopped before."""
+    """Remove the last checkpoint of a run, as if the run had been stopped before it."""
     (folder / f"iter_{iteration}.pth").unlink()
     (folder / "last_checkpoint").write_text(str(folder / f"iter_{iteration - 1}.pth"))
 
@@ -126,7 +126,7 @@ def test_two_processes_train_as_one_with_both_batches(plain, tmp_path):
 @forwarded
 @pytest.mark.slow
 def test_two_processes_resume_exactly(plain, tmp_path):
-    """Each with random numbers of its own."""
+    """Each process has its own random numbers."""
     options = ("model.backbone.drop_path_rate=0.5", OFTEN)
     whole = plain("run", *options, iterations=3, script=DISTRIBUTED, environments=two_processes())
     forget(tmp_path / "run", 3)
@@ -152,12 +152,12 @@ def test_two_machines_train_together(plain, tmp_path):
 
 @sharding
 def test_a_sharded_training(plain, tmp_path):
-    """Is the same training, and leaves the same files."""
+    """A sharded training gives the same weights, and writes the same files."""
     one = plain("one", "train_dataloader.batch_size=4", CLIPPED, iterations=3)
     sharded = plain("sharded", *HALVES, iterations=3, script=DISTRIBUTED, environments=two_processes())
     check_close(sharded, one)
     files = list((tmp_path / "sharded").glob("*iter_*.pth"))
-    assert len(files) >= 4  # one of them the best
+    assert len(files) >= 4  # including the best checkpoint
     for file in files:
         assert torch.load(file, weights_only=False)["meta"]["iter"] == int(file.stem.rpartition("_")[2])
 
@@ -165,7 +165,7 @@ def test_a_sharded_training(plain, tmp_path):
 @sharding
 @pytest.mark.slow
 def test_a_sharded_training_is_resumed(plain, tmp_path):
-    """Sharded with no bit changed, and unsharded."""
+    """Resumed with sharding, the weights are equal bit for bit; resumed without, they are close."""
     sharded = plain("run", *HALVES, iterations=3, script=DISTRIBUTED, environments=two_processes())
     forget(tmp_path / "run", 3)
     resume = dict(iterations=3, flags=("--resume",))
@@ -183,10 +183,10 @@ def test_the_blocks_of_a_model():
     vit = timm.create_model("test_vit")
     assert transformer_blocks(vit) == list(vit.blocks)
     assert transformer_blocks(nn.MultiheadAttention(4, 2)) == []
-    levit = timm.create_model("levit_128s", num_classes=0)  # has blocks in what is a block itself
+    levit = timm.create_model("levit_128s", num_classes=0)  # has nested blocks
     names = [name for block in transformer_blocks(levit) for name, module in levit.named_modules() if module is block]
     assert names.index("stages.1.blocks.0") < names.index("stages.1")
-    coat = timm.create_model("coat_lite_tiny")  # whose blocks share parameters
+    coat = timm.create_model("coat_lite_tiny")  # its blocks share parameters
     assert transformer_blocks(coat) == []
 
 
@@ -267,14 +267,14 @@ def test_a_compiled_backbone(plain):
 
 @pytest.mark.slow
 def test_the_learning_rate_follows_the_batch_size(plain):
-    """Half of the 8 images that the configuration's rate is for."""
+    """With half of the 8 images that the configured rate is for, the rate is halved."""
     half = plain("half", "train_dataloader.batch_size=4", "optim_wrapper.optimizer.lr=0.005")
     check_close(plain("scaled", "train_dataloader.batch_size=4", flags=("--auto-scale-lr",)), half)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_mixed_precision(dtype, call, segmentation_options, monkeypatch):
-    """As the runner is asked for it, of a machine with a GPU."""
+    """The runner gets the settings of mixed precision, on a machine that seems to have a GPU."""
     from condattn.openmmlab.runner import launch
 
     asked = []
@@ -320,6 +320,6 @@ os._exit(3)
 
 
 def test_processes_stop_together(tmp_path):
-    """One has a loss that is not finite; both say so, and why."""
+    """One process has a non-finite loss; both stop and print the reason."""
     (tmp_path / "loss.py").write_text(LOSS)
     together([sys.executable, tmp_path / "loss.py"], tmp_path, two_processes())

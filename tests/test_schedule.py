@@ -1,4 +1,4 @@
-"""A resumed run has the rates that an uninterrupted run of its configuration has from there on."""
+"""A resumed run continues with the learning rates of an uninterrupted run of its configuration."""
 
 import itertools
 import logging
@@ -24,12 +24,12 @@ from condattn.openmmlab.hooks.schedule import ScheduleHook
 from condattn.openmmlab.runner.checkpoints import read_checkpoint, read_safely
 
 NUMBERS = itertools.count()
-# After the epochs 3 and 5, whose checkpoints do not have the result yet, there is another best value in the next.
+# The results of epochs 3 and 5 are not in their checkpoints yet, and the next epoch has a better value.
 METRICS = [5.0, 6.0, 4.9, 4.0, 3.9, 3.0, 3.5, 3.1, 3.2]
 
 
 class Line(BaseModel):
-    """Two layers with a loss."""
+    """A model of two linear layers with a loss."""
 
     def __init__(self, width=1):
         super().__init__()
@@ -41,7 +41,7 @@ class Line(BaseModel):
 
 
 class TwoLine(Line):
-    """With an optimizer for each layer."""
+    """``Line`` with an optimizer for each layer."""
 
     def train_step(self, data, optim_wrapper):
         loss = self(*data, mode="loss")["loss"]
@@ -53,7 +53,7 @@ class TwoLine(Line):
 
 
 class TwoOptimizers:
-    """mmengine's constructor of several optimizers, as its documentation writes it."""
+    """A constructor of several optimizers, as in mmengine's documentation."""
 
     def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
         self.settings = optim_wrapper_cfg
@@ -71,7 +71,7 @@ OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=TwoOptimizers, force=True)
 
 
 class Given(BaseMetric):
-    """The metric of a validation, given."""
+    """A validation metric with predefined values."""
 
     def process(self, data_batch, data_samples):
         self.results.append(0)
@@ -81,7 +81,7 @@ class Given(BaseMetric):
 
 
 class Record(Hook):
-    """The rates and momenta of all groups before each iteration."""
+    """Record the learning rate and momentum of all parameter groups before each iteration."""
 
     def __init__(self):
         self.rates = {}
@@ -96,7 +96,7 @@ class Record(Hook):
 
 
 def run(folder, settings, resume=None, images=6, model=None, runner_type=Runner):
-    """Train; return the rates, the runner and the lines of warning."""
+    """Train; return the learning rates, the runner and the lines with warnings."""
     settings = {
         "optim_wrapper": dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1, momentum=0.9)),
         "param_scheduler": None,
@@ -168,7 +168,7 @@ def warm(end, then):
     return [by_step("LinearLR", start_factor=0.01, begin=0, end=end), then]
 
 
-# Name -> the settings of the run in the checkpoint, those of the resumed run, and where the checkpoint was taken.
+# Name -> settings of the run that wrote the checkpoint, settings of the resumed run, position of the checkpoint.
 LONGER = {
     "CosineAnnealingLR": (
         steps(8, schedule=by_step("CosineAnnealingLR", T_max=8)),
@@ -313,7 +313,7 @@ def test_an_unchanged_configuration_goes_on_with_the_checkpoint_as_it_is(kind, t
 
 
 def test_epochs_of_another_length(tmp_path):
-    """The schedule is converted to other steps, and an epoch stays an epoch."""
+    """The schedule is converted to the new number of steps; its units remain epochs."""
     settings = epochs(6, schedule=converted("CosineAnnealingLR", T_max=6))
     run(tmp_path / "old", settings)
     wanted, _, _ = run(tmp_path / "whole", settings, images=8)

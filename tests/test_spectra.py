@@ -1,4 +1,4 @@
-"""Spectra of attention: against numpy on small cases, the theorems, and the models that they are measured of."""
+"""Spectra of attention: comparison with numpy on small cases, the theorems, and many kinds of models."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ def attention(dim=12, heads=3, **settings):
 
 
 def by_hand(model, queries, keys, bias=None):
-    """Map and head outputs of nn.MultiheadAttention, one image and head at a time, in numpy."""
+    """Attention map and head outputs of nn.MultiheadAttention in numpy, one image and head at a time."""
     weights, biases = (p.detach().numpy() for p in (model.in_proj_weight, model.in_proj_bias))
     (wq, wk, wv), (bq, bk, bv) = np.split(weights, 3), np.split(biases, 3)
     d = model.head_dim
@@ -98,7 +98,7 @@ def test_weights_against_numpy(conditioning):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from([(4, 1), (8, 2), (12, 3)]), st.floats(-3, 3))
 def test_the_exact_form_bounds_condition_numbers_by_two(seed, size, scale):
-    """Thm 3.5, per head."""
+    """Thm 3.5, for each head."""
     torch.manual_seed(seed)
     model = nn.MultiheadAttention(*size).double()
     with torch.no_grad():
@@ -132,7 +132,7 @@ MODELS = {"ViT": "test_vit", "XCiT": "xcit_nano_12_p16_224"}
 
 @pytest.mark.parametrize("name", ["ViT", "XCiT", "Swin of timm", "Swin of mmdet", "cross attention"])
 def test_every_quantity(name):
-    """Shifted windows and all; the Jacobians of the second site, small enough to be whole."""
+    """All quantities in shifted windows; Jacobians of the second site, small enough to be formed as matrices."""
     timm = pytest.importorskip("timm")
     x = torch.randn(1, 3, 64, 64)
     if name == "Swin of timm":
@@ -144,7 +144,7 @@ def test_every_quantity(name):
 
         settings = dict(embed_dims=8, depths=(2, 2), num_heads=(2, 2), strides=(4, 2), out_indices=(1,), window_size=4)
         model = registry.build(dict(type="mmdet.SwinTransformer", **settings))
-        x = x[..., :40, :36]  # padded to whole windows
+        x = x[..., :40, :36]  # is padded to whole windows
     elif name == "cross attention":
         layer = nn.TransformerDecoderLayer(12, 2, 24, batch_first=True)
         model = nn.Sequential()
@@ -207,7 +207,7 @@ def test_bad_input():
 @pytest.mark.parametrize("conditioning", ["pc", SVD])
 def test_nothing_of_the_model_changes(conditioning):
     timm = pytest.importorskip("timm")
-    model = timm.create_model("levit_128s", num_classes=3)  # caches biases in evaluation mode
+    model = timm.create_model("levit_128s", num_classes=3)  # caches attention biases in evaluation mode
     condattn.condition(model, conditioning, exclude=["*downsample*"])
     model.train()
     before, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 224, 224)
@@ -246,7 +246,7 @@ def test_warnings():
     assert line.startswith("the spectral correction is too small to matter at blocks.0.attn")
     model = attention(8, 1)
     condattn.condition(model, "pc")
-    with torch.no_grad():  # each token attends to its like, A(X) = X
+    with torch.no_grad():  # each token attends to equal tokens, A(X) = X
         model.in_proj_weight.copy_(torch.eye(8).repeat(3, 1))
         model.in_proj_weight[:16] *= 40
         model.in_proj_bias.zero_()

@@ -1,4 +1,4 @@
-"""What was measured of attention, as a report, through the tool, and logged while a model trains."""
+"""Measurements of attention in the report, in the tool, and in the log of a training."""
 
 import csv
 import json
@@ -112,7 +112,7 @@ def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
 
 
 def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation, tmp_path):
-    """The demo, which has it, against the demo without."""
+    """The demo's training with the hook equals that without it."""
     settings = [*segmentation.options, "custom_hooks=[]"]
     run(TOOLS / "train.py", segmentation.config, "--work-dir", "plain", "--cfg-options", *settings, cwd=tmp_path)
     plain, watched = (

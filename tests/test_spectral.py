@@ -1,4 +1,4 @@
-"""Spectral corrections: their guarantees, when the constants are fixed, and what the checkpoint keeps."""
+"""Spectral corrections: their guarantees, when the constants are fixed, and what a checkpoint contains."""
 
 import copy
 import io
@@ -129,7 +129,7 @@ class TestConstantsOfTheWeights:
         assert torch.equal(other.in_proj_weight_correction, module.in_proj_weight_correction)
 
     def test_the_state_dict_is_the_module_itself(self, method):
-        """As a moving average that keeps one expects."""
+        """A moving average that keeps a state dict expects that it shares memory with the module."""
         module = attention(method)
         state = module.state_dict()
         run(module)

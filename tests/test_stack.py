@@ -1,4 +1,4 @@
-"""Mixed stacks are refused with one clear line."""
+"""Mixed stacks are refused with a one-line error."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_two_builds_of_mmcv(monkeypatch):
 
 
 def test_operators_without_an_mmcv(monkeypatch):
-    """What is left of mmcv's folder after it was uninstalled is importable, and empty."""
+    """After mmcv was uninstalled, the rest of its folder can be imported, but is empty."""
     pretend(monkeypatch, condattn_mmcv_ext="1.0", mmengine="0.10.7")
     with pytest.raises(RuntimeError, match="condattn-mmcv-ext is left.*pip uninstall condattn-mmcv-ext"):
         stack.check_stack()
@@ -81,7 +81,7 @@ def test_whose_operators(files, description, tmp_path, monkeypatch):
 def test_set_up_refuses_an_environment_with_the_other_stack(wanted, other, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\n")  # says yes to everything, also to having the other stack
+    python.write_text("#!/bin/sh\n")  # succeeds for every command, so that the other stack seems to be installed
     python.chmod(0o755)
     script = Path(__file__).parents[1] / "requirements" / "install.sh"
     result = subprocess.run(["bash", script, tmp_path / "venv", wanted], capture_output=True, text=True, check=False)
@@ -90,13 +90,13 @@ def test_set_up_refuses_an_environment_with_the_other_stack(wanted, other, tmp_p
 
 
 def test_operators_need_a_stack(tmp_path):
-    """Nothing is compiled for an environment that is not there, or has no stack."""
+    """Nothing is compiled for an environment that does not exist or has no stack."""
     script = Path(__file__).parents[1] / "requirements" / "operators.sh"
     result = subprocess.run(["bash", script, tmp_path / "venv"], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "no environment" in result.stderr
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\nexit 1\n")  # has no package
+    python.write_text("#!/bin/sh\nexit 1\n")  # fails for every command, so that no package seems to be installed
     python.chmod(0o755)
     result = subprocess.run(["bash", script, tmp_path / "venv"], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "has neither onedl-mmengine nor mmengine" in result.stderr

@@ -1,4 +1,4 @@
-"""Studies: what is refused, equal starts of all variants, and a small study from its first run to its report."""
+"""Studies: refused settings, equal initial states of all variants, and a small study from first run to report."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ evaluations = 2
 
 
 def write_images(folder: Path, number: int = 60) -> Path:
-    """Random images and labels in the format of Fashion-MNIST, one of the files compressed."""
+    """Write random images and labels in the format of Fashion-MNIST; one of the files is compressed."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for name in ("train", "t10k"):
@@ -80,7 +80,7 @@ def images(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def study_file(tmp_path):
-    """Write a study, changed, beside its configuration."""
+    """A function that writes a study with changed settings, beside its configuration."""
     (tmp_path / "_base_").mkdir()
     shutil.copy(CONFIGS / "studies" / "_base_" / "vit_fashion_mnist.py", tmp_path / "_base_")
 
@@ -144,7 +144,7 @@ def test_missing_data(study_file, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_of_this_project(path):
-    """Every size of every study: variants are built, and differ in nothing but what they name."""
+    """In every size of every study, variants can be built, and differ only in the settings that they name."""
     for size in Config.fromfile(path).get("sizes") or {"": {}}:
         study = load_study(str(path), size)
         for variant in study.variants:
@@ -157,7 +157,7 @@ def test_the_studies_of_this_project(path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_variants_start_from_equal_weights(path):
-    """Of one seed; parameters that a method adds are its own."""
+    """Variants of one seed have equal weights, except for parameters that a method adds."""
     from condattn.openmmlab.runner.launch import build_model, load_config
 
     study = load_study(str(path))
@@ -176,7 +176,7 @@ def test_variants_start_from_equal_weights(path):
 
 
 def test_variants_see_equal_batches_from_equal_weights(study_file, images, tmp_path):
-    """By the runner itself, which draws seeds of its own."""
+    """Tested with the runner, which draws further seeds."""
     study = load_study(study_file())
     seen = {}
     for variant in study.variants:
@@ -196,7 +196,7 @@ def test_variants_see_equal_batches_from_equal_weights(study_file, images, tmp_p
 
 
 def test_evaluations_of_an_interrupted_run(tmp_path):
-    """What a run logged again after it went on counts; a line that was cut off does not."""
+    """Values that were logged again after a resume replace earlier ones; an incomplete line is ignored."""
     lines = {
         "a": ['{"score": 1.0, "step": 2}', '{"spectra/x/entropy": 0.5, "spectra/y/entropy": 0.7, "step": 2}', '{"sco'],
         "b": ['{"loss": 1.0, "step": 3}', '{"score": 2.0, "step": 2}', '{"score": 3.0, "step": 4}'],
@@ -274,7 +274,7 @@ def test_broken_results(study_file, tmp_path):
 
 
 def test_the_results_in_this_repository(tmp_path):
-    """Tables are those that the data give, byte for byte; figures are of the Matplotlib that drew them."""
+    """Tables equal those made from the data, byte for byte; figures depend on the version of Matplotlib."""
     for name in ("configs", "results", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for study, results in begun_studies(tmp_path):
@@ -288,7 +288,7 @@ def test_the_results_in_this_repository(tmp_path):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A repository with the tools, the package and a tiny study, and its data."""
+    """A repository with the tools, the package, and a tiny study with its data."""
     root = tmp_path_factory.mktemp("repository")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in ("projects", "tools", "configs"):
@@ -310,7 +310,7 @@ def study(root: Path, *arguments, status: int = 0, **env: str):
 
 @pytest.mark.slow
 def test_from_the_first_run_to_the_report(repository):
-    """Killed in between and started again; then reported, listed, repeated, and refused with other code."""
+    """The study is killed and restarted, then reported, listed and repeated, and refused with different code."""
     root, folder = repository, repository / "results" / "tiny"
     (line,) = error_lines(study(root, "--report-only", status=2).stderr)
     assert "no results of this study" in line

@@ -1,4 +1,4 @@
-"""A gain behind the preconditioner, against its definition."""
+"""Row preconditioner with a gain, compared with its definition."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The statistics of studies: against scipy, a published example, and by simulation with the tuning in it."""
+"""Statistics of studies: compared with scipy and a published example, and simulated together with the tuning."""
 
 import math
 from pathlib import Path
@@ -66,14 +66,14 @@ def test_intervals_hold_for_the_family():
 
 
 def test_holm():
-    """By its definition: the smallest p of m times m, the next times m - 1, never smaller than the one before."""
+    """Definition: the smallest of m p-values times m, the next times m - 1, and so on, never decreasing."""
     assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert statistics.holm([0.5, 0.6]) == [1.0, 1.0]
     assert statistics.holm([0.02]) == [0.02]
 
 
 def test_holm_by_closed_testing():
-    """Holm's corrected p is the largest Bonferroni p of all subsets of the family that contain the hypothesis."""
+    """Holm's adjusted p is the largest Bonferroni p of all subsets of the family that contain the hypothesis."""
     rng = np.random.default_rng(2)
     for _ in range(20):
         p = rng.uniform(0, 0.3, 4)
@@ -111,7 +111,7 @@ def test_random_effects_of_a_published_example():
     variances = 1 / with_cases - 1 / (with_cases + with_others) + 1 / cases - 1 / (cases + others)
     found = statistics.pool(effects, variances)
     assert found.tau**2 == pytest.approx(0.3181, abs=1e-4)
-    # Hartung and Knapp's variance, written out.
+    # Hartung and Knapp's variance, computed explicitly.
     weights = 1 / (variances + found.tau**2)
     mean = (weights * effects).sum() / weights.sum()
     error = math.sqrt((weights * (effects - mean) ** 2).sum() / (12 * weights.sum()))
@@ -129,7 +129,7 @@ def test_random_effects_of_equal_studies():
 
 
 class NoisyScores(dict):
-    """Scores of runs whose quality depends on the rate alone, with noise; drawn when they are asked for."""
+    """Mapping of runs to random scores, whose mean depends only on the learning rate; drawn at the first access."""
 
     def __init__(self, rng, quality):
         super().__init__()
@@ -146,7 +146,7 @@ class NoisyScores(dict):
     ids=["three", "nine"],
 )
 def test_a_family_without_effect_rarely_finds_one(slope, variants):
-    """2,000 families of two, with the tuning that comes before; a step of the grid costs ``slope`` deviations."""
+    """Simulate 2,000 families of two with their tuning; a step of the grid costs ``slope`` standard deviations."""
     rng, study, number = np.random.default_rng(3), a_study(variants), 2000
 
     def quality(rate: float) -> float:
@@ -182,7 +182,7 @@ def test_the_power_stated_is_the_power_found():
 
 
 def tuned(study, **scores):
-    """Tuning scores of each variant at the rates of the grid and above; the two seeds lie 0.1 apart."""
+    """Tuning scores of each variant at the rates of the grid and above; the scores of both seeds differ by 0.1."""
     ratio = study.grid[1] / study.grid[0]
     return {
         RunId(TUNING, variant, seed, float(f"{study.grid[0] * ratio**i:.6g}")): value + 0.1 * n

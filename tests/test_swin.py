@@ -1,4 +1,4 @@
-"""The fast forward of Swin's blocks against upstream's own: the same function, the same gradients."""
+"""The fast forward of Swin's blocks, compared with upstream's: equal values and gradients."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ def build(scope, kind="ConditionedSwinTransformer", **settings):
 
 
 def pair(scope, dtype=torch.float64, **settings):
-    """The same backbone, fast and as upstream has it, with weights that let every part count."""
+    """Build a backbone with the fast and with upstream's forward, with weights for which every part has an effect."""
     pairs = [build(scope, fast_attention=fast, **settings) for fast in (True, False)]
     torch.manual_seed(1)
     for parameter in pairs[0].parameters():
@@ -46,7 +46,7 @@ def pair(scope, dtype=torch.float64, **settings):
 
 
 def run(model, x, seed=2, half=False):
-    """Maps, and the gradients of the parameters and the input; the backward is outside autocast, as mmengine's is."""
+    """Feature maps, and gradients of parameters and input; the backward is outside autocast, as in mmengine."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def test_in_single_precision(scope):
 
 
 def test_under_autocast():
-    """No further from float64 than upstream is, but for a rounding."""
+    """The error against float64 is no larger than upstream's, up to one rounding."""
     fast, slow = pair("mmdet", torch.float32, conditioning="pc")
     exact = copy.deepcopy(slow).double()
     x = torch.randn(2, 3, 40, 48)
@@ -96,14 +96,14 @@ def test_under_autocast():
 
 
 def test_double_precision_under_autocast():
-    """Which leaves it as it is."""
+    """Autocast does not change float64."""
     fast, slow = pair("mmdet")
     x = torch.randn(2, 3, 40, 48, dtype=torch.float64)
     assert_same(run(fast, x, half=True), run(slow, x, half=True), 1e-12)
 
 
 def test_on_the_meta_device():
-    """Shapes without numbers, for what plans or counts."""
+    """Shapes on the meta device are correct, for tools that plan memory or count operations."""
     fast, slow = (reference.to("meta") for reference in pair("mmdet"))
     x = torch.empty(2, 3, 50, 48, device="meta", dtype=torch.float64)
     assert [one.shape for one in fast(x)] == [one.shape for one in slow(x)]
@@ -132,7 +132,7 @@ def test_checkpointing_frozen_stages_and_stochastic_depth(scope, settings):
 def test_other_settings(settings):
     fast, slow = pair("mmdet", conditioning="pc", **settings)
     x = torch.randn(2, 3, 36, 40, dtype=torch.float64)
-    if "drop_rate" in settings:  # the random numbers are not drawn for the same tensors
+    if "drop_rate" in settings:  # both forwards draw random numbers for different tensors
         fast.eval(), slow.eval()
     assert_same(run(fast, x), run(slow, x), 1e-12)
 
@@ -153,7 +153,7 @@ def test_inputs_of_any_layout():
 
 
 def test_biases_follow_their_table():
-    """In evaluation they are kept; a step, a state dict and averages of weights are taken into account."""
+    """Biases are cached in evaluation mode; the cache follows optimizer steps, state dicts and averaged weights."""
     fast, slow = pair("mmdet", conditioning=PC_SC)
     x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
     table = lambda model: model.stages[1].blocks[1].attn.w_msa.relative_position_bias_table  # noqa: E731
@@ -177,7 +177,7 @@ def test_biases_follow_their_table():
     check()
     for model in (fast, slow):
         model.train()
-        table(model).data.mul_(2.0)  # as averages of weights are swapped in before a validation
+        table(model).data.mul_(2.0)  # as averaged weights are swapped in before a validation
     check()
 
 
@@ -195,7 +195,7 @@ def test_copies_pickles_and_folds():
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_hooks_see_what_they_would(scope):
-    """Of every part of a block that is called at all, and of what embeds and merges patches; each once."""
+    """Hooks of every module in a block that is called, and of patch embedding and merging, run as often as upstream."""
     fast, slow = pair(scope, conditioning="pc", drop_path_rate=0.4)
     x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
     names = [f"stages.0.blocks.1.{name}" for name, _ in slow.stages[0].blocks[1].named_modules() if name]
@@ -208,12 +208,12 @@ def test_hooks_see_what_they_would(scope):
             run(model, x)
             handle.remove()
         assert len(seen[0]) == len(seen[1]), name
-        if name.rpartition(".")[2] not in ("qkv", "proj", "proj_drop"):  # which are without padding
+        if name.rpartition(".")[2] not in ("qkv", "proj", "proj_drop"):  # called without padding
             assert [one.shape for one in seen[0]] == [one.shape for one in seen[1]], name
 
 
 def test_the_fast_path_is_taken(monkeypatch):
-    """Usual settings, in training and evaluation, with no call of a forward that it replaces."""
+    """With default settings, in training and evaluation, no forward of upstream that is replaced is called."""
     fast, _ = pair("mmdet", torch.float32, conditioning="pc")
 
     def forward(self, *args):
@@ -232,7 +232,7 @@ def test_the_fast_path_is_taken(monkeypatch):
 
 
 def test_layers_that_were_replaced_are_called():
-    """Even of the same name, as those of adapters are."""
+    """This includes replacements whose class has the same name, such as those of adapters."""
 
     class Linear(nn.Linear):
         def forward(self, x):
@@ -252,7 +252,7 @@ def test_layers_that_were_replaced_are_called():
 
 
 class Twice(torch.Tensor):
-    """A weight of another kind, as quantised ones are: a linear layer with it gives twice as much."""
+    """A tensor subclass, as for quantised weights: a linear layer with such a weight gives twice the output."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -272,7 +272,7 @@ def test_weights_of_another_kind():
 
 
 def test_blocks_in_checkpoints_of_others():
-    """Whose hooks say what is kept: everything inside is computed again, and nothing twice."""
+    """Inside another activation checkpoint, which decides what is saved, values and gradients are correct."""
     fast, slow = pair("mmdet", conditioning=PC_SC)
     for stage in fast.stages:
         for block in stage.blocks:
@@ -296,7 +296,7 @@ def test_maps_of_another_size_are_refused():
 
 
 def test_forward_derivatives():
-    """By dual numbers, which no custom backward knows of."""
+    """Forward-mode derivatives, which a custom backward does not provide, are correct."""
     fast, slow = pair("mmdet", conditioning="pc")
     x, tangent = (torch.randn(1, 3, 40, 48, dtype=torch.float64) for _ in range(2))
     with forward_ad.dual_level():
@@ -307,12 +307,12 @@ def test_forward_derivatives():
 @pytest.mark.slow
 @pytest.mark.parametrize("backend, stages", [("aot_eager", 2), pytest.param("inductor", 1, marks=compiler)])
 def test_one_graph_for_all_sizes(backend, stages):
-    """Compiled without a break, forward and backward; not again at each new size, padded anywhere or not."""
+    """Forward and backward compile without graph breaks, and not again for each new size, padded or not."""
     newest = torch.__version__ >= "2.11"  # 2.5 makes two graphs, and more with SC
     parts = dict(depths=(2, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1))
     settings = {name: part[:stages] for name, part in parts.items()}
     fast, _ = pair("mmdet", torch.float32, conditioning=PC_SC if newest else "pc", **settings)
-    fast(torch.randn(2, 3, 64, 96))  # removes the hooks of the first forward, which would cost a graph of their own
+    fast(torch.randn(2, 3, 64, 96))  # removes the hooks of the first forward, which would need a separate graph
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(fast, backend=backend, fullgraph=True, dynamic=True)
@@ -344,7 +344,7 @@ def test_what_is_computed_again_is_not_kept():
 
 
 def test_graphs_without_a_backward_are_freed():
-    """With an operation in them that keeps its result."""
+    """The graph has an operation that saves its result for the backward."""
     norm, x = nn.LayerNorm(4), torch.randn(2, 5, 4, requires_grad=True)
     y = recompute_in_backward(norm, x, lambda normalized: (normalized * 2).softmax(-1))
     storage = StorageWeakRef(y.untyped_storage())

@@ -63,7 +63,7 @@ def test_models_of_one_size_take_smaller_images(name):
 
 @pytest.mark.parametrize("name", [*PYRAMIDS, *COLUMNS])
 def test_every_parameter_learns(name):
-    """Distributed training fails on a parameter without gradient."""
+    """Every parameter gets a gradient; distributed training would fail otherwise."""
     backbone = build(name, out_indices=None if name in PYRAMIDS else (3, 5, 7, 11)).train()
     sum(m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
@@ -106,7 +106,7 @@ def test_conditioning_and_its_patterns():
     ],
 )
 def test_frozen_stages(name, stages, still):
-    """Neither their weights nor their dropout move; all others do."""
+    """In frozen stages, weights are fixed and dropout is off; all other stages train."""
     backbone = build(name, frozen_stages=stages, drop_path_rate=0.5, proj_drop_rate=0.5).train()
     assert all(p.requires_grad != n.startswith(still) for n, p in backbone.named_parameters())
     last = max(n for n, _ in backbone.named_modules() if n.startswith(still) and n.count(".") == 2)
@@ -127,13 +127,13 @@ def test_checkpointing_changes_no_gradient():
         torch.manual_seed(1)
         backbone(torch.randn(1, 3, 32, 32))[0].square().mean().backward()
         gradients.append([p.grad for p in backbone.parameters()])
-    assert calls == [False, True, True]  # once more in the backward pass
+    assert calls == [False, True, True]  # computed again in the backward pass
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_weights(tmp_path):
-    """Of a whole model in a file, with its head; mmengine asks for them before the training."""
+    """The file has the weights of a whole model with its head; mmengine loads them before the training."""
     model = timm.create_model("vit_tiny_patch16_224")
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     backbone = build("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "weights.pth"))
@@ -207,7 +207,7 @@ def test_a_number_for_out_indices():
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch):
-    """They are an OSError, as with timm itself."""
+    """The error is an OSError, as in timm."""
     backbone = build("vit_tiny_patch16_224", pretrained=True)
 
     def offline(*args, **kwargs):
@@ -220,7 +220,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["timm/", "hf_hub:timm/", "hf-hub:timm/"])
 def test_names_of_the_hub(prefix, monkeypatch):
-    """They are names of timm's registry, and so are their weights."""
+    """Names with a hub prefix refer to models of timm's registry, and to their weights."""
     create, asked = timm.create_model, []
 
     def offline(name, pretrained=False, **settings):

@@ -1,4 +1,4 @@
-"""The command-line tools as a user runs them: the whole chain, and several processes."""
+"""The command-line tools as a user runs them: from training to prediction, and in several processes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytest.importorskip("mmseg")
 
 
 def assert_no_warning(output: str) -> None:
-    """But that four scenes do not show every digit."""
+    """Check for warnings, except that four scenes do not contain every digit."""
     lines = [line for line in output.splitlines() if line.startswith("warning:")]
     assert all(re.match(r"warning: val: no (object|pixel) of class", line) for line in lines), lines
 
@@ -121,7 +121,7 @@ def test_ones_own_data(base, parts, scenes, tmp_path):
     if base == "mask_rcnn_swin_pc.py":
         options += ["model.test_cfg.rcnn.max_per_img=10", "model.train_cfg.rcnn.sampler.num=16"]
     if base == "retinanet_swin_pc.py":
-        options += ["model.test_cfg.score_thr=0"]  # so early its scores are all low
+        options += ["model.test_cfg.score_thr=0"]  # all scores are low after such a short training
     if base == "png_labels":
         options += ["train_cfg.max_iters=2", "train_cfg.val_interval=2"]
     output = run(TOOLS / "train.py", "mine.py", "--cfg-options", *options, cwd=tmp_path).stdout
@@ -193,7 +193,7 @@ def test_boxes_are_tested_with_augmentation(detection, tmp_path):
 
 @pytest.fixture
 def album(scenes, tmp_path) -> Path:
-    """A folder in which names repeat, with one file that is no image."""
+    """A folder with equal file names in several subfolders, and one file that is no image."""
     sources = sorted((scenes / "images" / "validation").glob("*.jpg"))
     folder = tmp_path / "album"
     (folder / "sub").mkdir(parents=True)
@@ -207,7 +207,7 @@ def album(scenes, tmp_path) -> Path:
 
 def predict(trained: Run, album: Path) -> Path:
     """Predict an album; check the pictures and return the folder of the predictions."""
-    out_dir = album / "results"  # below the input: a second run must not take results for images
+    out_dir = album / "results"  # inside the input folder: a second run must not use results as images
     command = [TOOLS / "predict.py", album, trained.config, trained.checkpoint, "--out-dir", out_dir]
     result = run(*command, "--score-thr", "0", "--batch-size", "4", cwd=album.parent, status=1)
     for name, line in zip(("broken.jpg", "empty.jpg"), error_lines(result.stderr), strict=True):
@@ -241,7 +241,7 @@ def test_segmentation_predicts_images(segmentation, album):
 
 @pytest.mark.parametrize("kind", ["detection", "segmentation"])
 def test_an_image_that_cannot_be_predicted_costs_no_other_its_prediction(kind, request, call, scenes, tmp_path):
-    """Of an image of one pixel a label map can be predicted, but not drawn."""
+    """The label map of an image of one pixel can be predicted, but not drawn."""
     trained = request.getfixturevalue(kind)
     folder = tmp_path / "images"
     folder.mkdir()
@@ -278,7 +278,7 @@ test_dataloader = dict(
 
 
 def test_data_sets_in_a_wrapper(segmentation, call, scenes, tmp_path):
-    """Whose pipeline and classes are those of the first, and which are all augmented in a test."""
+    """Pipeline and classes are those of the first data set; test-time augmentation applies to all."""
     (tmp_path / "two.py").write_text(CONCATENATED.format(base=str(segmentation.work_dir / segmentation.config.name)))
     image = min((scenes / "images" / "validation").glob("*.jpg"))
     status, _, errors = call("predict", image, "two.py", segmentation.checkpoint, "--out-dir", "out")
@@ -311,7 +311,7 @@ def test_two_processes_train_together(segmentation_options, tmp_path):
     assert output.count("Iter(train) [1/1]") == 1
     assert (tmp_path / "run" / "iter_1.pth").is_file()
     (scalars,) = (tmp_path / "run").glob("*/vis_data/scalars.json")
-    assert scalars.read_text().count('"spectra/') == 6 * 7  # of the first process, once
+    assert scalars.read_text().count('"spectra/') == 6 * 7  # only the first process logs them
     dumped = (tmp_path / "run" / "upernet_swin_pc.py").read_text()
     assert "gloo" not in dumped and "MMDistributedDataParallel" not in dumped
 

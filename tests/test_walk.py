@@ -1,4 +1,4 @@
-"""Every known attention class in its own model, against the untouched model."""
+"""Every known attention class in a real model, compared with the unconditioned model."""
 
 import copy
 import importlib
@@ -29,7 +29,7 @@ for library, zoo, names in (
     if importlib.util.find_spec(library):
         ZOO += [(zoo, name) for name in getattr(importlib.import_module(zoo), names)]
 
-# Classes whose head outputs are more than a map times values; they are checked where a module receives them.
+# Head outputs of these classes are not just map times values; they are checked at the module that receives them.
 MORE_THAN_A_PRODUCT = (
     "dnl_head.DisentangledNonLocal2d",
     "coat.FactorAttnConvRelPosEnc",
@@ -54,7 +54,7 @@ def is_one_of(site, names):
 
 @pytest.fixture(scope="module", params=ZOO, ids=lambda entry: f"{entry[0].removeprefix('zoo_')}: {entry[1]}")
 def family(request):
-    """A model in float64, with weights that let every branch count, and a function that runs it."""
+    """A model in float64, with weights for which every branch has an effect, and a function that runs it."""
     zoo, name = request.param
     torch.manual_seed(0)
     torch.backends.mha.set_fastpath_enabled(False)
@@ -84,7 +84,7 @@ def unit_rows(x, dim):
 
 
 def unit_heads(x, heads, axis):
-    """Head after head along ``axis``, by hand."""
+    """Normalise the rows of each head along ``axis``, by an independent formula."""
     return torch.cat([unit_rows(part, axis) for part in x.chunk(heads, dim=axis)], dim=axis)
 
 
@@ -103,7 +103,7 @@ def test_every_site_is_known(family):
 
 
 def test_preconditioned(family):
-    """All sites at once, against the model itself, watched by someone who knows none of its classes."""
+    """All sites at once, compared with the unconditioned model under ``HeadTap``, which knows none of its classes."""
     model, forward = family
     chosen = [site for site in condattn.find_sites(model) if not is_one_of(site, NO_PC)]
     if not chosen:
@@ -202,7 +202,7 @@ def test_initialised(family):
 
 
 def test_corrected(family):
-    """All sites at once, against the model with weights W + C."""
+    """All sites at once, compared with the model with weights W + C."""
     model, forward = family
     chosen = [site.name for site in condattn.find_sites(model) if not is_one_of(site, NO_SC)]
     if not chosen:
@@ -257,7 +257,7 @@ def test_queries_and_keys_make_the_map_and_values_do_not(family):
 
 
 def test_maps_and_head_outputs_are_seen(family):
-    """As by someone who knows none of the classes."""
+    """``capture`` finds the same maps and head outputs as ``HeadTap``, which knows none of the classes."""
     model, forward = family
     for site in firsts(model):
         if is_one_of(site, MORE_THAN_A_PRODUCT):
@@ -302,7 +302,7 @@ def test_trains_copies_and_keeps_its_keys(family):
     missing, unexpected = other.load_state_dict(conditioned.state_dict(), strict=False)
     assert not unexpected and not set(missing) & {name for name, _ in other.named_parameters()}
     for m in (other, conditioned):
-        m.eval()  # which some models do not return
+        m.eval()  # not chained: eval() of some models does not return the model
     assert torch.equal(run(other, forward), run(conditioned, forward))
     assert condattn.conditioning_of(other) == condattn.conditioning_of(conditioned)
     condattn.remove(other)

@@ -1,4 +1,4 @@
-"""Outputs are those of the weights as they are, whoever wrote them and however."""
+"""Outputs always follow the current weights, however these were changed."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from condattn import SpectralCorrection
 
 
 def double(weight):
-    """As adapters merge, and averages are made by hand: past autograd and its count of versions."""
+    """Double a weight through ``.data``, as merging adapters does; autograd's version counter does not notice."""
     weight.data.mul_(2)
 
 
@@ -42,7 +42,7 @@ def test_corrected_weights(float64, change, form):
 
 
 def test_a_new_parameter_of_a_corrected_layer(float64):
-    """At whatever address: that of one which is no more is given again."""
+    """A new parameter may have the memory address of a deleted one."""
     x = torch.randn(2, 4, 8)
     module = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     condattn.condition(module, SpectralCorrection(1.0))
@@ -60,7 +60,7 @@ def test_a_new_parameter_of_a_corrected_layer(float64):
 
 @pytest.mark.parametrize("change", [*CHANGES, "parameter"])
 def test_position_bias_of_swin(float64, change):
-    """Against upstream's own forward, with the same table."""
+    """Compare with upstream's forward, with the same table."""
     pytest.importorskip("mmdet")
     from condattn.openmmlab.models.mmdet import ConditionedSwinTransformer
 

@@ -1,4 +1,4 @@
-"""The wheel: it holds the package, all of it, and nothing else."""
+"""The wheel contains the whole package, and nothing else."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ PACKAGE = ROOT / "projects" / "condattn"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of a copy of the project, which building leaves files in."""
+    """The wheel, built in a copy of the project because building leaves files."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)

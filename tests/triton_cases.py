@@ -1,4 +1,4 @@
-"""The kernels in Triton against their references, in Triton's interpreter: run with TRITON_INTERPRET=1."""
+"""Triton kernels, compared with their references in Triton's interpreter; run with TRITON_INTERPRET=1."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Backbones of mmdet, mmseg and mmpretrain, small, and mmcv's attention by itself."""
+"""Small backbones of mmdet, mmseg and mmpretrain, and single attention layers of mmcv."""
 
 import functools
 
@@ -10,7 +10,7 @@ SWIN = dict(embed_dims=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 3))
 VIT = dict(img_size=32, patch_size=8, embed_dims=24, num_layers=2, num_heads=3)
 ARCH = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
 
-# Scope and class -> settings; the side of the images is in "img".
+# Scope and class -> settings; "img" is the height and width of the images.
 BACKBONES = {
     "mmdet SwinTransformer": dict(SWIN, img=56),
     "mmdet PyramidVisionTransformer": dict(
@@ -73,7 +73,7 @@ BACKBONES = {
 
 
 class Deformable(nn.Module):
-    """mmcv's deformable attention by itself; it takes the shapes of its levels besides."""
+    """mmcv's deformable attention as a model; adds the shapes of the levels to its arguments."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ def position():
 
 
 def as_map(x):
-    """Tokens (2, 20, 24) as a map (2, 24, 4, 5)."""
+    """Reshape tokens (2, 20, 24) to a feature map (2, 24, 4, 5)."""
     return x.mT.unflatten(-1, (4, 5))
 
 
@@ -152,7 +152,7 @@ def on_map(module, x):
     return module(as_map(x)).flatten(1)
 
 
-# Layers that no backbone above has: constructor, and how to call it with tokens (2, 20, 24).
+# Layers that none of the backbones has: constructor, and how to call them with tokens (2, 20, 24).
 LAYERS = {
     "mmcv MultiScaleDeformableAttention": (Deformable, lambda m, x: m(x)),
     "mmdet ConditionalAttention": (conditional, lambda m, x: m(x, x, query_pos=x.flip(1), key_pos=x.flip(1))),
@@ -172,14 +172,14 @@ LAYERS = {
 
 
 def flat(outputs) -> torch.Tensor:
-    """All tensors of nested outputs, side by side."""
+    """Concatenate all tensors of nested outputs."""
     if isinstance(outputs, torch.Tensor):
         return outputs.flatten(1)
     return torch.cat([flat(output) for output in outputs], dim=1)
 
 
 def build(name: str):
-    """A backbone and how to run it."""
+    """Build a backbone, and a function that runs it."""
     if name in LAYERS:
         make, call = LAYERS[name]
         return make(), functools.partial(call, x=torch.randn(2, 20, 24, dtype=torch.float64))
@@ -189,7 +189,7 @@ def build(name: str):
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(dict(type=cls, **settings))
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # mmpretrain makes positions in float32
+        if isinstance(module, nn.Conv2d):  # mmpretrain creates position encodings in float32
             module.register_forward_pre_hook(lambda m, x: x[0].to(m.weight.dtype))
     return model, functools.partial(run, image=torch.randn(2, 3, side, side, dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""timm's model families: one small member of each, or more where a family has several kinds of attention."""
+"""timm's model families: one small model of each, or several if a family has several kinds of attention."""
 
 import functools
 import importlib
@@ -8,13 +8,13 @@ import torch
 
 
 class Gated(timm.layers.Attention):
-    """With a gate behind the heads."""
+    """Attention with a gate after the heads."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, gated=True, **kwargs)
 
 
-# Module of timm.models -> a small member and its settings; the side of its images is in "img".
+# Module of timm.models -> a small model and its settings; "img" is the height and width of its images.
 FAMILIES = {
     "beit": ("beit_base_patch16_224", dict(img_size=32, depth=2, embed_dim=48, num_heads=3)),
     "byoanet": ("halonet26t", dict(img=256)),
@@ -112,7 +112,7 @@ NAMES = [*FAMILIES, *LAYERS]
 
 
 def build(name: str):
-    """A model without its fused attention, and how to run it."""
+    """Build a model without fused attention, and a function that runs it."""
     if name in LAYERS:
         module, arguments, settings, shape = LAYERS[name]
         model = getattr(importlib.import_module(f"timm.{module}"), name.split()[-1])(*arguments, **settings)

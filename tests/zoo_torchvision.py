@@ -1,4 +1,4 @@
-"""torchvision's models with attention, small."""
+"""Small models of torchvision with attention."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 SWIN = dict(patch_size=[4, 4], embed_dim=24, depths=[2, 2], num_heads=[3, 6], window_size=[4, 4])
 
-# Name -> the model, and the side of its images; those of Swin leave windows that are padded.
+# Name -> model, and height and width of its images; for Swin, a size at which windows are padded.
 MODELS = {
     "Swin": (lambda: SwinTransformer(**SWIN), 44),
     "Swin v2": (lambda: SwinTransformer(**SWIN, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2), 44),
@@ -19,7 +19,7 @@ MODELS = {
 
 
 def build(name: str):
-    """A model, and how to run it."""
+    """Build a model, and a function that runs it."""
     make, side = MODELS[name]
     return make(), functools.partial(run, image=torch.randn(2, 3, side, side, dtype=torch.float64))
 

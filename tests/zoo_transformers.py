@@ -1,4 +1,4 @@
-"""Hugging Face models, small, and their inputs."""
+"""Small Hugging Face models and their inputs."""
 
 import functools
 
@@ -97,7 +97,7 @@ MODELS = {name: entry for name, entry in MODELS.items() if hasattr(transformers,
 
 
 def build(name: str, implementation: str = "eager"):
-    """A model and how to run it."""
+    """Build a model, and a function that runs it."""
     config, settings, model, inputs = MODELS[name]
     config = getattr(transformers, config)(**settings, attn_implementation=implementation)
     return getattr(transformers, model)(config), functools.partial(run, inputs=inputs)

@@ -14,14 +14,14 @@ from condattn.openmmlab.runner.launch import DRAWN, add_config_arguments, choose
 
 
 def positive(text: str) -> int:
-    """Read a number above zero."""
+    """Parse a positive whole number."""
     if not text.isdecimal() or int(text) == 0:
         raise ArgumentTypeError(f"expected a whole number above 0, got {text}")
     return int(text)
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(
         description=__doc__,
         epilog="The picture of FOLDER/a/b.jpg goes to DIR/vis/a/b.jpg, its prediction to "
@@ -50,7 +50,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> int:
-    """Predict every image; the status is 1 if some could not be read, predicted or drawn."""
+    """Predict every image; return the exit status, 1 if an image could not be read, predicted or drawn."""
     args = parse_args()
     device = choose_device(args.device)
     images = find_images(args.source, args.out_dir)
@@ -75,7 +75,7 @@ def main() -> int:
 def predict(
     predictor: Predictor, images: list[tuple[Path, Path]], out_dir: Path, score_thr: float
 ) -> Iterator[str | None]:
-    """Predict, save and draw a batch of images, given as path and name; of each, what went wrong, or None."""
+    """Predict a batch of images, given as (path, name), save and draw the results; yield an error or None for each."""
     good = []
     for path, name in images:
         if is_readable(path):
@@ -91,14 +91,14 @@ def predict(
             predictor.draw(sample, out_dir / "vis" / name, score_thr)
         except OSError:
             raise
-        except Exception as error:  # whatever a toolbox raises of an image that it cannot draw
+        except Exception as error:  # drawing code of the toolboxes raises many kinds of errors
             yield f"the prediction of {path} is saved, but cannot be drawn ({in_short(error)})"
         else:
             yield None
 
 
 def in_short(error: Exception) -> str:
-    """The kind and the beginning of the message of an error, in one line."""
+    """Type of an error and the beginning of its message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint on a Slurm cluster, one task for each GPU; the variables are those of srun.sh.
+# Evaluate a checkpoint on a Slurm cluster, one task for each GPU; srun.sh lists the environment variables.
 #   bash tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]
 set -euo pipefail
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster, one task for each GPU; the variables are those of srun.sh.
+# Train on a Slurm cluster, one task for each GPU; srun.sh lists the environment variables.
 #   bash tools/slurm_train.sh PARTITION JOB_NAME CONFIG [options of train.py]
 set -euo pipefail
 

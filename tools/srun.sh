@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What slurm_train.sh and slurm_test.sh share: start SCRIPT on a Slurm cluster, one task for each GPU.
+# Start SCRIPT on a Slurm cluster, one task for each GPU; used by slurm_train.sh and slurm_test.sh.
 #   bash tools/srun.sh PARTITION JOB_NAME SCRIPT [arguments]
-# GPUS in all (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5), PORT (29500), and SRUN_ARGS for more options of srun.
+# Environment variables and their defaults: GPUS in total (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5), PORT (29500), and
+# SRUN_ARGS with further options of srun (none).
 set -euo pipefail
 
 if [[ $# -lt 3 ]]; then

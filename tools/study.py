@@ -1,4 +1,4 @@
-"""Run a study: the same training under several conditionings, tuned alike, over seeds; then report it."""
+"""Run a study, the same training under several conditionings, equally tuned and with several seeds; then report it."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("study", help="a file of configs/studies")
     parser.add_argument("--size", help="one of the sizes of the study, such as gpu (default: its first, for a CPU)")
@@ -42,7 +42,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> int:
-    """Do what the command line asks for."""
+    """Run, list or report the study, as the command line asks."""
     args = parse_args()
     study = load_study(args.study, args.size)
     results = Results(study, ROOT, pilot=args.pilot or (args.run or "").startswith(PILOT))
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def set_data(study: Study, folder: str | None) -> None:
-    """Let the configuration find the data."""
+    """Set the environment variable by which the configuration finds the data."""
     if folder and not study.data:
         raise UserError(f"--data: {study.path} brings its own data")
     if study.data:
@@ -87,10 +87,10 @@ def set_data(study: Study, folder: str | None) -> None:
 
 
 def begin(study: Study, results: Results, other_packages: bool = False) -> None:
-    """Check a study, and note the code that its runs use; once it has begun, that they still can.
+    """Check a study, and record its code and packages at the first start; later, check that the packages are the same.
 
     Raises:
-        UserError: If the code has changes that are not committed, or the packages are others than at the beginning.
+        UserError: If the code has uncommitted changes at the first start, or the packages have changed since then.
     """
     check_study(study, ROOT)
     if not results.started:
@@ -109,7 +109,7 @@ def begin(study: Study, results: Results, other_packages: bool = False) -> None:
 
 
 def run_one(study: Study, results: Results, name: str) -> int:
-    """Run one run in this process."""
+    """Execute one run in this process."""
     stage, variant, seed, rate = (name.split("/") + [""] * 4)[:4]
     try:
         run = RunId(stage, variant, int(seed), float(rate))
@@ -128,7 +128,7 @@ def run_one(study: Study, results: Results, name: str) -> int:
 
 
 def rerun(study: Study, results: Results, name: str) -> int:
-    """Repeat a final run with the code of today; adopt it if nothing differs."""
+    """Repeat a final run with the current code and packages; use them for the missing runs if the results are equal."""
     finished = {f"{run.variant}/{run.seed}": record for run, record in results.records().items() if run.stage == FINAL}
     if name not in finished:
         raise UserError(f"--rerun: expected a finished run such as {next(iter(finished), 'none yet')}, got {name}")
@@ -149,7 +149,7 @@ def rerun(study: Study, results: Results, name: str) -> int:
 
 
 def report(study: Study, results: Results) -> int:
-    """Write the report, and the documentation that quotes it."""
+    """Write the report, and update the tables in the documentation."""
     for path in (*write_report(study, results), *write_documents(ROOT)):
         print(path.relative_to(ROOT))
     return 0

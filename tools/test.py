@@ -25,7 +25,7 @@ from condattn.openmmlab.runner.tta import add_tta
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument("checkpoint", help="file or URL of the weights")
@@ -57,7 +57,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Check everything, then test."""
+    """Check configuration, data and checkpoint, then evaluate."""
     args = parse_args()
     cfg = load_runner_config(args)
     detection = cfg.default_scope == "mmdet"
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def test(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> None:
-    """Test.
+    """Evaluate the model with mmengine's runner.
 
     Args:
         cfg: The configuration.
@@ -119,7 +119,7 @@ def draw_predictions(cfg: Config, args: Namespace) -> None:
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
     if args.show_dir:
-        # Both toolboxes join a relative path to their own folder of the run.
+        # mmdet and mmseg would take a relative path as relative to the run's folder in the work directory.
         folder = str(Path(args.show_dir).absolute())
         if cfg.default_scope == "mmdet":
             hook.update(test_out_dir=folder)
@@ -128,7 +128,7 @@ def draw_predictions(cfg: Config, args: Namespace) -> None:
 
 
 def save_label_maps(cfg: Config, folder: str) -> None:
-    """Let the evaluators of a segmentation write what the model predicts."""
+    """Let the evaluators of a segmentation configuration save the predicted label maps."""
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     for evaluator in evaluators:
         evaluator.update(output_dir=folder, keep_results=True)

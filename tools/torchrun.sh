@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What dist_train.sh and dist_test.sh share: start SCRIPT in GPUS processes on this machine.
+# Start SCRIPT in GPUS processes on this machine; used by dist_train.sh and dist_test.sh.
 #   bash tools/torchrun.sh GPUS SCRIPT [arguments]
-# Several machines: run it on each with the same MASTER_ADDR and PORT, NNODES, and its own NODE_RANK.
-# Several runs on one machine: give each its own PORT.
+# Several machines: run it on each, with equal NNODES, MASTER_ADDR and PORT, and a different NODE_RANK (from 0).
+# Several runs on one machine: give each a different PORT.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then

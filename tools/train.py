@@ -32,7 +32,7 @@ from condattn.openmmlab.runner.sharding import check_shardable, is_sharded
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     add_runner_arguments(parser)
@@ -67,7 +67,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Check everything, then train."""
+    """Check configuration, data and weights, then train."""
     args = parse_args()
     cfg = load_runner_config(args)
     if args.amp:
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def enable_amp(cfg: Config, dtype: str) -> None:
-    """Train in mixed precision."""
+    """Change the configuration to mixed precision in ``dtype``."""
     wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UserError(f"--amp expects optim_wrapper.type OptimWrapper, found {wrapper}")
@@ -101,7 +101,7 @@ def enable_amp(cfg: Config, dtype: str) -> None:
 
 
 def enable_lr_scaling(cfg: Config) -> None:
-    """Scale the learning rate to the real batch size."""
+    """Change the configuration to scale the learning rate to the real batch size."""
     if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
         raise UserError(
             f"--auto-scale-lr expects auto_scale_lr.base_batch_size in {cfg.filename}, the batch size that "
@@ -111,7 +111,7 @@ def enable_lr_scaling(cfg: Config) -> None:
 
 
 def train(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> None:
-    """Train.
+    """Train the model with mmengine's runner.
 
     Args:
         cfg: The configuration.

@@ -12,7 +12,7 @@ train_pipeline = [
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
-test_pipeline = [  # the labels come after Resize: they are compared at the image's own size
+test_pipeline = [  # labels are loaded after Resize, because predictions are evaluated at the original size
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     dict(type="LoadAnnotations", reduce_zero_label=True),

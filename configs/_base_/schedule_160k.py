@@ -1,4 +1,4 @@
-"""160k iterations of AdamW with linear warm-up and decay, 16 images a batch (8 GPUs x 2)."""
+"""160k iterations of AdamW with linear warm-up and decay, 16 images per batch (8 GPUs x 2)."""
 
 optim_wrapper = dict(
     type="OptimWrapper",

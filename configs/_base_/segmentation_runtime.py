@@ -1,4 +1,4 @@
-"""What a run of mmseg needs around model, data and schedule: hooks, logs, pictures, processes."""
+"""Runtime settings of mmseg's configs: hooks, logging, visualization and processes."""
 
 default_scope = "mmseg"
 default_hooks = dict(

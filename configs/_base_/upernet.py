@@ -1,4 +1,4 @@
-"""UPerNet with an auxiliary FCN head for 150 classes; the config adds the backbone and its channels."""
+"""UPerNet with an auxiliary FCN head for 150 classes; the derived config adds the backbone and its channels."""
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(

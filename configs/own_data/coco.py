@@ -1,15 +1,15 @@
 """Mask R-CNN on your own COCO-format data: copy this file, edit its first block, train the copy.
 
-For data with boxes only, let `_base_` be '../retinanet_swin_pc.py'; every COCO config beside it will do.
+For data with boxes only, set `_base_` to '../retinanet_swin_pc.py'; every other COCO config of that folder works too.
 """
 
 _base_ = "../mask_rcnn_swin_pc.py"
 
 data_root = "data/own"
-classes = ["cat", "dog"]  # the names in the annotation files, in the order that they have there
+classes = ["cat", "dog"]  # the category names in the annotation files, in the same order
 train = dict(ann_file="annotations/train.json", data_prefix=dict(img="images/train/"))
 val = dict(ann_file="annotations/val.json", data_prefix=dict(img="images/val/"))
-image_size = (1333, 800)  # longest and shortest side that an image is resized to; a 3x recipe varies it in training
+image_size = (1333, 800)  # largest longer and shorter side after resizing; 3x recipes vary the size in training
 batch_size = 4
 max_epochs = 24
 
@@ -17,7 +17,7 @@ max_epochs = 24
 
 
 def with_values(node, **values):
-    """A copy of `node` in which every key of `values`, however deep, has the value given or made of its own."""
+    """Copy `node`, replacing the value of each key in `values` at every depth; a callable gets the old value."""
     if isinstance(node, dict):
         copy = {key: child if key in values else with_values(child, **values) for key, child in node.items()}
         new = {key: values[key] for key in node.keys() & values.keys()}
@@ -26,7 +26,7 @@ def with_values(node, **values):
 
 
 def with_classes(weights):
-    """Class weights, if they are a list, for as many classes; the last is that of no object."""
+    """Adapt a list of class weights to the number of classes; its last entry is the weight of 'no object'."""
     return weights[:1] * len(classes) + weights[-1:] if isinstance(weights, list) else weights
 
 
@@ -45,7 +45,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=f"{data_root}/{val['ann_file']}")
 test_evaluator = val_evaluator
 
-# 1e-4 belongs to 16 images a batch; Adam's rate follows the square root of the batch.
+# 1e-4 is the rate for 16 images per batch; with Adam, it scales with the square root of the batch size.
 optim_wrapper = dict(
     optimizer=dict(
         _delete_=True,
@@ -64,7 +64,7 @@ optim_wrapper = dict(
 )
 auto_scale_lr = dict(base_batch_size=batch_size)
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=max_epochs)
-param_scheduler = [  # the rate rises for an epoch, or in a short training for a twenty-fourth of it
+param_scheduler = [  # warm-up of one epoch, or of 1/24 of a training that is shorter than 24 epochs
     dict(type="WarmUpLR", start_factor=0.01, end=min(1, max_epochs / 24), by_epoch=True, convert_to_iter_based=True),
     dict(
         type="MultiStepLR",

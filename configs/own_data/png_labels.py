@@ -1,6 +1,6 @@
 """UPerNet on your own images and PNG label maps: copy this file, edit its first block, train the copy.
 
-A label map is a PNG with one channel and its image's size and name: value i is classes[i], 255 is ignored.
+A label map is a PNG with one channel, with the size and the name of its image: value i is classes[i], 255 is ignored.
 """
 
 _base_ = "../upernet_swin_pc.py"
@@ -10,7 +10,7 @@ classes = ["background", "cat", "dog"]
 train = dict(img_path="images/train", seg_map_path="annotations/train")
 val = dict(img_path="images/val", seg_map_path="annotations/val")
 image_suffix = ".jpg"
-image_size = (2048, 512)  # the longest and the shortest side that an image is resized to
+image_size = (2048, 512)  # largest longer and shorter side after resizing
 crop_size = (512, 512)
 batch_size = 4
 max_iters = 8000
@@ -42,11 +42,11 @@ train_dataloader = dict(batch_size=batch_size, dataset=dict(data_prefix=train, p
 val_dataloader = dict(dataset=dict(data_prefix=val, pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
 
-# 6e-5 belongs to 16 images a batch; Adam's rate follows the square root of the batch.
+# 6e-5 is the rate for 16 images per batch; with Adam, it scales with the square root of the batch size.
 optim_wrapper = dict(optimizer=dict(lr=6e-5 * (batch_size / 16) ** 0.5))
 auto_scale_lr = dict(base_batch_size=batch_size)
 interval = max(max_iters // 10, 1)
-warm_up = max_iters // 40 if max_iters >= 80 else 0  # a warm-up of one step would stay at its start factor
+warm_up = max_iters // 40 if max_iters >= 80 else 0  # LinearLR with a single step would keep the start factor
 train_cfg = dict(max_iters=max_iters, val_interval=interval)
 decay = dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=warm_up, end=max_iters)
 param_scheduler = [decay]

@@ -1,4 +1,4 @@
-"""UPerNet with a small Swin on street scenes (CamVid: 367 images train, 101 tune, 233 are reported; 11 classes)."""
+"""UPerNet with a small Swin on street scenes (CamVid, 11 classes): 367 training, 101 tuning and 233 test images."""
 
 _base_ = "_base_/methods.py"
 config = "_base_/upernet_camvid.py"

@@ -1,4 +1,4 @@
-"""Mask R-CNN with a small Swin on the built-in digit scenes, which anyone can run without data."""
+"""Mask R-CNN with a small Swin on the built-in digit scenes, a study that needs no external data."""
 
 _base_ = "_base_/methods.py"
 config = "_base_/mask_rcnn_digit_scenes.py"

@@ -1,4 +1,4 @@
-"""A small ViT on Fashion-MNIST: does a gain behind the preconditioner help?"""
+"""A small ViT on Fashion-MNIST: does a gain after the preconditioner help?"""
 
 _base_ = "fashion_mnist.py"
 config = "_base_/vit_fashion_mnist_gain.py"

@@ -1,4 +1,4 @@
-"""Mask R-CNN with a small Swin on nuclei under the microscope (535 images train and tune, 129 are reported)."""
+"""Mask R-CNN with a small Swin on nuclei in microscopy images: 535 for training and tuning, 129 for evaluation."""
 
 _base_ = "_base_/methods.py"
 config = "_base_/mask_rcnn_nuclei.py"

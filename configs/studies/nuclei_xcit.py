@@ -1,4 +1,4 @@
-"""Mask R-CNN with a small XCiT, the backbone of the papers' COCO tables, on nuclei; SC is their literal 10."""
+"""Mask R-CNN with a small XCiT, the backbone of the papers' COCO tables, on nuclei; SC has their strength 10."""
 
 _base_ = "nuclei_swin.py"
 config = "_base_/mask_rcnn_nuclei_xcit.py"

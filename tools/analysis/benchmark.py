@@ -1,9 +1,9 @@
-"""What conditioning costs, and what the fast paths save: conditioned networks against upstream's own.
+"""Measure time and memory of conditioned networks, with and without fast paths, against those of upstream.
 
-The variants take turns in one process (A B C, A B C, ...), so that a machine that slows down slows all of them alike;
-the first of the two steps of a turn is not timed.
-Peak memory is that of a process of its own per variant on a CPU, and of the device on a GPU. Floors are what the
-products of matrices alone, and the traffic of each layer's result alone, would take at the rates of this machine.
+The variants take turns in one process (A B C, A B C, ...), so that a machine that slows down affects all of them
+equally. A turn has two steps, of which only the second is timed. Peak memory is measured in a separate process for each
+variant on a CPU, and on the device on a GPU. The floors are the times that the matrix products alone, and writing and
+reading each layer's output alone, would take at the rates of this machine.
 """
 
 import argparse
@@ -42,18 +42,18 @@ NETWORKS = {
     **{"swin-t": (512, 512), "vit-b": (1024, 1024), "mask-rcnn": (800, 1333), "attention": (512, 512)},
     "demo": (96, 96),
 }
-"""Networks, and the size of images that they are timed at."""
+"""Network -> default height and width of the images."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEP, LARGEST = 256, 1536
-"""Of the sizes of a sweep."""
+"""Step and largest side, in pixels, of the square images of a sweep."""
 CONFIGS = Path(__file__).parents[2] / "configs"
 DETECTORS = {"mask-rcnn": CONFIGS / "mask_rcnn_swin_pc.py", "demo": CONFIGS / "demo" / "mask_rcnn_swin_pc.py"}
 STEPS = 3
-"""So many are enough for the peak of memory."""
+"""Number of steps that are enough to reach the peak of memory."""
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--models",
@@ -86,7 +86,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(name: str, network: str, size: tuple[int, int]) -> nn.Module:
-    """A variant of a network, with the same weights as every other."""
+    """Build a variant of a network; all variants have the same initial weights."""
     torch.manual_seed(0)
     name, _, form = name.partition(":")
     methods = name
@@ -117,21 +117,21 @@ def build(name: str, network: str, size: tuple[int, int]) -> nn.Module:
 
 
 class _Attention(nn.Module):
-    """The attention of the first two blocks of a Swin, the second with shifted windows."""
+    """The attention of the first two blocks of a Swin backbone; the second has shifted windows."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(block.attn for block in backbone.stages[0].blocks)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, C, H, W), the map of patches."""
+        """Apply both attention layers to the patch embeddings ``x`` (B, C, H, W)."""
         size = x.shape[2:]
         x = x.flatten(2).mT
         return [x := layer(x, size) for layer in self.layers][-1:]
 
 
 class Variant:
-    """One network and the step that is timed."""
+    """A variant of the network, and the step that is timed."""
 
     def __init__(self, name: str, args: argparse.Namespace, size: tuple[int, int]) -> None:
         self.name, self.args, self.device = name, args, torch.device(args.device)
@@ -159,7 +159,7 @@ class Variant:
         return (lambda inputs, samples: model(inputs, samples, mode=mode)), (data["inputs"], data["data_samples"])
 
     def step(self) -> None:
-        """One training step (forward, backward, optimizer), or one forward pass; random numbers are every variant's."""
+        """Run a training step (forward, backward, optimizer) or a forward pass, with the same seed for all variants."""
         self.steps += 1
         torch.manual_seed(self.steps)
         dtype = DTYPES[self.args.dtype]
@@ -174,7 +174,7 @@ class Variant:
             torch.cuda.synchronize()
 
     def _backward(self, outputs: Any) -> None:
-        """From the losses of a detector; from random gradients of a backbone's maps, the same in all steps."""
+        """Backpropagate a detector's losses, or random gradients of a backbone's feature maps, equal in all steps."""
         if isinstance(outputs, dict):
             self.model.parse_losses(outputs)[0].backward()
             return
@@ -184,16 +184,16 @@ class Variant:
         torch.autograd.backward(outputs, self.gradients)
 
     def time(self) -> float:
-        """Seconds that one step takes."""
+        """Measure the seconds that one step takes."""
         start = time.perf_counter()
         self.run()
         return time.perf_counter() - start
 
     def run(self) -> None:
-        """A step, without fast paths if the variant is to have none.
+        """Run a step, in the context of the variant's suffix (``:plain`` or ``:torchvision``).
 
         Raises:
-            UserError: If ``--compile`` was asked for, and the compiler does not take the network.
+            UserError: If ``--compile`` was given, and torch.compile cannot compile the network.
         """
         try:
             with CONTEXTS.get(self.form, nullcontext)():
@@ -206,7 +206,7 @@ class Variant:
 
 @contextmanager
 def torchvision_operators() -> Iterator[None]:
-    """Let ``mmcv.ops`` use the operators on torchvision, whether or not compiled ones are installed."""
+    """Let ``mmcv.ops`` use condattn's operators on torchvision, also where compiled ones are installed."""
     from condattn.openmmlab import mmcv_ops
 
     with ExitStack() as stack:
@@ -217,11 +217,11 @@ def torchvision_operators() -> Iterator[None]:
 
 
 CONTEXTS = {"plain": plain, "torchvision": torchvision_operators}
-"""What comes behind a variant's colon -> the context that its steps are run in."""
+"""Suffix of a variant, after the colon -> context in which its steps run."""
 
 
 def peak_memory(name: str, args: argparse.Namespace, size: tuple[int, int]) -> tuple[float, float]:
-    """Peak memory of a few steps, in MiB, while no other variant is in memory; and that beyond what imports take."""
+    """Peak memory of a few steps in MiB, with no other variant in memory: in total, and without that of the imports."""
     if args.device.startswith("cuda"):
         torch.cuda.empty_cache()
         variant = Variant(name, args, size)
@@ -230,7 +230,7 @@ def peak_memory(name: str, args: argparse.Namespace, size: tuple[int, int]) -> t
             variant.run()
         peak = torch.cuda.max_memory_allocated() / 2**20
         return peak, peak
-    # Free memory goes back at once, so that the peak is not that of gaps between blocks.
+    # glibc returns freed memory to the system at once, so that fragmentation does not raise the peak.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -241,7 +241,7 @@ def peak_memory(name: str, args: argparse.Namespace, size: tuple[int, int]) -> t
 
 def _peak_resident(name: str, args: argparse.Namespace, size: tuple[int, int]) -> tuple[float, float]:
     MMLogger.get_current_instance().setLevel("ERROR")
-    build("none", args.network, size)  # which imports what there is to import
+    build("none", args.network, size)  # imports all modules before the memory is measured
     before = _resident("VmRSS")
     variant = Variant(name, args, size)
     for _ in range(STEPS):
@@ -250,16 +250,16 @@ def _peak_resident(name: str, args: argparse.Namespace, size: tuple[int, int]) -
 
 
 def _resident(entry: str) -> float:
-    """What this process has in memory now (VmRSS), or had at most (VmHWM), in MiB."""
+    """Resident memory of this process in MiB: current (VmRSS) or peak (VmHWM)."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(rf"{entry}:\s*(\d+) kB", status.read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes, on a Mac
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS reports bytes
 
 
 @functools.cache
 def rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """What this machine does: floating-point operations a second in products of matrices, bytes a second in copies."""
+    """Rates of this machine: floating-point operations per second in matrix products, bytes per second in copies."""
     size = 4096 if device.startswith("cuda") else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(2**26, device=device)
@@ -280,19 +280,19 @@ def _seconds(function: Callable, device: str) -> float:
 
 
 def complexity(name: str, args: argparse.Namespace, size: tuple[int, int]) -> dict[str, float | None]:
-    """Parameters, floating-point operations and results of layers of one forward pass, by mmengine's counter."""
+    """Numbers of parameters, floating-point operations and activations of a forward pass, by mmengine's counter."""
     model = build(name, args.network, size)
-    model.eval()  # which upstream's does not return
+    model.eval()  # not chained: eval() of upstream's class does not return the model
     found = dict(parameters=sum(p.numel() for p in model.parameters()), flops=None, activations=None)
     if args.network in ("swin-t", "vit-b"):
         images = torch.randn(args.batch, 3, *size)
         result = get_model_complexity_info(model, inputs=(images,), show_table=False, show_arch=False)
-        found |= dict(flops=2 * result["flops"], activations=result["activations"])  # it counts multiply-adds
+        found |= dict(flops=2 * result["flops"], activations=result["activations"])  # mmengine counts multiply-adds
     return found
 
 
 def measure(args: argparse.Namespace, size: tuple[int, int]) -> list[dict]:
-    """The figures of every variant at one size, the first the reference."""
+    """Measure every variant at one image size; the first one is the reference."""
     names = split_names(args.models)
     try:
         memory = {name: peak_memory(name, args, size) for name in tqdm(names, desc="memory", disable=None)}
@@ -305,22 +305,22 @@ def measure(args: argparse.Namespace, size: tuple[int, int]) -> list[dict]:
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(args.repeats), desc="rounds", disable=None):
         for name, variant in variants.items():
-            variant.run()  # so that memory and caches are as its own step leaves them
+            variant.run()  # warm-up: brings memory and caches into the state of this variant
             times[name].append(variant.time())
     operations, bandwidth = rates(args.device, DTYPES[args.dtype])
-    passes = 3 if args.mode == "train" else 1  # a backward is two of a forward
+    passes = 3 if args.mode == "train" else 1  # a backward pass costs as much as two forward passes
     width = 4 if args.dtype == "float32" else 2
     figures = []
     for name in names:
         low, median, high = (1000 * q for q in statistics.quantiles(times[name], n=4))
-        # Ratios are taken within a round, where both variants saw the same machine.
+        # Ratios are taken within a round, so that both times come from the same state of the machine.
         ratio = statistics.median(t / r for t, r in zip(times[name], times[names[0]], strict=True))
         count, (peak, beyond) = counts[name], memory[name]
         floors = None, None
         if count["flops"]:
             floors = (
                 1000 * passes * count["flops"] / operations,
-                1000 * passes * 2 * width * count["activations"] / bandwidth,  # written, and read
+                1000 * passes * 2 * width * count["activations"] / bandwidth,  # each activation is written and read
             )
         figures.append(
             dict(model=name, size=list(size), median_ms=median, quartiles_ms=[low, high], ratio=ratio)
@@ -332,7 +332,7 @@ def measure(args: argparse.Namespace, size: tuple[int, int]) -> list[dict]:
 
 
 def print_figures(figures: list[dict]) -> None:
-    """One line a variant."""
+    """Print one line for each variant."""
     print(
         f"{'model':12} {'median ms':>10} {'quartiles':>15} {'ratio':>6} {'images/s':>9} {'peak MiB':>9} {'beyond':>7} "
         f"{'ratio':>6} {'params M':>9} {'GFLOP':>7} {'floor ms: products':>18} {'traffic':>8}"
@@ -349,7 +349,7 @@ def print_figures(figures: list[dict]) -> None:
 
 
 def plot(figures: list[dict], path: Path) -> None:
-    """Time and memory by the number of pixels."""
+    """Plot time and memory against the size of the images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -369,7 +369,7 @@ def plot(figures: list[dict], path: Path) -> None:
 
 
 def image_size(args: argparse.Namespace) -> tuple[int, int]:
-    """Height and width that were asked for."""
+    """Height and width of the images, from the command line or the default of the network."""
     if args.size is None:
         return NETWORKS[args.network]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", args.size):
@@ -379,7 +379,7 @@ def image_size(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Check the options, measure all sizes, and print and save the figures."""
     args = parse_args()
     for name, least in (("repeats", 2), ("batch", 1)):
         if getattr(args, name) < least:
@@ -394,7 +394,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no GPU here")
         torch.cuda.set_device(args.device)
-    MMLogger.get_current_instance().setLevel("ERROR")  # operators that it does not count are many
+    MMLogger.get_current_instance().setLevel("ERROR")  # no warning for each operator that is not counted
     sizes = [image_size(args)]
     if args.sweep:
         largest = max(sizes[0]) if args.size else LARGEST

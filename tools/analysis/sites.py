@@ -1,4 +1,4 @@
-"""Print the attention sites of a model, and what each method can do there."""
+"""Print the attention sites of a model, and which methods can condition each of them."""
 
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -18,7 +18,7 @@ from condattn.openmmlab.errors import UserError, run_tool
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "model",
@@ -29,7 +29,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Print the table, and the attention that is not in it."""
+    """Print the table of attention sites, and the attention modules that have no site."""
     name = parse_args().model
     model = build(name)
     sites, unsupported = find_sites(model), find_unsupported(model)
@@ -37,7 +37,7 @@ def main() -> None:
         reasons = f"; {describe_unsupported(unsupported)}" if unsupported else ""
         raise UserError(f"{name} has no attention site that condattn knows{reasons}")
     console = Console()
-    # Without a terminal there is no width to fold the lines into.
+    # Without a terminal, rich would fold the lines at its narrow default width.
     console = console if console.is_terminal else Console(width=200)
     console.print(table_of(name, sites))
     if unsupported:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def build(name: str) -> nn.Module:
-    """Build the model that ``name`` stands for, without its weights where possible.
+    """Build the model that ``name`` refers to, on the meta device where possible.
 
     Raises:
         UserError: If there is no such configuration, model or class.
@@ -89,7 +89,7 @@ def _refuse(name: str) -> nn.Module:
 
 
 def table_of(title: str, sites: list[AttentionSite]) -> Table:
-    """One row a site."""
+    """Make a table with one row for each site."""
     table = Table(title=f"{title}: {len(sites)} attention sites", title_justify="left")
     for column in (
         "name",
@@ -111,12 +111,12 @@ def table_of(title: str, sites: list[AttentionSite]) -> Table:
 
 
 def shape_of(projection: Projection | None) -> str:
-    """Rows and columns of a projection."""
+    """Rows and columns of a projection's weight, as text."""
     return "-" if projection is None else " x ".join(map(str, projection.weight.shape))
 
 
 def shape_of_output(out: HeadOutputs | None) -> str:
-    """Rows and columns of the output projection, or the class that receives the head outputs if there is none."""
+    """Rows and columns of the output projection, or the class of the module that receives the head outputs."""
     weight = getattr(out and out.projection, "weight", None)
     if weight is None or weight.ndim < 2:
         return "-" if out is None else type(out.owner).__name__
@@ -124,7 +124,7 @@ def shape_of_output(out: HeadOutputs | None) -> str:
 
 
 def ability(method: condattn.Method, site: AttentionSite) -> str:
-    """Whether ``method`` can condition ``site``, or why not."""
+    """The parts of ``site`` that ``method`` conditions, or the reason why it cannot."""
     try:
         method.check(site)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Measure the condition numbers of a model's attention, beside its entropy, and how conditioning changes them."""
+"""Measure condition numbers and entropy of a model's attention, and how conditioning changes them."""
 
 import copy
 from argparse import ArgumentParser, Namespace
@@ -28,11 +28,11 @@ from condattn.weights.load import load_pretrained, load_weights
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument("checkpoint", nargs="?", help="file or URL of weights (default: as they are initialised)")
-    parser.add_argument("--pretrained", action="store_true", help="weights that timm has for its model")
+    parser.add_argument("checkpoint", nargs="?", help="file or URL of weights (default: initial weights)")
+    parser.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights of the model")
     add_checkpoint_arguments(parser)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--images", type=Path, help="measure the attention on images from this folder too")
@@ -40,15 +40,15 @@ def parse_args() -> Namespace:
     parser.add_argument("--num", type=int, default=8, help="how many images are used (default: %(default)s)")
     parser.add_argument("--compare", help="measure the same weights under several conditionings, e.g. none,pc,sc,sc+pc")
     parser.add_argument("--jacobian", action="store_true", help="also the Jacobians of the heads, which takes long")
-    parser.add_argument("--heads", type=int, default=1, help="Jacobians of so many heads (default: %(default)s)")
-    parser.add_argument("--sites", type=int, help="measure so many attention sites, evenly spread (default: all)")
+    parser.add_argument("--heads", type=int, default=1, help="number of heads for --jacobian (default: %(default)s)")
+    parser.add_argument("--sites", type=int, help="number of attention sites to measure, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, plots and report.html")
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure every variant, print the table, write the report."""
+    """Measure every variant, print the summary, and write the report."""
     args = parse_args()
     MMLogger.get_current_instance().setLevel("WARNING")
     for name in ("num", "heads", "sites"):
@@ -89,7 +89,11 @@ def main() -> None:
 
 
 def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple[nn.Module, Callable | None]:
-    """The model under a conditioning (None: its own), and what runs it on the images, if there are any."""
+    """Build the model under a conditioning (None: that of the configuration).
+
+    Returns:
+        The model, and a function that runs it on the images, or None if there are no images.
+    """
     device = choose_device(args.device)
     torch.manual_seed(0)  # the same initial weights for every variant
     if not is_config(args.config):
@@ -108,7 +112,7 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
 
 
 def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], device: torch.device):
-    """As :func:`build`, of a model of timm."""
+    """Build a model of timm; see :func:`build`."""
     import timm
     from PIL import Image
 
@@ -131,7 +135,7 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
 
 
 def conditioned_parts(node: object) -> Iterator[Config]:
-    """The parts of a model's configuration that have a setting ``conditioning``."""
+    """Yield the parts of a model's configuration that have a setting ``conditioning``."""
     if isinstance(node, dict):
         if str(node.get("type")).rpartition(".")[2].startswith("Conditioned"):
             yield node
@@ -143,14 +147,14 @@ def conditioned_parts(node: object) -> Iterator[Config]:
 
 
 def dataset_images(cfg: Config, name: str, count: int) -> list[Path]:
-    """Files of images of a data set of the configuration."""
+    """Paths of ``count`` images, evenly spread over a data set of the configuration."""
     dataset = DATASETS.build(copy.deepcopy(cfg[f"{name}_dataloader"].dataset))
     chosen = spread(range(len(dataset)), count)
     return [Path(dataset.get_data_info(index)["img_path"]) for index in chosen]
 
 
 def print_summary(measurements: dict[str, Measurement]) -> None:
-    """One line a model and site."""
+    """Print a table with one row for each model and site."""
     console = Console()
     console = console if console.is_terminal else Console(width=180)
     table = Table(title="Condition numbers, medians over heads, images and windows", title_justify="left")

@@ -1,8 +1,8 @@
-"""Make a checkpoint for a conditioned model of one that was trained without conditioning.
+"""Convert a checkpoint that was trained without conditioning into one for a conditioned model.
 
-Where the head outputs are conditioned (preconditioned attention), a factor for each head, measured on real images, goes
-into that head's columns of the output projection; of the preconditioner it is the mean row norm. Where weights are
-corrected (spectral conditioning), W - C takes the place of W, so that the effective weight W + C stays what it was.
+Where head outputs are conditioned (preconditioned attention), the columns of each head in the output projection are
+multiplied by a factor that is measured on real images; for the row preconditioner, it is the mean row norm. Where
+weights are corrected (spectral conditioning), W is replaced by W - C, so that the effective weight W + C is unchanged.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -19,14 +19,14 @@ from condattn.weights.calibrate import calibrate
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     add_rewriting_arguments(parser, images=16)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Calibrate, and print what it did to each site."""
+    """Calibrate the model, print the result for each site, and write the checkpoint."""
     args = parse_args()
     cfg, checkpoint, images = load_inputs(args)
     if any(recorded(checkpoint).values()):

@@ -1,4 +1,4 @@
-"""Rename the pretrained weights of a backbone for another library: Swin, ViT, XCiT and DaViT."""
+"""Convert pretrained weights of a Swin, ViT, XCiT or DaViT backbone to the parameter names of another library."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -16,17 +16,17 @@ TARGETS = ("mmdet", "mmseg", "timm", "official")
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", help="file (.pth, .pt, .bin, .safetensors) or URL of the weights")
     parser.add_argument("target", help="file to write (.pth or .safetensors); it must not exist")
-    parser.add_argument("--to", required=True, choices=TARGETS, help="whose names the weights get")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="library whose parameter names the weights get")
     add_unsafe_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Convert, and say what was recognised, converted and left out."""
+    """Convert the weights, and print the recognised format and the names of weights that were left out."""
     args = parse_args()
     try:
         weights, beside, where = weights_of(read_file(args.source, args.unsafe), args.source)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def save(weights: dict[str, torch.Tensor], path: Path, suffix: str) -> None:
-    """Write weights in the format that the suffix names."""
+    """Write weights in the file format that belongs to the suffix."""
     if suffix == ".safetensors":
         from safetensors.torch import save_file
 

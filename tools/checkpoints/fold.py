@@ -1,4 +1,4 @@
-"""Make a plain checkpoint of a spectrally conditioned one: W + C becomes the weight, the function stays the same."""
+"""Convert a spectrally conditioned checkpoint into a plain one with the same function, by replacing W by W + C."""
 
 import copy
 from argparse import ArgumentParser, Namespace
@@ -22,7 +22,7 @@ PLAIN = {"ConditionedSwinTransformer": "SwinTransformer", "ConditionedVisionTran
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     add_rewriting_arguments(parser, images=4)
     parser.add_argument("--config-out", type=Path, help="write the configuration of the folded model too")
@@ -30,7 +30,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Fold, compare, write."""
+    """Fold the corrections, check that attention computes the same as before, and write the checkpoint."""
     args = parse_args()
     cfg, checkpoint, images = load_inputs(args)
     if args.config_out:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def outputs(predictor: Predictor, images: list[Path]) -> list[Tensor]:
-    """What every attention module returns for each image."""
+    """Outputs of all attention modules for each image."""
     with recorded(predictor.model) as seen:
         for path in images:
             predictor.predict([path])
@@ -64,7 +64,7 @@ def outputs(predictor: Predictor, images: list[Path]) -> list[Tensor]:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of the attention modules of ``model`` while it runs."""
+    """Collect the outputs of the attention modules of ``model`` while the context is active."""
     seen: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
@@ -79,12 +79,12 @@ def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def relative(one: Tensor, other: Tensor) -> float:
-    """Largest difference, over the largest value."""
+    """Largest absolute difference, relative to the largest absolute value of ``one``."""
     return ((one - other).abs().max() / one.abs().max().clamp_min(1e-12)).item()
 
 
 def fold_config(cfg: Config, methods: list[dict]) -> Config:
-    """The configuration of the folded model: upstream's own where no other method is left."""
+    """Make the configuration of the folded model, with upstream's classes if no other method remains in ``methods``."""
     cfg = copy.deepcopy(cfg)
     if cfg.model.type == "Conditioned":
         if methods:

@@ -1,4 +1,4 @@
-"""Make a checkpoint that is fit to publish: weights and metadata alone, with the start of its SHA-256 in its name."""
+"""Make a checkpoint for publication: only weights and metadata, with the start of its SHA-256 in the file name."""
 
 import hashlib
 import tempfile
@@ -12,16 +12,17 @@ from condattn.openmmlab.runner.checkpoints import add_unsafe_argument, read_chec
 from condattn.weights.atomic import write_whole
 
 KEPT = ("meta", "state_dict")
+"""Entries of the published checkpoint."""
 LOCAL = ("cfg", "seed", "experiment_name", "time", "iter", "epoch")
-"""Metadata of the run that made it; its configuration may name paths of the machine."""
+"""Metadata of the training run, which are dropped; the configuration may contain local paths."""
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="file that a training has written")
+    parser.add_argument("checkpoint", help="checkpoint file of a training")
     parser.add_argument(
-        "out", type=Path, help="name of the new file, without the sum: swin.pth becomes swin-0a1b2c3d.pth"
+        "out", type=Path, help="name of the new file, without the checksum: swin.pth becomes swin-0a1b2c3d.pth"
     )
     parser.add_argument("--keep-config", action="store_true", help="keep the configuration of the run in the metadata")
     add_unsafe_argument(parser)
@@ -29,14 +30,14 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Publish."""
+    """Read the checkpoint, remove what is not published, and write the new file."""
     args = parse_args()
     if args.out.suffix != ".pth":
         raise UserError(f"expected a name that ends with .pth, got {args.out}")
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     if "state_dict" not in checkpoint:
         raise UserError(f"{args.checkpoint} has no state_dict; its entries are {', '.join(map(str, checkpoint))}")
-    weights = checkpoint["state_dict"]  # with mmengine's EMAHook the moving average
+    weights = checkpoint["state_dict"]  # the moving average if mmengine's EMAHook was used
     dropped = () if args.keep_config else LOCAL
     meta = {name: value for name, value in checkpoint.get("meta", {}).items() if name not in dropped}
     with tempfile.TemporaryDirectory() as folder:

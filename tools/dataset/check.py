@@ -1,4 +1,4 @@
-"""Read the data of a configuration, and say what is used, what is lost and what cannot work."""
+"""Check the data of a configuration, and report what is used, what is ignored and what cannot work."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -10,7 +10,7 @@ from condattn.openmmlab.runner.launch import add_config_arguments, load_config
 
 
 def parse_args() -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument("--images", action="store_true", help="read every image and label map, not a sample of 5000")

@@ -1,4 +1,4 @@
-"""A small Mask R-CNN with Swin on the digit scenes, sized for a few minutes on two CPU cores."""
+"""A small Mask R-CNN with Swin on the digit scenes, which trains in a few minutes on two CPU cores."""
 
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)

@@ -1,5 +1,7 @@
-"""The demo's Mask R-CNN on the built-in digit scenes: four fifths of the training scenes train, the rest tunes, the
-validation scenes are reported.
+"""The demo's Mask R-CNN on the built-in digit scenes.
+
+Four fifths of the training scenes are used for training, half of the others for tuning, and the validation scenes for
+the final evaluation.
 """
 
 _base_ = "../../demo/_base_/mask_rcnn_digit_scenes.py"
@@ -26,11 +28,11 @@ train_dataloader = dict(
 val_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
-    # Every second one of those that do not train: evaluations would take half of the time otherwise.
+    # Half of the scenes that are not trained on: with all of them, evaluations would take half of the time.
     dataset=dict(split="training", indices=list(range(4, scenes, 10)), pipeline=pipeline),
 )
 test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=pipeline))
-# Without a file of its own the metric takes the annotations of the scenes that are evaluated.
+# Without ann_file, the metric uses the annotations of exactly the scenes that are evaluated.
 val_evaluator = dict(_delete_=True, type="CocoMetric", metric=["bbox", "segm"])
 test_evaluator = val_evaluator
 

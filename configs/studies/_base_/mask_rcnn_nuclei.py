@@ -1,7 +1,8 @@
-"""Mask R-CNN with a small Swin on nuclei under the microscope: crops of 128 pixels train, whole images are evaluated.
+"""Mask R-CNN with a small Swin on nuclei in microscopy images.
 
-NUCLEI is a folder in COCO's layout: annotations/instances_{train,val}.json and images/. Four fifths of the training
-images train, the rest tunes, the validation images are reported.
+The model is trained on crops of 128 pixels and evaluated on whole images. The environment variable NUCLEI names a
+folder in COCO's layout: annotations/instances_{train,val}.json and images/. Four fifths of the training images are used
+for training, the rest for tuning, and the validation images for the final evaluation.
 """
 
 _base_ = "../../demo/_base_/mask_rcnn_digit_scenes.py"
@@ -77,7 +78,7 @@ test_dataloader = dict(
         pipeline=test_pipeline,
     ),
 )
-# Without a file of its own the metric takes the annotations of the images that are evaluated.
+# Without ann_file, the metric uses the annotations of exactly the images that are evaluated.
 val_evaluator = dict(_delete_=True, type="CocoMetric", metric=["bbox", "segm"], proposal_nums=(100, 300, 1000))
 test_evaluator = val_evaluator
 

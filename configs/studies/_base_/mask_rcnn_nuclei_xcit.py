@@ -1,4 +1,4 @@
-"""Mask R-CNN with a small XCiT, whose attention is between channels, on nuclei under the microscope."""
+"""Mask R-CNN with a small XCiT, whose attention is between channels, on nuclei in microscopy images."""
 
 _base_ = "mask_rcnn_nuclei.py"
 

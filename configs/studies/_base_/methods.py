@@ -1,4 +1,4 @@
-"""PC and SC (of strength 1) against none, with eight seeds."""
+"""Settings of a study that compares PC and SC (strength 1) with no conditioning, with eight seeds."""
 
 key = "model.backbone.conditioning"
 variants = {

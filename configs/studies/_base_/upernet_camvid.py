@@ -1,7 +1,8 @@
-"""UPerNet with a small Swin on street scenes (CamVid): training images train, validation images tune, test images are
-reported.
+"""UPerNet with a small Swin on street scenes (CamVid).
 
-CAMVID is a folder with images/{train,val,test} and annotations/{train,val,test}, label maps of 0 to 10 and 255.
+The environment variable CAMVID names a folder with images/{train,val,test} and annotations/{train,val,test}, label maps
+with the values 0 to 10, and 255 for ignored pixels. The training images are used for training, the validation images
+for tuning, and the test images for the final evaluation.
 """
 
 _base_ = "../../demo/upernet_swin_pc.py"

@@ -1,6 +1,8 @@
-"""A small ViT on Fashion-MNIST: four fifths of the training images train, the rest tunes, the test images are reported.
+"""A small ViT on Fashion-MNIST.
 
-The data are read from FASHION_MNIST; Debian's package dataset-fashion-mnist puts them into the default.
+The environment variable FASHION_MNIST names the data folder; the default is that of Debian's package
+dataset-fashion-mnist. Four fifths of the training images are used for training, the rest for tuning, and the test
+images for the final evaluation.
 """
 
 default_scope = "mmpretrain"

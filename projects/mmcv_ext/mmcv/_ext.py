@@ -1,4 +1,4 @@
-"""mmcv's operators, by condattn; a compiled ``_ext`` beside this file is imported in its place."""
+"""condattn's operators in the place of mmcv's extension; Python prefers a compiled ``_ext`` beside this file."""
 
 try:
     from condattn.openmmlab.mmcv_ops import *  # noqa: F403

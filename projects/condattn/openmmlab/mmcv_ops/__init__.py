@@ -1,10 +1,11 @@
-"""mmcv's operators on PyTorch and torchvision, for an mmcv that was installed without compiled ones.
+"""mmcv's operators on PyTorch and torchvision, for an mmcv that was installed without compiled operators.
 
-``mmcv.ops`` calls its compiled extension ``mmcv._ext`` with the functions below, which have the extension's names and
-arguments: they write into the buffers that they are given. The distribution in ``projects/mmcv_ext`` puts a module of
-that name beside mmcv, whose content is this package. A compiled extension is found before it.
+``mmcv.ops`` calls functions of the compiled extension ``mmcv._ext``. The functions below have the same names and
+arguments, and write their results into the buffers that the caller passes. The distribution in ``projects/mmcv_ext``
+installs a module ``mmcv._ext`` that re-exports this package. Where a compiled extension is installed, Python imports
+that instead.
 
-They run on CPUs and on CUDA devices, and compute in single precision where the inputs are in half precision.
+The operators run on CPUs and on CUDA devices, and compute in single precision where the inputs are in half precision.
 """
 
 from collections.abc import Callable
@@ -76,19 +77,19 @@ __all__ = [
 
 
 def get_compiler_version() -> str:
-    """What reports of the environment print as mmcv's compiler."""
+    """Return the text that environment reports print as mmcv's compiler."""
     return f"not compiled: condattn's operators on torchvision {torchvision.__version__}"
 
 
 def get_compiling_cuda_version() -> str:
-    """What reports of the environment print as the CUDA version of mmcv's operators."""
+    """Return the text that environment reports print as the CUDA version of mmcv's operators."""
     return f"not compiled: torch's ({torch.version.cuda or 'built without CUDA'})"
 
 
 def __getattr__(name: str) -> Callable:
-    """The operator called ``name``, which is not among those above: a function that says so when it is called.
+    """Return a placeholder for the operator ``name``, which this package lacks; it raises an error when it is called.
 
-    ``mmcv.ops`` looks up the operators of all its modules when it is imported.
+    An error at the lookup would be too early: ``mmcv.ops`` looks up the operators of all its modules on import.
     """
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

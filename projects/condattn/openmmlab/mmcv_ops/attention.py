@@ -10,7 +10,7 @@ from .common import gradients, in_full_precision
 
 
 def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor) -> Tensor:
-    """Weighted sum of ``value`` at sampling locations in each level, interpolated bilinearly, zero outside.
+    """Weighted sum of ``value`` at the sampling locations of all levels, by bilinear interpolation; zero outside.
 
     Args:
         value: (N, sum of H * W over levels, heads, channels).
@@ -24,7 +24,7 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
     n, _, heads, channels = value.shape
     queries = locations.shape[1]
     sizes = shapes.tolist()
-    # (N, heads, levels, queries, points, ...): what belongs to one head and level is one image to sample.
+    # (N, heads, levels, queries, points, ...): the values of one head and level are sampled as one image.
     locations = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5)
     weights = weights.permute(0, 2, 3, 1, 4)
     output = value.new_zeros(n * heads, channels, queries)
@@ -43,7 +43,7 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """:func:`deformable_attention`, in the data type of ``value``."""
+    """Compute :func:`deformable_attention`; the output has the data type of ``value``."""
     with torch.autocast(value.device.type, enabled=False):
         inputs = in_full_precision(value, sampling_locations, attention_weights)
         return deformable_attention(*inputs, value_spatial_shapes).to(value.dtype).contiguous()
@@ -61,7 +61,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Gradients of :func:`deformable_attention` with respect to values, locations and weights."""
+    """Write the gradients of :func:`deformable_attention` with respect to values, locations and weights."""
     function = partial(deformable_attention, shapes=value_spatial_shapes)
     results = gradients(function, (value, sampling_locations, attention_weights), grad_output)
     for buffer, result in zip((grad_value, grad_sampling_loc, grad_attn_weight), results, strict=True):

@@ -1,4 +1,4 @@
-"""What the operators share: the precision they compute in, and gradients of functions that PyTorch differentiates."""
+"""Helpers that the operators share: the precision of the computation, and gradients by autograd."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def in_full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` in the first one's data type, or in float32 where that is a half precision."""
+    """Convert ``tensors`` to the data type of the first, or to float32 if that is in half precision."""
     dtype = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else tensors[0].dtype
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of ``function(*inputs)`` with respect to each of ``inputs``; the function is evaluated once more.
+    """Gradients of ``function(*inputs)`` with respect to each input, by evaluating the function again with autograd.
 
     Args:
         function: A differentiable function of tensors.
@@ -30,9 +30,10 @@ def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_ou
 
 @contextmanager
 def not_deterministic() -> Iterator[None]:
-    """Let PyTorch warn in place of raising where a gradient is summed up in any order, as mmcv's operators do.
+    """Let PyTorch warn instead of raise where gradients are summed in no fixed order, as in mmcv's operators.
 
-    ``torch.use_deterministic_algorithms`` refuses such gradients of torchvision and of ``grid_sample`` on a GPU.
+    With ``torch.use_deterministic_algorithms(True)``, such backward passes of torchvision and of ``grid_sample`` would
+    raise an error on a GPU.
     """
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(strict, warn_only=True)

@@ -1,4 +1,4 @@
-"""Deformable convolutions (arXiv 1703.06211, 1811.11168) and convolution at chosen positions."""
+"""Deformable convolutions (arXiv 1703.06211, 1811.11168) and convolution at selected positions."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from .common import in_full_precision, not_deterministic, write
 def _gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, settings: tuple
 ) -> tuple[Tensor, ...]:
-    """Gradients with respect to input, weight, offset, mask and bias."""
+    """Gradients of the deformable convolution with respect to input, weight, offset, mask and bias."""
     use_mask = mask is not None
     mask = mask if use_mask else input.new_zeros(len(input), 1)
     bias = input.new_zeros(len(weight))
@@ -24,10 +24,14 @@ def _gradients(
 
 
 def _inside(offset: Tensor, kernel: tuple[int, int], size: tuple[int, int], settings: tuple) -> Tensor:
-    """Whether each sample lies less than one pixel outside the image, (N, groups * kernel's, output's H, W).
+    """Whether each sample lies in the image or less than one pixel outside it.
 
-    A sample exactly one pixel outside is a kink: its value is 0 and grows inwards. mmcv has no gradient there,
-    torchvision that of the inner side; offsets that start at zero meet it wherever an image is padded by a pixel.
+    The interpolated value is not differentiable at exactly one pixel outside the image: it is 0 there, and grows
+    inwards. mmcv defines the gradient at that position as zero, torchvision as that of the inner side. Offsets that are
+    initialised to zero sample exactly there wherever an image is padded by one pixel.
+
+    Returns:
+        (N, deformable groups * kernel height * kernel width, output height, output width).
     """
     samples = offset.unflatten(1, (-1, *kernel, 2))
     inside = True
@@ -63,7 +67,7 @@ def deform_conv_forward(
 ) -> None:
     """Write the deformable convolution of ``input`` (N, C, H, W) into ``output``.
 
-    ``offset`` is (N, 2 * deformable groups * kH * kW, output height, output width), with y before x.
+    ``offset`` is (N, 2 * deformable groups * kH * kW, output height, output width), y before x for each kernel element.
     """
     _check_offset(offset, kH, kW, deformable_group)
     geometry = dict(stride=(dH, dW), padding=(padH, padW), dilation=(dilationH, dilationW))
@@ -143,7 +147,7 @@ def modulated_deform_conv_forward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Write the deformable convolution whose samples are multiplied by ``mask`` into ``output``.
+    """Write the modulated deformable convolution, whose samples are multiplied by ``mask``, into ``output``.
 
     ``mask`` is (N, deformable groups * kernel height * kernel width, output height, output width).
     """
@@ -182,7 +186,7 @@ def modulated_deform_conv_backward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Write the gradients of :func:`modulated_deform_conv_forward`'s output with respect to its inputs."""
+    """Write the gradients of the modulated deformable convolution with respect to its inputs."""
     settings = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
     results = _gradients(grad_output, input, weight, offset, mask, settings)
     buffers = (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)

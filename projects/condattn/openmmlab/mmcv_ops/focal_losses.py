@@ -1,4 +1,4 @@
-"""Focal losses (arXiv 1708.02002, eq. 5) of a sigmoid and of a softmax."""
+"""Sigmoid and softmax focal losses (arXiv 1708.02002, eq. 5)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +9,16 @@ from .common import gradients, in_full_precision, write
 
 
 def sigmoid_loss(input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
-    """Focal loss of each class by itself.
+    """Sigmoid focal loss, one binary loss for each row and class.
 
     With p = sigmoid(input): -alpha (1 - p)^gamma log p for the target class, -(1 - alpha) p^gamma log(1 - p) for the
-    others.
+    other classes.
 
     Args:
         input: Logits, (N, classes).
-        target: Class of each row, (N,); a number that is no class means that the row belongs to none.
-        weight: (classes,), what a row is multiplied by for its target class; empty for 1.
-        gamma: Exponent.
+        target: Class of each row, (N,); a number that is not a class index means that the row belongs to no class.
+        weight: (classes,), factor for the rows of each target class; empty if all factors are 1.
+        gamma: Focusing exponent.
         alpha: Weight of the target class.
 
     Returns:
@@ -30,19 +30,19 @@ def sigmoid_loss(input: Tensor, target: Tensor, weight: Tensor, gamma: float, al
 
 
 def softmax_loss(probabilities: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
-    """Focal loss of the target class, -alpha (1 - p)^gamma log p, times its weight; rows with target < 0 have none.
+    """Softmax focal loss of the target class, -alpha (1 - p)^gamma log p, times its weight; 0 for rows with target < 0.
 
     Args:
         probabilities: Softmax of the logits, (N, classes).
-        target: (N,).
-        weight: (classes,) or empty.
-        gamma: Exponent.
-        alpha: Factor.
+        target: Class of each row, (N,).
+        weight: (classes,), factor for the rows of each target class; empty if all factors are 1.
+        gamma: Focusing exponent.
+        alpha: Factor of the loss.
 
     Returns:
         (N,).
     """
-    if target.device.type == "cpu":  # where looking costs nothing
+    if target.device.type == "cpu":  # the check would stall a GPU
         checked(target.clamp(min=0), probabilities[0] if len(probabilities) else weight)
     p = probabilities.gather(1, target.clamp(min=0)[:, None])[:, 0]
     loss = -alpha * (1 - p) ** gamma * p.clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -52,10 +52,10 @@ def softmax_loss(probabilities: Tensor, target: Tensor, weight: Tensor, gamma: f
 
 
 def checked(target: Tensor, weight: Tensor) -> Tensor:
-    """``target``, all of whose numbers have a weight.
+    """Return ``target`` after checking that every class index in it has an entry in ``weight``.
 
     Raises:
-        RuntimeError: If one has none.
+        RuntimeError: If an index is out of range.
     """
     if target.numel() and (target.min() < 0 or target.max() >= len(weight)):
         raise RuntimeError(
@@ -77,8 +77,8 @@ def sigmoid_focal_loss_backward(
 ) -> None:
     """Write the derivative of each element of :func:`sigmoid_loss` into ``grad_input``.
 
-    By its closed form, which is finite where p is 0 or 1, whatever ``gamma``: for the target class
-    -alpha (1 - p)^gamma (1 - p - gamma p log p), for others (1 - alpha) p^gamma (p - gamma (1 - p) log(1 - p)).
+    The closed form is used, because it is finite where p is 0 or 1, for every ``gamma``: for the target class
+    -alpha (1 - p)^gamma (1 - p - gamma p log p), for the others (1 - alpha) p^gamma (p - gamma (1 - p) log(1 - p)).
     """
     (x,) = in_full_precision(input)
     p = x.sigmoid()
@@ -100,12 +100,15 @@ def softmax_focal_loss_forward(
 def softmax_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Write the derivatives of :func:`softmax_loss` with respect to the logits behind ``input`` into ``grad_input``."""
+    """Write the gradient of :func:`softmax_loss` with respect to the logits into ``grad_input``.
+
+    ``input`` is the softmax of these logits.
+    """
 
     def of_logits(logits: Tensor) -> Tensor:
         return softmax_loss(logits.softmax(1), target, weight, gamma, alpha)
 
-    # Up to a constant a row, the logarithm of its probabilities is the row's logits.
+    # The logarithm of the probabilities equals the logits up to a constant for each row, which softmax ignores.
     (probabilities,) = in_full_precision(input)
     logits = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
     grad_input.copy_(gradients(of_logits, (logits,), buff.new_ones(buff.shape))[0])

@@ -1,4 +1,4 @@
-"""Reassembly of features by predicted kernels: CARAFE (arXiv 1905.02188) and the masks of PSANet (ECCV 2018)."""
+"""Reassembly of features with predicted kernels: CARAFE (arXiv 1905.02188) and the masks of PSANet (ECCV 2018)."""
 
 from functools import partial
 
@@ -10,16 +10,16 @@ from .common import gradients, write
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    """Upsample: each output position is the sum, weighted by its own kernel, of the k x k inputs around its source.
+    """Upsample: each output position is the sum of the k x k inputs around its source, weighted by its own kernel.
 
-    Output (y, x) has its source at (y // scale, x // scale); features are zero outside the image.
+    The source of output (y, x) is (y // scale, x // scale); features are zero outside the image.
 
     Args:
         features: (N, C, H, W).
-        masks: (N, groups * k * k, scale * H, scale * W); each group of channels has kernels of its own.
-        kernel_size: k, odd.
+        masks: (N, groups * k * k, scale * H, scale * W); each group of channels has separate kernels.
+        kernel_size: Height and width of the kernels, k; odd.
         group_size: Number of groups.
-        scale_factor: scale.
+        scale_factor: Upsampling factor, ``scale`` above.
 
     Returns:
         (N, C, scale * H, scale * W).
@@ -70,7 +70,7 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """:func:`carafe_naive_forward`; ``rfeatures``, which the backward pass gets, keeps the features."""
+    """Write :func:`carafe` into ``output``, and copy the features to ``rfeatures`` for the backward pass."""
     rfeatures.copy_(features)
     carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
 
@@ -89,22 +89,23 @@ def carafe_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """:func:`carafe_naive_backward`."""
+    """Write the gradients of :func:`carafe`, as :func:`carafe_naive_backward` does."""
     carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, kernel_size, group_size, scale_factor)
 
 
 def psa_mask(input: Tensor, collect: bool, mask_size: tuple[int, int], half: tuple[int, int]) -> Tensor:
-    """Point-wise attention from masks that are centred on each position.
+    """Point-wise spatial attention (PSA) from masks that are centred on each position.
 
-    The mask of position (h, w) holds its attention to (h + i - half_h, w + j - half_w) at (i, j). In the output,
-    positions are numbered h * W + w: ``distribute`` has (number of this position, the other one's height and
-    width), ``collect`` (number of the other one, this position's height and width). Zero beyond the mask.
+    Element (i, j) of the mask of position (h, w) is its attention to position (h + i - half_h, w + j - half_w).
+    Attention to positions outside the mask is zero. Let p be the position that a mask belongs to, q the position that
+    it attends to, and h * W + w the index of a position. In ``distribute`` mode, the output is indexed by (index of p,
+    height and width of q); in ``collect`` mode, by (index of q, height and width of p).
 
     Args:
         input: (N, mask height * mask width, H, W).
-        collect: Collect, or else distribute.
+        collect: Whether the mode is ``collect``, not ``distribute``.
         mask_size: Height and width of the masks.
-        half: Where in a mask its position is.
+        half: Row and column in a mask of the position that it belongs to.
 
     Returns:
         (N, H * W, H, W).

@@ -1,7 +1,7 @@
-"""Features of regions of interest: RoIAlign (arXiv 1703.06870) and RoIPool (arXiv 1504.08083).
+"""Pooling of regions of interest: RoIAlign (arXiv 1703.06870) and RoIPool (arXiv 1504.08083).
 
-Regions are rows (index of the image, x1, y1, x2, y2), in pixels of the image; ``spatial_scale`` makes them pixels of
-the feature map.
+Regions are rows (index of the image in the batch, x1, y1, x2, y2), in pixels of the image; ``spatial_scale`` converts
+them to pixels of the feature map.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from .common import in_full_precision, not_deterministic, write
 
 MAX = 0
-"""``pool_mode`` of the largest of a bin's samples; their mean is 1."""
+"""``pool_mode`` that takes the largest sample of a bin; 1 takes their mean."""
 
 
 def roi_align_forward(
@@ -36,14 +36,15 @@ def roi_align_forward(
         input: (N, C, H, W).
         rois: (R, 5).
         output: (R, C, aligned_height, aligned_width).
-        argmax_y: Where the largest sample lies, of the output's shape; empty unless ``pool_mode`` is ``MAX``.
-        argmax_x: The same for x.
-        aligned_height: Bins of a region in y.
-        aligned_width: Bins of a region in x.
-        spatial_scale: Size of the feature map over size of the image.
-        sampling_ratio: Samples of a bin in each direction; 0 for the bin's size, rounded up.
+        argmax_y: y of the largest sample in the feature map, of the output's shape; empty unless ``pool_mode`` is
+            ``MAX``.
+        argmax_x: x of the largest sample, in the same way.
+        aligned_height: Number of bins of a region in y.
+        aligned_width: Number of bins of a region in x.
+        spatial_scale: Size of the feature map divided by the size of the image.
+        sampling_ratio: Number of samples of a bin in each direction; 0 for the bin's size in pixels, rounded up.
         pool_mode: ``MAX`` or 1 (mean).
-        aligned: Whether pixel centres lie at .5.
+        aligned: Whether regions are shifted by half a pixel, so that pixel centres lie at .5.
     """
     _check_images(input, rois)
     size = (aligned_height, aligned_width)
@@ -57,7 +58,7 @@ def roi_align_forward(
     features, regions = in_full_precision(input, rois)
     start, extent = _extents(regions, spatial_scale, aligned)
     bins = extent / extent.new_tensor(size)
-    # Regions with the same number of samples are pooled together: one sample is a bin of a finer RoIAlign.
+    # Regions with equal numbers of samples are pooled together: each sample is one bin of a finer RoIAlign.
     samples = (
         bins.nan_to_num(0).ceil().long()
         if sampling_ratio <= 0
@@ -65,7 +66,7 @@ def roi_align_forward(
     )
     for counts in samples.unique(dim=0).tolist():
         chosen = (samples == samples.new_tensor(counts)).all(1).nonzero()[:, 0]
-        if min(counts) <= 0:  # no sample: the value is 0, and lies nowhere
+        if min(counts) <= 0:  # a bin without samples has the value 0 and no position
             output[chosen], argmax_y[chosen], argmax_x[chosen] = 0, -1, -1
             continue
         fine = [n * count for n, count in zip(size, counts, strict=True)]
@@ -110,8 +111,8 @@ def roi_align_backward(
     total = grad.new_zeros(n * channels * height * width)
     for row, weight_y in ((y0, 1 - (y - y0)), (y0 + 1, y - y0)):
         for column, weight_x in ((x0, 1 - (x - x0)), (x0 + 1, x - x0)):
-            place = (image * height + row.clamp(max=height - 1).long()) * width + column.clamp(max=width - 1).long()
-            total.index_add_(0, place.flatten(), torch.where(inside, weight_y * weight_x * grad, 0).flatten())
+            index = (image * height + row.clamp(max=height - 1).long()) * width + column.clamp(max=width - 1).long()
+            total.index_add_(0, index.flatten(), torch.where(inside, weight_y * weight_x * grad, 0).flatten())
     grad_input.copy_(total.view_as(grad_input))
 
 
@@ -124,19 +125,19 @@ def roi_pool_forward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Write the largest value in each bin of each region into ``output``, and where it stands into ``argmax``.
+    """Write the largest value in each bin of each region into ``output``, and its position into ``argmax``.
 
-    A region is x1 to x2 + 1 in the image. Its bins have fractional borders; a bin takes every pixel that it touches,
-    and may be empty: then its value is 0 and its place -1.
+    A region reaches from x1 to x2 + 1 in the image. Its bins have fractional borders; a bin contains every pixel that
+    it touches. The value of an empty bin is 0, and its position is -1.
 
     Args:
         input: (N, C, H, W).
         rois: (R, 5).
         output: (R, C, pooled_height, pooled_width).
-        argmax: Of the same shape, integers: y * W + x.
-        pooled_height: Bins of a region in y.
-        pooled_width: Bins of a region in x.
-        spatial_scale: Size of the feature map over size of the image.
+        argmax: Positions of the largest values, y * W + x, of the same shape.
+        pooled_height: Number of bins of a region in y.
+        pooled_width: Number of bins of a region in x.
+        spatial_scale: Size of the feature map divided by the size of the image.
     """
     _check_images(input, rois)
     features, regions = in_full_precision(input, rois)
@@ -144,9 +145,9 @@ def roi_pool_forward(
     start = regions[:, [2, 1]] * spatial_scale
     extent = (regions[:, [4, 3]] + 1) * spatial_scale - start
     valid = (extent > 0).all(1)
-    for i, (image, sound) in enumerate(zip(rois[:, 0].long().tolist(), valid.tolist(), strict=True)):
+    for i, (image, is_valid) in enumerate(zip(rois[:, 0].long().tolist(), valid.tolist(), strict=True)):
         output[i], argmax[i] = 0, -1
-        if not sound:
+        if not is_valid:
             continue
         width_of_bins = extent[i] / size
         masks, first = [], []
@@ -164,10 +165,10 @@ def roi_pool_forward(
         in_row, x = torch.where(columns[:, None, None], part, -torch.inf).max(-1)  # (bins, C, rows)
         largest, y = torch.where(rows[:, None, None], in_row, -torch.inf).max(-1)  # (bins in y, in x, C)
         x = x.expand(pooled_height, *x.shape).gather(-1, y[..., None])[..., 0]
-        there = (rows.any(1)[:, None] & columns.any(1))[..., None]
-        output[i] = torch.where(there, largest, 0).permute(2, 0, 1).to(output)
-        place = (y + first[0]) * limits[1] + x + first[1]
-        argmax[i] = torch.where(there, place, -1).permute(2, 0, 1).to(argmax)
+        nonempty = (rows.any(1)[:, None] & columns.any(1))[..., None]
+        output[i] = torch.where(nonempty, largest, 0).permute(2, 0, 1).to(output)
+        position = (y + first[0]) * limits[1] + x + first[1]
+        argmax[i] = torch.where(nonempty, position, -1).permute(2, 0, 1).to(argmax)
 
 
 def roi_pool_backward(
@@ -179,7 +180,7 @@ def roi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Add the gradient of each bin at the place of its largest value in ``grad_input`` (N, C, H, W)."""
+    """Write the gradient of :func:`roi_pool_forward` with respect to its input into ``grad_input`` (N, C, H, W)."""
     (grad,) = in_full_precision(grad_output)
     places = argmax.long().flatten(2)
     grad = torch.where(places >= 0, grad.flatten(2), 0)
@@ -190,7 +191,7 @@ def roi_pool_backward(
 
 
 def _extents(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
-    """Where regions start and how large they are in the feature map, (R, 2) each, y before x."""
+    """Starts and sizes of regions in the feature map, (R, 2) each, y before x."""
     offset = 0.5 if aligned else 0.0
     start, end = rois[:, [2, 1]] * spatial_scale - offset, rois[:, [4, 3]] * spatial_scale - offset
     extent = end - start
@@ -198,7 +199,7 @@ def _extents(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor,
 
 
 def _check_images(features: Tensor, rois: Tensor) -> None:
-    """Refuse regions of images that are not in the batch; on a CPU, where looking costs nothing."""
+    """Raise if a region refers to an image outside the batch; on a CPU only, because the check would stall a GPU."""
     if rois.device.type == "cpu" and len(rois) and not (rois[:, 0].min() >= 0 and rois[:, 0].max() < len(features)):
         raise RuntimeError(
             f"regions of interest: expected images 0 to {len(features) - 1} in the first column, got "

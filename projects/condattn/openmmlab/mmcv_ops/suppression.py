@@ -10,19 +10,22 @@ from torch import Tensor
 from .common import in_full_precision
 
 LINE_OFFSETS = 72
-"""Number of points of a line proposal (CLRNet)."""
+"""Number of heights at which a line proposal of CLRNet has an x coordinate."""
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes that no better one overlaps by more than ``iou_threshold``, best first.
+    """Non-maximum suppression: drop boxes that overlap a kept box of higher score by more than ``iou_threshold``.
 
-    Equal scores come in the order of ``scores.sort(descending=True)``, which is mmcv's, and no stable one.
+    Boxes with equal scores are ordered by ``scores.sort(descending=True)``, as in mmcv; this sort is not stable.
 
     Args:
         boxes: (N, 4), x1, y1, x2, y2; widths are x2 - x1 + ``offset``.
         scores: (N,).
-        iou_threshold: Largest intersection over union that is kept; rounded to single precision, as mmcv does.
+        iou_threshold: Largest IoU with a kept box at which a box is kept; rounded to single precision, as in mmcv.
         offset: 0 or 1.
+
+    Returns:
+        Indices of the kept boxes, by descending score.
     """
     boxes, scores = in_full_precision(boxes, scores)
     if offset:
@@ -42,23 +45,23 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (arXiv 1704.04503): scores of overlapping boxes are lowered, and dropped below ``min_score``.
+    """Soft-NMS (arXiv 1704.04503): lower the scores of overlapping boxes, and drop boxes below ``min_score``.
 
-    Among equal scores the first one wins, in an order in which a chosen box changes places with the first one left,
-    and a dropped one is replaced by the last: that of mmcv.
+    Among boxes with equal scores, the first in the current order is selected. This order is mmcv's: a selected box
+    swaps places with the first remaining box, and the last remaining box moves to the place of a dropped one.
 
     Args:
         boxes: (N, 4).
         scores: (N,).
-        dets: (N, 5); boxes and final scores are written here, in the order in which they were chosen.
-        iou_threshold: Overlap from which methods 0 and 1 act.
-        sigma: Width of method 2.
-        min_score: What is lower is dropped; the best box of each turn is kept whatever its score.
-        method: 0: to 0; 1: times 1 - IoU; 2: times exp(-IoU^2 / sigma).
-        offset: Widths are x2 - x1 + ``offset``.
+        dets: (N, 5); boxes and final scores are written here, in the order of selection.
+        iou_threshold: Smallest IoU at which methods 0 and 1 lower a score.
+        sigma: Width of the Gaussian of method 2.
+        min_score: Boxes with lower scores are dropped; the best remaining box is selected whatever its score.
+        method: Factor of the score of an overlapping box: 0 for 0, 1 for 1 - IoU, 2 for exp(-IoU^2 / sigma).
+        offset: 0 or 1; widths are x2 - x1 + ``offset``.
 
     Returns:
-        Indices of the boxes in ``dets``.
+        Indices in ``boxes`` of the rows of ``dets``.
     """
     boxes, scores = (tensor.detach().clone() for tensor in in_full_precision(boxes, scores))
     index = torch.arange(len(boxes))
@@ -76,13 +79,13 @@ def softnms(
         else:
             factor = torch.where(overlap >= threshold, (1 - overlap) * method, 1)
         scores[chosen:] *= factor
-        order = torch.cat([torch.arange(chosen), chosen + _replaced_by_last(~(scores[chosen:] < min_score))])
+        order = torch.cat([torch.arange(chosen), chosen + _fill_gaps_from_end(~(scores[chosen:] < min_score))])
         boxes, scores, index = boxes[order], scores[order], index[order]
     return index
 
 
-def _replaced_by_last(keep: Tensor) -> Tensor:
-    """Indices of what is kept, each element that is not being replaced by the last that is and stands behind it."""
+def _fill_gaps_from_end(keep: Tensor) -> Tensor:
+    """Indices of the elements to keep, in an order in which the last kept elements fill the gaps of dropped ones."""
     number = int(keep.sum())
     order = torch.arange(number)
     order[~keep[:number]] = number + keep[number:].nonzero()[:, 0].flip(0)
@@ -90,9 +93,9 @@ def _replaced_by_last(keep: Tensor) -> Tensor:
 
 
 def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int) -> None:
-    """Write overlaps of boxes (N, 4) and (M, 4) into ``ious``: each with each, or with its own if ``aligned``.
+    """Write the overlaps of boxes (N, 4) and (M, 4) into ``ious``: of all pairs, or row by row if ``aligned``.
 
-    ``mode`` is 0 for intersection over union, 1 for intersection over the area of the first; widths are
+    ``mode`` is 0 for intersection over union, 1 for intersection over the area of the first box; widths are
     x2 - x1 + ``offset``.
     """
     boxes, others = in_full_precision(bboxes1, bboxes2)
@@ -101,7 +104,7 @@ def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, ali
 
 
 def _iou(boxes: Tensor, others: Tensor, offset: int = 0, over_first: bool = False) -> Tensor:
-    """Intersection over union of boxes (..., 4) whose shapes are broadcast, or over the area of the first."""
+    """Intersection over union of boxes (..., 4), or over the area of the first; shapes are broadcast."""
     area, areas = ((b[..., 2:4] - b[..., :2] + offset).prod(-1) for b in (boxes, others))
     low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:4], others[..., 2:4])
     intersection = (high - low + offset).clamp(min=0).prod(-1)
@@ -109,22 +112,26 @@ def _iou(boxes: Tensor, others: Tensor, offset: int = 0, over_first: bool = Fals
 
 
 def _groups(scores: Tensor, suppressed: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    """Greedy suppression: the best that is left takes away those that ``suppressed(best, others)`` marks.
+    """Greedy suppression: the best remaining item removes the others for which ``suppressed(best, others)`` is true.
 
     Returns:
-        For each one that is kept, best first: its index and those of what it suppressed, by falling score.
+        One group for each kept item, by descending score: its index, then the indices of the items that it suppressed,
+        by descending score.
     """
-    left = scores.sort(descending=True).indices
+    remaining = scores.sort(descending=True).indices
     groups = []
-    while left.numel():
-        taken = suppressed(left[0], left[1:])
-        groups.append(torch.cat([left[:1], left[1:][taken]]))
-        left = left[1:][~taken]
+    while remaining.numel():
+        removed = suppressed(remaining[0], remaining[1:])
+        groups.append(torch.cat([remaining[:1], remaining[1:][removed]]))
+        remaining = remaining[1:][~removed]
     return groups
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Groups of boxes, ``dets`` (N, 5) with scores: one that is kept, and those it overlaps by ``iou_threshold``."""
+    """Group boxes by non-maximum suppression: each kept box with those that it suppresses, IoU >= ``iou_threshold``.
+
+    ``dets`` is (N, 5): x1, y1, x2, y2 and score. Each group is a list of indices, the kept box first.
+    """
     (dets,) = in_full_precision(dets)
     threshold = float(np.float32(iou_threshold))
     return [group.tolist() for group in _groups(dets[:, 4], lambda i, rest: _iou(dets[i], dets[rest]) >= threshold)]
@@ -139,10 +146,10 @@ def nms_rotated(
     iou_threshold: float,
     multi_label: bool,
 ) -> Tensor:
-    """Indices of the rotated boxes that no better one overlaps by ``iou_threshold``, best first.
+    """Indices of the rotated boxes that remain after suppression at IoU >= ``iou_threshold``, by descending score.
 
-    ``dets`` is (N, 5): centre, width, height and angle in radians (a sixth column, the label, plays no part, as in
-    mmcv's operator).
+    ``dets`` is (N, 5): centre, width, height and angle in radians. A sixth column, the label, is ignored, as in mmcv's
+    operator.
     """
     threshold = float(np.float32(iou_threshold))
 
@@ -151,31 +158,31 @@ def nms_rotated(
 
 
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int, aligned: bool) -> None:
-    """Write overlaps of rotated boxes (N, 5) and (M, 5) into ``ious``: each with each, or with its own if ``aligned``.
+    """Write the overlaps of rotated boxes (N, 5) and (M, 5) into ``ious``: of all pairs, or row by row if ``aligned``.
 
-    ``mode_flag`` is 0 for intersection over union, 1 for intersection over the area of the first.
+    ``mode_flag`` is 0 for intersection over union, 1 for intersection over the area of the first box.
     """
     overlaps = rotated_iou(boxes1 if aligned else boxes1[:, None], boxes2, over_first=mode_flag == 1)
     ious.copy_(overlaps.reshape(ious.shape))
 
 
 def rotated_iou(boxes: Tensor, others: Tensor, over_first: bool = False) -> Tensor:
-    """Intersection over union of rotated boxes, or over the first one's area; 0 where a box has no area.
+    """Intersection over union of rotated boxes, or over the area of the first; 0 where a box has no area.
 
-    The intersection of two rectangles is the convex polygon of their corners that lie in the other one and of the
-    points in which their sides meet. Computed in double precision.
+    The intersection of two rectangles is a convex polygon. Its corners are the corners of each rectangle that lie in
+    the other one, and the points at which their sides intersect. The computation is in double precision.
 
     Args:
         boxes: (..., 5), centre, width, height, angle in radians from x to y.
-        others: The same; their shapes are broadcast.
-        over_first: Divide by the area of ``boxes`` instead.
+        others: Boxes of the same format; shapes are broadcast.
+        over_first: Divide by the area of ``boxes`` instead of that of the union.
 
     Returns:
-        (...).
+        Overlaps of the broadcast shape (...).
     """
     boxes, others = torch.broadcast_tensors(boxes.double(), others.double())
     areas = boxes[..., 2] * boxes[..., 3], others[..., 2] * others[..., 3]
-    # Relative to the first one's centre, so that large coordinates cost no digits.
+    # Coordinates relative to the centre of the first box, so that large ones lose no precision.
     others = torch.cat([others[..., :2] - boxes[..., :2], others[..., 2:]], dim=-1)
     boxes = torch.cat([torch.zeros_like(boxes[..., :2]), boxes[..., 2:]], dim=-1)
     corners, others_corners = _corners(boxes), _corners(others)
@@ -198,7 +205,7 @@ def rotated_iou(boxes: Tensor, others: Tensor, over_first: bool = False) -> Tens
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """Corners of rotated boxes (..., 5) in turn, (..., 4, 2)."""
+    """Corners of rotated boxes (..., 5), in order along the border, (..., 4, 2)."""
     signs = boxes.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     across, up = (boxes[..., None, 2:4] / 2 * signs).unbind(-1)
     cos, sin = boxes[..., 4, None].cos(), boxes[..., 4, None].sin()
@@ -214,7 +221,7 @@ def _inside(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _convex_area(points: Tensor, valid: Tensor) -> Tensor:
-    """Area of the convex polygon with the ``valid`` ones of ``points`` (..., P, 2) as its corners, in any order."""
+    """Area of the convex polygon whose corners are the ``valid`` ones of ``points`` (..., P, 2), in any order."""
     centre = (points * valid[..., None]).sum(-2, keepdim=True) / valid.sum(-1)[..., None, None].clamp(min=1)
     points = points - centre
     angles = torch.atan2(points[..., 1], points[..., 0]).masked_fill(~valid, torch.inf)
@@ -229,18 +236,20 @@ def _cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 def line_nms_forward(boxes: Tensor, scores: Tensor, thresh: float, top_k: int) -> list[Tensor]:
-    """Suppression of line proposals (CLRNet, arXiv 2203.10350) that lie closer than ``thresh`` to a better one.
+    """Suppress line proposals (CLRNet, arXiv 2203.10350) that lie closer than ``thresh`` to a better one.
+
+    The distance of two lines is their mean absolute difference in x at the heights that both cover; lines without a
+    common height do not suppress each other.
 
     Args:
-        boxes: (N, 77): two scores, start (y in 0..1), x of the start, length in steps, and x at 72 heights. The
-            distance of two lines is the mean difference in x at the heights that both have; they need one in common.
+        boxes: (N, 77): two scores, start (y in 0..1), x of the start, length in steps, and x at 72 heights.
         scores: (N,).
-        thresh: Distance.
-        top_k: How many lines are kept at most.
+        thresh: Distance below which a line is suppressed.
+        top_k: Largest number of kept lines.
 
     Returns:
-        Indices of what is kept, best first, filled up with zeros to (N,); their number; and for each line the number,
-        from 1, of the kept one that it belongs to, or 0.
+        Indices of the kept lines by descending score, padded with zeros to (N,); their number; and for each line the
+        rank, from 1, of the kept line whose group it belongs to, or 0 if it belongs to none.
     """
     if boxes.shape[1] != 5 + LINE_OFFSETS:
         raise RuntimeError(f"line_nms: expected lines with {5 + LINE_OFFSETS} numbers, got {boxes.shape[1]}")

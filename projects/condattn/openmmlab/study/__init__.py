@@ -1,1 +1,1 @@
-"""Studies: what conditioning does to accuracy, over seeds, by rules that were fixed before the first run."""
+"""Studies of the effect of conditioning on accuracy, over several seeds, by rules fixed before the first run."""

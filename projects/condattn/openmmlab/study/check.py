@@ -1,4 +1,4 @@
-"""Refuse a study that cannot be evidence, before anything runs: unknown options, missing data, images used twice."""
+"""Checks of a study before its first run: options, data, metric, and that no image serves two purposes."""
 
 from collections.abc import Iterable
 from itertools import combinations
@@ -20,12 +20,12 @@ PURPOSES = {"train_dataloader": "training", "val_dataloader": "tuning", "test_da
 
 
 def check_study(study: Study, root: Path) -> None:
-    """Check that every variant can be built, and that no image serves two purposes.
+    """Check that every variant can be built, that its metric is reported, and that no image serves two purposes.
 
     Raises:
-        UserError: If not.
+        UserError: If a check fails.
     """
-    load_config(str(study.config))  # enters the default scope, and imports what it needs
+    load_config(str(study.config))  # also sets the default scope and runs the custom imports
     for variant in study.variants:
         cfg = training_config(study, RunId(TUNING, variant, 0, study.grid[0]), root, root)
         import_modules_from_strings(**cfg.get("custom_imports", {"imports": []}))
@@ -38,7 +38,7 @@ def check_study(study: Study, root: Path) -> None:
 
 
 def check_metric(study: Study, cfg: Config) -> None:
-    """Check that the evaluators report the score, on the data that tune and on those that are reported."""
+    """Check that the evaluators report the study's metric, on the tuning data and in the final evaluation."""
     for evaluators in (cfg.val_evaluator, cfg.test_evaluator):
         known: list[str] = []
         for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
@@ -51,7 +51,7 @@ def check_metric(study: Study, cfg: Config) -> None:
 
 
 def metric_names(evaluator: dict[str, Any]) -> list[str]:
-    """What the commonest evaluators report; nothing for others."""
+    """Names of the metrics that an evaluator reports; empty if its type is not known here."""
     kind = evaluator["type"].rpartition(".")[2]
     if kind == "CocoMetric":
         metrics = evaluator.get("metric", "bbox")
@@ -66,7 +66,7 @@ def metric_names(evaluator: dict[str, Any]) -> list[str]:
 
 
 def check_images(study: Study, cfg: Config) -> None:
-    """Check that the data are there, and that training, tuning and final evaluation share no image."""
+    """Check that the data exist, and that training, tuning and final evaluation share no image."""
     images = {}
     for loader, purpose in PURPOSES.items():
         with DefaultScope.overwrite_default_scope(cfg.default_scope):

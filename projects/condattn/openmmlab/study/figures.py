@@ -1,4 +1,4 @@
-"""Figures of a study, as SVG that does not change while the data do not."""
+"""Figures of a study as SVG; equal data give equal files."""
 
 import io
 import statistics
@@ -23,7 +23,7 @@ QUANTITIES = {
 
 
 def draw_curves(study: Study, results: Results) -> str:
-    """Scores on the data that tune, of each family: means of the final runs, and bands of a standard deviation."""
+    """Draw learning curves of each family on the tuning data: mean of the final runs, with one standard deviation."""
 
     def draw(axes: Axes, family: str) -> None:
         for color, name in zip(COLORS, family_members(study, family), strict=False):
@@ -35,7 +35,7 @@ def draw_curves(study: Study, results: Results) -> str:
 
 
 def draw_spectra(study: Study, results: Results) -> str:
-    """Condition numbers and entropy through training of the first family; empty where none were measured."""
+    """Draw condition numbers and entropy during training for the first family; empty if none were measured."""
     family = family_members(study, next(iter(study.families)))
     records = {name: results.final(name) for name in family}
     found = [q for q in QUANTITIES if any(q in record.spectra for one in records.values() for record in one)]
@@ -52,7 +52,7 @@ def draw_spectra(study: Study, results: Results) -> str:
 
 
 def family_members(study: Study, family: str) -> list[str]:
-    """References and variants of a family, each once."""
+    """Names of the references and variants of a family, without repetition."""
     pairs = study.families[family]
     return list(dict.fromkeys([*(reference for _, reference in pairs), *(variant for variant, _ in pairs)]))
 

@@ -1,7 +1,7 @@
-"""A gain behind the preconditioner, under study: not a setting of ``RowPreconditioner`` unless it proves useful.
+"""Preconditioned attention with a gain, for studies: not a setting of ``RowPreconditioner`` unless it proves useful.
 
-PC is, up to a factor of the square root of d, RMS normalisation of each head's output without a gain. Registered where
-a configuration imports this module: ``custom_imports = dict(imports=['condattn.openmmlab.study.gain'])``.
+PC is, up to a factor of the square root of d, RMS normalisation of each head's output without a gain. Importing this
+module registers the method; in a configuration: ``custom_imports = dict(imports=['condattn.openmmlab.study.gain'])``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ GAINS = ("sqrt", "initial", "learned")
 @register_method
 @dataclass(frozen=True)
 class GainedRowPreconditioner(RowPreconditioner):
-    """``RowPreconditioner``, whose normalised rows are multiplied by a gain.
+    """Row preconditioner whose normalised rows are multiplied by a gain.
 
     Attributes:
-        gain: 'sqrt', the square root of a head's channels, so that the mean square of a row is 1; 'initial', each
-            head's mean norm in the first batch of the training, so that it starts with the scale of unconditioned
-            attention; or 'learned', a parameter for each head, which starts at 1.
+        gain: 'sqrt' is the square root of the number of channels of a head, so that the mean square of a row is 1.
+            'initial' is the mean row norm of each head in the first training batch, so that training starts at the
+            scale of unconditioned attention. 'learned' is a parameter for each head, initialised to 1.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If ``gain`` is none of these.
     """
 
     alias: ClassVar[str] = "pc_gain"
@@ -46,13 +46,13 @@ class GainedRowPreconditioner(RowPreconditioner):
             raise ValueError(f"GainedRowPreconditioner: gain is {self.gain!r}; expected one of {', '.join(GAINS)}")
 
     def check(self, site: AttentionSite) -> None:
-        """Raise unless a plain linear layer receives the head outputs of ``site``."""
+        """Raise an error unless a plain ``nn.Linear`` receives the head outputs of ``site``."""
         super().check(site)
         if type(site.out.owner) not in PLAIN_LINEAR or site.out.owner is not site.out.projection:
             raise ValueError(f"{site}: a gain needs nn.Linear behind the heads; {leave_out(site)}")
 
     def apply(self, site: AttentionSite) -> None:
-        """Put the preconditioner and its gain in front of the projection."""
+        """Add the preconditioner and its gain to the output projection of ``site``."""
         super().apply(site)
         owner = site.out.owner
         owner.__class__ = GainedLinear
@@ -71,10 +71,10 @@ class GainedLinear(HeadTransformLinear):
     """
 
     head_gain: Tensor
-    """(num_heads,)."""
+    """Gain of each head, (num_heads,); NaN until the first training batch if ``gain`` is 'initial'."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Project the row-normalised head outputs, times the gain."""
+        """Normalise the rows of the head outputs, multiply them by the gain, and project."""
         if self.head_transform.method.gain == "initial" and self.training and self.head_gain.isnan().any():
             with torch.no_grad():
                 self.head_gain.copy_(self.head_transform.scales(input))

@@ -1,4 +1,4 @@
-"""What a study compares, read from its file and checked, and which runs it still needs."""
+"""The plan of a study: read and check its file, choose learning rates, and list the runs that are still missing."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ from ..errors import UserError
 
 PILOT, TUNING, FINAL = "pilot", "tuning", "final"
 MARGIN = 2.0
-"""Standard errors by which a variant's own best rate must be better than the common one to be taken."""
+"""A variant gets its own best rate only if it beats the common rate by more than this many standard errors."""
 LARGEST_GRID = 7
-"""A grid of learning rates that has grown to this size grows no further, unless the study says otherwise."""
+"""Default for the number of learning rates at which the grid stops growing."""
 KEYS = {
     *("config", "title", "data", "variants", "baseline", "metric", "factor", "unit", "difference", "families"),
     *("seeds", "tuning", "pilot_seeds", "evaluations", "sizes", "options"),
@@ -29,13 +29,13 @@ KEYS = {
 
 @dataclass(frozen=True, order=True)
 class RunId:
-    """One training.
+    """Identifier of one training run.
 
     Attributes:
         stage: ``PILOT``, ``TUNING`` or ``FINAL``.
         variant: Name of the variant.
         seed: Seed of the training.
-        rate: Learning rate; in the final stage it follows from the tuning.
+        rate: Learning rate; in the final stage it is the result of the tuning.
     """
 
     stage: str
@@ -49,29 +49,30 @@ class RunId:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, as its file and the chosen size define it.
+    """A study, as defined by its file and the chosen size.
 
     Attributes:
-        name: Name of the file, with the size behind it unless that is the first one of the file.
-        path: The file.
-        title: What is asked.
+        name: Stem of the file's name, with the size as a suffix unless it is the file's first size.
+        path: The study's file.
+        title: The question that the study asks.
         config: Configuration file of the training.
-        options: Changes to it that hold for every run.
-        data: Environment variable with the folder of the data, its default, and where they come from; or empty.
-        variants: Name -> changes to the configuration.
-        baseline: The variant that the others are measured by.
+        options: Changes to the configuration for every run, option -> value.
+        data: The environment variable with the data folder (``variable``), the default folder (``default``) and where
+            to get the data (``source``); empty if the study needs no external data.
+        variants: Name -> changes to the configuration, option -> value.
+        baseline: Name of the variant that serves as the baseline.
         metric: Name of the score, as the evaluator reports it.
-        factor: What it is multiplied by in reports.
-        unit: What it is then counted in.
-        difference: The size of difference that matters, in ``unit``.
-        families: Name -> pairs of variants (one, its reference) whose tests are corrected together.
-        seeds: Of the final runs.
-        tuning_seeds: Of the runs that choose the learning rate.
-        pilot_seeds: Of the runs that fix the length of training.
-        rate: Option that is the learning rate.
-        grid: Learning rates that are tried, ascending.
+        factor: Factor that converts the score to ``unit`` in reports.
+        unit: Unit of the scores in reports.
+        difference: Smallest difference that is considered relevant, in ``unit``.
+        families: Name -> pairs (variant, its reference) whose tests are corrected together.
+        seeds: Seeds of the final runs.
+        tuning_seeds: Seeds of the runs that choose the learning rate.
+        pilot_seeds: Seeds of the runs that determine the length of training.
+        rate: Name of the option that sets the learning rate.
+        grid: Learning rates to try, ascending.
         largest_grid: Number of rates at which the grid stops growing.
-        evaluations: Number of evaluations in a training, evenly spaced.
+        evaluations: Number of evenly spaced evaluations in a training.
     """
 
     name: str
@@ -96,14 +97,14 @@ class Study:
     evaluations: int = 10
 
     def definition(self) -> dict[str, Any]:
-        """All that was decided beforehand, as plain JSON values."""
+        """All settings that were decided before the first run, as plain JSON values."""
         names = ("title", "options", "variants", "baseline", "metric", "factor", "unit", "difference", "families")
         numbers = ("seeds", "tuning_seeds", "pilot_seeds", "rate", "grid", "largest_grid", "evaluations")
         definition = {name: getattr(self, name) for name in (*names, *numbers)}
         return json.loads(json.dumps({"config": self.config.name, **definition}))
 
     def digest(self) -> str:
-        """Identifies :meth:`definition`."""
+        """Hash that identifies :meth:`definition`."""
         return hashlib.sha256(json.dumps(self.definition(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -112,7 +113,7 @@ def load_study(path: str, size: str | None = None) -> Study:
 
     Args:
         path: A configuration file in mmengine's format with the settings of :class:`Study`.
-        size: One of its ``sizes``; default: the first.
+        size: One of the ``sizes`` in the file; default: the first.
 
     Raises:
         UserError: If a setting is missing, unknown or contradicts another.
@@ -192,24 +193,24 @@ def _check(study: Study) -> None:
 
 
 Scores = Mapping[RunId, float]
-"""Finished runs -> their final score on the data that tune."""
+"""Finished or failed run -> its last score on the tuning data."""
 
 
 def pilot_runs(study: Study) -> list[RunId]:
-    """The baseline at the middle rate of the grid."""
+    """The pilot runs: the baseline at the middle rate of the grid, one run for each pilot seed."""
     rate = study.grid[len(study.grid) // 2]
     return [RunId(PILOT, study.baseline, seed, rate) for seed in study.pilot_seeds]
 
 
 def rates_on_grid(study: Study, scores: Scores, grid: Sequence[float]) -> dict[str, float] | None:
-    """Variant -> its rate among those of ``grid``; None while a run is missing.
+    """Choose a learning rate of ``grid`` for each variant: variant -> rate, or None while a tuning run is missing.
 
-    All variants take the rate that is best for most: the one with the smallest median, over the variants, of the
-    deficit to a variant's own best mean score. A variant whose own best is better by more than ``MARGIN`` standard
-    errors takes that. Without this bar, variants that are equal would often get different rates by chance, and the
-    difference between the rates would pass for one between the variants: in simulated families without any effect, one
-    was found in up to 22 % of the cases in place of 5 %. What it costs: a variant whose best rate is another one, by
-    less than the margin, is trained at a rate that is a little worse for it.
+    All variants get a common rate: the one with the smallest median, over the variants, of the deficit to a variant's
+    best mean score. A variant gets its own best rate instead if that is better than the common one by more than
+    ``MARGIN`` standard errors. Without this threshold, equal variants would often get different rates by chance, and
+    the effect of the rates would be mistaken for an effect of the variants: in simulated families without any effect,
+    up to 22 % showed one instead of 5 %. The cost is that a variant whose best rate differs, but is better by less than
+    the threshold, is trained at a rate that is slightly worse for it.
     """
     cells = {}
     for variant in study.variants:
@@ -231,22 +232,26 @@ def rates_on_grid(study: Study, scores: Scores, grid: Sequence[float]) -> dict[s
 
 
 def _best(scores: Sequence[float]) -> int:
-    """Index of the largest score; of equal ones the nearest to the middle of the grid."""
+    """Index of the largest score; among equal scores, the index nearest to the middle of the grid."""
     middle = (len(scores) - 1) / 2
     return max(range(len(scores)), key=lambda i: (scores[i], -abs(i - middle)))
 
 
 def _spread(cells: Sequence[Sequence[float]]) -> float:
-    """Standard deviation over seeds, by the median of the variances within cells, which diverged runs do not move."""
+    """Standard deviation over seeds, estimated from the median variance of all cells, which is robust to diverged runs.
+
+    A cell has the scores of all tuning seeds for one variant and rate.
+    """
     degrees = len(cells[0]) - 1
     median = statistics.median(statistics.variance(cell) for cell in cells)
     return math.sqrt(median / (float(chi2.ppf(0.5, degrees)) / degrees))
 
 
 def current_grid(study: Study, scores: Scores) -> list[float]:
-    """The rates that every variant is tried at: those of the file, and more where a chosen one lies at an end.
+    """Learning rates to try for every variant: those of the file, extended where a chosen rate lies at an end.
 
-    The grid grows by its own ratio, for all variants at once, when all of its runs are finished.
+    When all runs of the grid are finished, it is extended for all variants at once, with the same ratio as between the
+    last two rates at that end.
     """
     grid = list(study.grid)
     while len(grid) < study.largest_grid and (rates := rates_on_grid(study, scores, grid)):
@@ -261,12 +266,12 @@ def current_grid(study: Study, scores: Scores) -> list[float]:
 
 
 def chosen_rates(study: Study, scores: Scores) -> dict[str, float] | None:
-    """Variant -> its learning rate, see :func:`rates_on_grid`; None before the tuning of all is complete."""
+    """Variant -> its learning rate, see :func:`rates_on_grid`; None until the tuning of all variants is complete."""
     return rates_on_grid(study, scores, current_grid(study, scores))
 
 
 def planned_runs(study: Study, scores: Scores) -> list[RunId]:
-    """The runs that are known to be needed now: those of the grid, or all once the rates are chosen."""
+    """The runs that are needed as far as is known: the tuning runs, and the final runs once the rates are chosen."""
     grid = current_grid(study, scores)
     runs = [
         RunId(TUNING, variant, seed, rate) for seed in study.tuning_seeds for rate in grid for variant in study.variants
@@ -277,6 +282,6 @@ def planned_runs(study: Study, scores: Scores) -> list[RunId]:
 
 
 def missing_runs(study: Study, scores: Scores, only: Iterable[str] = ()) -> list[RunId]:
-    """The planned runs that are not finished, of the variants ``only`` if any are named."""
+    """The planned runs that have no score yet, limited to the variants in ``only`` unless that is empty."""
     wanted = set(only) or set(study.variants)
     return [run for run in planned_runs(study, scores) if run not in scores and run.variant in wanted]

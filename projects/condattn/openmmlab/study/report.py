@@ -1,4 +1,4 @@
-"""What a study found, as Markdown, CSV, figures and one HTML page; the same files from the same data, byte for byte."""
+"""Reports of a study as Markdown, CSV, figures and an HTML page; equal data give equal files, byte for byte."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_dif
 
 TEMPLATE = Path(__file__).with_name("report.html")
 POOLED = "pooled"
-"""Name of the part of docs/results.md about all studies."""
+"""Marker of the section of docs/results.md about all studies."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,30 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As Markdown."""
+        """Format the table as Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def is_complete(study: Study, results: Results) -> bool:
-    """Whether every run that the study needs is finished or failed."""
+    """Whether every run that the study needs has finished or failed."""
     scores = results.scores()
     return chosen_rates(study, scores) is not None and all(run in scores for run in planned_runs(study, scores))
 
 
 def final_score(study: Study, record: Record) -> float:
-    """What a final run counts with: its score on the reported data, or the last one before it failed."""
+    """Score of a final run in the comparisons: from the final evaluation, or the last score before it failed."""
     return study.factor * record.reported.get(study.metric, record.score)
 
 
 def comparisons(study: Study, results: Results) -> dict[str, list[Comparison]]:
-    """Family -> comparisons; for a complete study alone."""
+    """Family -> comparisons; only valid for a complete study."""
     scores = {name: [final_score(study, record) for record in results.final(name)] for name in study.variants}
     return {family: compare_family(scores, pairs, study.difference) for family, pairs in study.families.items()}
 
 
 def variant_table(study: Study, results: Results) -> Table:
-    """One row a variant: scores over the seeds so far, the rate that tuning chose, how soon it met the baseline."""
+    """Table of variants: scores over the seeds so far, learning rate, and when the baseline's level was reached."""
     rates = chosen_rates(study, results.scores()) or {}
     rows = []
     target = _baseline_level(study, results)
@@ -86,13 +86,13 @@ def variant_table(study: Study, results: Results) -> Table:
 
 
 def _baseline_level(study: Study, results: Results) -> float | None:
-    """The baseline's mean score at its last evaluation, on the data that tune."""
+    """The baseline's mean score in its last evaluation on the tuning data."""
     scores = [record.score for record in results.final(study.baseline)]
     return mean_and_spread.mean(scores) if scores else None
 
 
 def _reaches(records: Sequence[Record], target: float | None) -> str:
-    """The share of the training after which the mean curve first lies at the baseline's final level."""
+    """Fraction of the training after which the mean curve first reaches the level ``target``, as text."""
     curves = [record.curve for record in records if record.curve]
     if not curves or target is None:
         return ""
@@ -105,7 +105,7 @@ def _reaches(records: Sequence[Record], target: float | None) -> str:
 
 
 def comparison_table(family: str, found: Sequence[Comparison], study: Study) -> Table:
-    """One row a comparison."""
+    """Table of the comparisons of a family, one row for each."""
     rows = []
     for one in found:
         verdict = one.verdict
@@ -131,7 +131,7 @@ def _p(value: float) -> str:
 
 
 def plan_table(study: Study, results: Results) -> Table:
-    """What was decided before the first run."""
+    """Table of the settings that were decided before the first run."""
     header = results.header()
     grid = current_grid(study, results.scores())
     families = "; ".join(
@@ -163,7 +163,7 @@ def _options(options: dict) -> str:
 
 
 def tables(study: Study, results: Results) -> tuple[list[Table], str]:
-    """All tables, and a sentence on how complete they are."""
+    """Make all tables of a report, and a sentence on how complete the study is."""
     scores = results.scores()
     planned = planned_runs(study, scores)
     done = sum(run in scores for run in planned)
@@ -192,10 +192,10 @@ NOTES = (
 
 
 def write_report(study: Study, results: Results) -> list[Path]:
-    """Write report.md, table.csv, the figures and report.html beside the data.
+    """Write report.md, table.csv, the figures and report.html into the folder of the results.
 
     Returns:
-        The files.
+        Paths of the written files.
     """
     results = results.snapshot()
     found, status = tables(study, results)
@@ -235,7 +235,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def report_pilot(study: Study, results: Results) -> str:
-    """What the pilot says about the length of training, and about what the study can find."""
+    """Summarise the pilot: the gain in the last fifth of the training, and the difference that the study can detect."""
     records = [r for run, r in sorted(results.records().items()) if run.stage == "pilot"]
     if len(records) < 2:
         return f"pilot of {study.name}: {len(records)} of {len(study.pilot_seeds)} runs"
@@ -256,10 +256,10 @@ def report_pilot(study: Study, results: Results) -> str:
 
 
 def write_documents(root: Path) -> list[Path]:
-    """Write the tables of docs/results.md anew: what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+    """Update the tables of docs/results.md, between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
 
     Returns:
-        The file, if there is one.
+        The path of the file in a list, which is empty if there is no such file.
     """
     path = root / "docs" / "results.md"
     if not path.is_file():
@@ -278,7 +278,7 @@ def _fill(text: str, name: str, content: str) -> str:
 
 
 def begun_studies(root: Path) -> list[tuple[Study, Results]]:
-    """The studies of configs/studies, in all their sizes, that have results."""
+    """All studies of configs/studies, in all sizes, that have been started."""
     found = []
     for path in sorted((root / "configs" / "studies").glob("*.py")):
         for size in Config.fromfile(path).get("sizes") or {"": {}}:
@@ -297,7 +297,7 @@ def _summary(study: Study, results: Results) -> str:
 
 
 def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
-    """One row a method: its effect against the baseline over all complete studies that compare it."""
+    """Table of methods: the effect of each against the baseline, pooled over all complete studies that compare it."""
     effects: dict[str, list[tuple[float, float]]] = {}
     for study, results in found:
         if not is_complete(study, results):

@@ -1,4 +1,4 @@
-"""The data of a study's runs: one folder in the repository, small enough to be committed."""
+"""Storage of a study's results: one folder in the repository, small enough to be committed."""
 
 import copy
 import fcntl
@@ -33,17 +33,17 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept of a run.
+    """Result of a run, one line of ``runs.jsonl``.
 
     Attributes:
-        run: Which.
-        status: ``FINISHED``, or ``FAILED`` where the loss did not stay finite.
-        score: At the last iteration, on the data that tune; of a failed run the last one before it failed, or 0.
-        reported: Scores by name on the data that are reported, once, at the end; empty but for final runs.
-        curve: (iteration, score on the data that tune) of each evaluation.
-        spectra: Quantity -> (iteration, median over the attention sites).
-        error: Why a run failed.
-        commit: Of the code.
+        run: Identifier of the run.
+        status: ``FINISHED``, or ``FAILED`` if the loss became non-finite.
+        score: Score at the last iteration, on the tuning data; for a failed run, the last score before it failed, or 0.
+        reported: Name -> score in the final evaluation after the last iteration; empty except for final runs.
+        curve: (iteration, score on the tuning data) of each evaluation.
+        spectra: Quantity -> list of (iteration, median over the attention sites).
+        error: Why the run failed; empty if it finished.
+        commit: Commit of the code that ran.
         versions: Package -> version.
     """
 
@@ -58,13 +58,13 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
 
     def same_results(self, other: "Record") -> bool:
-        """Whether ``other`` is bit for bit the same run."""
+        """Whether ``other`` is the same run with results that are equal bit for bit."""
         names = ("run", "status", "score", "reported", "curve")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 def versions() -> dict[str, str]:
-    """What a run's numbers depend on besides the code."""
+    """Versions of Python and of the installed packages that a run's numbers depend on: package -> version."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -75,12 +75,13 @@ def versions() -> dict[str, str]:
 
 
 class Results:
-    """The folder ``results/STUDY``: ``study.json`` (definition, commit) and ``runs.jsonl`` (a line a run).
+    """The folder ``results/STUDY``: ``study.json`` (definition, commit) and ``runs.jsonl`` (one line for each run).
 
     Args:
-        study: Whose results.
-        root: The repository.
-        pilot: Those of the pilot, which lie in a folder of their own: after a pilot a study may still be changed.
+        study: The study.
+        root: Folder of the repository.
+        pilot: Whether these are the results of the pilot. They have a separate folder, because a study may still be
+            changed after its pilot.
     """
 
     def __init__(self, study: Study, root: Path, pilot: bool = False) -> None:
@@ -91,7 +92,7 @@ class Results:
         self._snapshot: dict[RunId, Record] | None = None
 
     def snapshot(self) -> "Results":
-        """These results as they are now, read once; for reports, which look at them often."""
+        """A copy of these results whose records are read once, now; for reports, which read them often."""
         results = copy.copy(self)
         results._snapshot = self.records()
         return results
@@ -105,7 +106,7 @@ class Results:
         """Content of ``study.json``.
 
         Raises:
-            UserError: If there is none, or it is of another study.
+            UserError: If there is no such file, or it was written for another definition of the study.
         """
         path = self.folder / "study.json"
         if not path.is_file():
@@ -120,7 +121,7 @@ class Results:
         return header
 
     def write_header(self, **values: Any) -> None:
-        """Write or change ``study.json``."""
+        """Write ``study.json``, or update ``values`` in it."""
         path = self.folder / "study.json"
         header = _parse(path.read_text(), path) if path.is_file() else {}
         header |= {"digest": self.study.digest(), "definition": self.study.definition(), **values}
@@ -128,7 +129,7 @@ class Results:
         write_whole(path, lambda part: part.write_text(text), overwrite=True)
 
     def records(self) -> dict[RunId, Record]:
-        """All runs that are finished or failed.
+        """Records of all runs that have finished or failed.
 
         Raises:
             UserError: If a line cannot be read.
@@ -147,11 +148,11 @@ class Results:
         return found
 
     def scores(self) -> Scores:
-        """Run -> score on the data that tune."""
+        """Run -> last score on the tuning data."""
         return {run: record.score for run, record in self.records().items()}
 
     def add(self, record: Record) -> None:
-        """Add a run; safe beside other processes, and the file is never half-written."""
+        """Add the record of a run. Several processes may do so at once, and the file is never partially written."""
         with self.locked():
             records = self.records() | {record.run: record}
             lines = [json.dumps(asdict(records[run]), sort_keys=True) for run in sorted(records)]
@@ -161,14 +162,14 @@ class Results:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing."""
+        """Hold the lock that keeps other processes from writing."""
         self.work.mkdir(parents=True, exist_ok=True)
         with self._lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def final(self, variant: str) -> list[Record]:
-        """The final runs of a variant, in the order of the study's seeds."""
+        """Records of the final runs of a variant, in the order of the study's seeds."""
         records = {run.seed: r for run, r in self.records().items() if (run.stage, run.variant) == (FINAL, variant)}
         return [records[seed] for seed in self.study.seeds if seed in records]
 

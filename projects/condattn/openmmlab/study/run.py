@@ -1,4 +1,4 @@
-"""One run of a study: train and evaluate in a clean copy of the code, and keep what came out of it."""
+"""Execution of one run of a study: train and evaluate in a clean copy of the code, and record the results."""
 
 import fcntl
 import json
@@ -20,18 +20,18 @@ from .results import FAILED, FINISHED, Record, Results, versions
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 DIVERGED = "is not finite"
-"""What ``FiniteLossHook`` says."""
+"""Part of the error message of ``FiniteLossHook``."""
 
 
 class RunError(Exception):
-    """A run that could not be finished, and is to be started again."""
+    """Raised if a run could not be finished and has to be started again."""
 
 
 def git(root: Path, *arguments: str) -> str:
-    """Output of git in the repository ``root``.
+    """Run git in the repository ``root`` and return its output.
 
     Raises:
-        UserError: If it fails.
+        UserError: If git fails.
     """
     result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
     if result.returncode:
@@ -41,10 +41,10 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def worktree(root: Path, commit: str) -> Path:
-    """A clean copy of the code at ``commit``, made once.
+    """Folder with a clean copy of the code at ``commit``, which is made on the first call.
 
     Raises:
-        UserError: If the repository does not have the commit.
+        UserError: If the repository does not have the commit, or files of the copy were changed.
     """
     folder = root / "work_dirs" / "studies" / "code" / commit
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,17 +59,17 @@ def worktree(root: Path, commit: str) -> Path:
 
 
 def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
-    """The configuration of a run: the study's, its variant's, seed and rate, evaluations evenly spaced.
+    """Make the configuration of a run: apply the options of study and variant, the seed, the rate and the evaluations.
 
     Args:
         study: The study.
         run: The run.
-        code: Folder of the code whose configuration is taken.
-        root: The repository, in which the study's file lies.
+        code: Folder with the copy of the code whose configuration file is read.
+        root: Folder of the repository that contains the study's file.
 
     Raises:
-        UserError: If an option does not exist, the training does not count in iterations, or the configuration lies
-            outside the repository.
+        UserError: If an option does not exist, the length of the training is not given in iterations, or the
+            configuration lies outside the repository.
     """
     if not study.config.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{study.path}: expected a configuration in {root}, whose commits a study runs")
@@ -97,7 +97,7 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
 
 
 def _set(cfg: Config, key: str, value: Any, where: Path) -> None:
-    """Replace an option, which must be there; the last part of an option of the model need not be."""
+    """Set an option, which must exist; only the last part of an option of the model may be new."""
     *parents, last = key.split(".")
     place: Any = cfg
     for name in parents:
@@ -109,7 +109,7 @@ def _set(cfg: Config, key: str, value: Any, where: Path) -> None:
 
 
 def _index(place: Any, name: str, key: str, where: Path) -> str | int:
-    """``name``, as an index if ``place`` is a list."""
+    """Return ``name`` as the key of ``place``: an integer if ``place`` is a list."""
     if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
         return int(name)
     if isinstance(place, dict | Config) and name in place:
@@ -118,18 +118,18 @@ def _index(place: Any, name: str, key: str, where: Path) -> str | int:
 
 
 def execute(study: Study, results: Results, run: RunId, root: Path, commit: str, keep: bool = True) -> Record:
-    """Train, evaluate and keep a run; a run that was cut off goes on where it was.
+    """Train and evaluate a run, and record it; an interrupted run is resumed.
 
     Args:
         study: The study.
-        results: Where it is kept.
+        results: Results of the study.
         run: The run.
-        root: The repository.
-        commit: Of the code that is run.
-        keep: Add the run to the results.
+        root: Folder of the repository.
+        commit: Commit of the code to run.
+        keep: Add the record to the results; otherwise the run's files are deleted.
 
     Raises:
-        RunError: If it could not be finished; run it again.
+        RunError: If the run could not be finished; it can be started again.
     """
     folder = results.work / "runs" / (str(run).replace("/", "_") + ("" if keep else f"_{commit[:12]}"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def _alone(folder: Path, run: RunId) -> Iterator[None]:
 
 
 def _call(code: Path, root: Path, log: Path, tool: str, *arguments: str | Path) -> str:
-    """Run a tool of ``code`` with one thread; return its error, or an empty text."""
+    """Run a tool of ``code`` with one thread; return its error message, or an empty string."""
     paths = [str(code / "projects"), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     env = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -202,7 +202,7 @@ def _call(code: Path, root: Path, log: Path, tool: str, *arguments: str | Path) 
 
 
 def _evaluate(code: Path, root: Path, folder: Path, config: Path, metric: str) -> dict[str, float]:
-    """Scores on the data that are reported."""
+    """Run the final evaluation of a trained model and return its scores by name."""
     checkpoint = Path((folder / "last_checkpoint").read_text().strip())
     log, work = folder / "test.log", folder / "test"
     shutil.rmtree(work, ignore_errors=True)
@@ -211,13 +211,13 @@ def _evaluate(code: Path, root: Path, folder: Path, config: Path, metric: str) -
     for path in work.glob("*/*.json"):
         values = json.loads(path.read_text())
         if metric in values:
-            kept = {name: value for name, value in values.items() if name not in ("time", "data_time")}
-            return {name: value for name, value in kept.items() if isinstance(value, int | float)}
+            scores = {name: value for name, value in values.items() if name not in ("time", "data_time")}
+            return {name: value for name, value in scores.items() if isinstance(value, int | float)}
     raise RunError(f"no {metric} in what {log} reports")
 
 
 def _scalars(folder: Path) -> list[dict[str, Any]]:
-    """What a run has logged, in the order of time; it may have been cut off within a line."""
+    """Logged values of a run in chronological order; lines that an interruption left incomplete are skipped."""
     found = []
     for path in sorted(folder.glob("*/vis_data/scalars.json")):
         for line in path.read_text(errors="replace").splitlines():
@@ -229,10 +229,10 @@ def _scalars(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_curves(folder: Path, metric: str) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
-    """Evaluations and spectra of a run, by iteration; where it went on after an interruption, what came later counts.
+    """Read the evaluations and spectra of a run from its logs; of repeated iterations after a resume, the later count.
 
     Returns:
-        (iteration, score) of each evaluation; quantity -> (iteration, median over the attention sites).
+        List of (iteration, score); quantity -> list of (iteration, median over the attention sites).
     """
     scores: dict[int, float] = {}
     sites: dict[str, dict[int, list[float]]] = {}
@@ -252,7 +252,7 @@ def read_curves(folder: Path, metric: str) -> tuple[list[list[float]], dict[str,
 
 
 def progress(folder: Path, run: RunId) -> float:
-    """How much of a run is done, between 0 and 1, by what it has logged."""
+    """Fraction of a run that is done, from 0 to 1, according to its logs."""
     path = folder / (str(run).replace("/", "_"))
     try:
         iterations = Config.fromfile(path / "config.py", import_custom_modules=False).train_cfg.max_iters

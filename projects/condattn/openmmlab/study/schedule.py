@@ -1,4 +1,4 @@
-"""Run what a study still needs, several runs at once, with a table of how far it is."""
+"""Scheduler that executes the missing runs of a study, several at once, and shows their progress in a table."""
 
 import os
 import statistics
@@ -19,12 +19,12 @@ from .results import FAILED, Results
 from .run import progress
 
 POLL = 2.0
-"""Seconds between looks at the running processes."""
+"""Seconds between checks of the running processes."""
 
 
 @dataclass
 class Job:
-    """A run in a process of its own."""
+    """A run and the process that executes it."""
 
     run: RunId
     process: subprocess.Popen
@@ -33,15 +33,15 @@ class Job:
 
 
 class Pool:
-    """Keeps a number of runs going until none is missing.
+    """Executes runs in parallel processes until none is missing.
 
     Args:
         study: The study.
-        results: Where it is kept.
-        command: What starts one run, without its name.
-        jobs: How many run at once.
-        only: Variants that are run; all if empty.
-        runs: Run these instead of what the study needs.
+        results: Results of the study.
+        command: Command that executes one run; the run's name is appended.
+        jobs: Number of runs at a time.
+        only: Variants to run; all if empty.
+        runs: Runs to execute instead of those that the study needs.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Pool:
         self.console = Console()
 
     def missing(self) -> list[RunId]:
-        """What is neither finished, nor running, nor has failed to run since the start of this program."""
+        """Runs that have no result, are not running, and have not ended with an error in this pool."""
         scores = self.results.scores()
         if self.runs is None:
             wanted = missing_runs(self.study, scores, self.only)
@@ -71,10 +71,10 @@ class Pool:
         return [run for run in wanted if run not in running and run not in self.errors]
 
     def work(self) -> dict[RunId, str]:
-        """Run all that is missing.
+        """Execute all missing runs.
 
         Returns:
-            The runs that could not be finished, each with the reason; another start tries them again.
+            Run -> error message, of the runs that could not be finished; a new pool tries them again.
         """
         live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         try:
@@ -124,7 +124,7 @@ class Pool:
             self.console.print(f"{job.run}: {note} ({took / 60:.1f} min)", highlight=False, soft_wrap=True)
 
     def table(self) -> Table:
-        """How far each variant is, and the time that is left for what is known to be needed."""
+        """Table of the progress of each variant, with the estimated time for the runs that are known to be needed."""
         records = self.results.records()
         planned = self.runs if self.runs is not None else planned_runs(self.study, self.results.scores())
         table = Table(title=f"{self.study.name}: {self.study.title}", caption=self._time_left(len(self.missing())))
@@ -153,5 +153,5 @@ class Pool:
 
 
 def run_command(study: Study, size: str | None, tool: Path) -> list[str]:
-    """What starts a run of a study in a process of its own; the run's name follows."""
+    """Command that executes one run of a study; the run's name has to be appended."""
     return [sys.executable, str(tool), str(study.path), *(["--size", size] if size else []), "--run"]

@@ -1,6 +1,6 @@
-"""Paired comparisons over seeds, corrected within a family, and one estimate over several studies.
+"""Statistics of studies: paired comparisons over seeds, corrected within a family, and estimates over several studies.
 
-Units are those of the scores, in general percentage points.
+Differences and deviations are in the unit of the scores, usually percentage points.
 """
 
 import math
@@ -11,24 +11,24 @@ import numpy as np
 from scipy import optimize, stats
 
 ALPHA = 0.05
-"""Probability that a family without any effect shows one."""
+"""Probability that a family without any effect shows one (family-wise error rate)."""
 POWER = 0.8
-"""Probability with which a detectable difference is found."""
+"""Probability that a comparison finds a difference of the size that is called detectable."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against its reference, over the same seeds.
+    """Comparison of a variant with its reference over the same seeds.
 
     Attributes:
-        variant: What is compared.
-        reference: With what.
+        variant: Name of the variant.
+        reference: Name of the reference.
         seeds: Number of pairs.
         difference: Mean of variant minus reference.
         deviation: Standard deviation of the differences.
         low: Lower end of the interval that holds for all comparisons of the family at once (Bonferroni).
-        high: Upper end.
-        p: Corrected for the family (Holm); two-sided.
+        high: Upper end of the interval.
+        p: Two-sided p-value, corrected for the family (Holm).
         detectable: The smallest true difference that such a comparison finds with probability ``POWER``, if the
             differences have this standard deviation, at the strictest level of Holm's procedure.
         verdict: 'helps', 'hurts', 'no difference larger than X' or 'undecided'.
@@ -54,11 +54,11 @@ def compare_family(
     Args:
         scores: Variant -> score of each seed, in the order of the seeds.
         pairs: The family of comparisons.
-        relevant: The size of difference that matters, declared beforehand.
-        alpha: Error rate of the family.
+        relevant: Smallest difference that is considered relevant, declared beforehand.
+        alpha: Family-wise error rate.
 
     Raises:
-        ValueError: If there are fewer than two seeds, or not equally many for both of a pair.
+        ValueError: If a pair has fewer than two seeds, or different numbers of seeds.
     """
     differences = []
     for variant, reference in pairs:
@@ -90,14 +90,14 @@ def _verdict(mean: float, low: float, high: float, p: float, relevant: float, al
 
 
 def paired_p(differences: np.ndarray) -> float:
-    """Two-sided p of a paired t test; 1 if all differences are 0, and 0 if all are the same other number."""
+    """Two-sided p-value of a paired t test; 1 if all differences are 0, and 0 if all are equal and not 0."""
     if np.ptp(differences) == 0:
         return float(differences[0] == 0)
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): adjusted p values, in the order given."""
+    """Holm's step-down correction (1979): adjusted p-values, in the order of ``p_values``."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -122,7 +122,7 @@ def detectable_difference(deviation: float, seeds: int, level: float, power: flo
 
 
 def seeds_for(difference: float, deviation: float, level: float, power: float = POWER) -> int:
-    """Number of seeds with which a paired t test finds ``difference`` with probability ``power``."""
+    """Smallest number of seeds with which a paired t test finds ``difference`` with probability ``power``."""
     seeds = 2
     while power_of(difference, deviation, seeds, level) < power:
         seeds += 1
@@ -137,8 +137,8 @@ class Pooled:
         studies: Number of studies.
         estimate: Mean effect.
         low: Lower end of its 95 % interval.
-        high: Upper end.
-        p: Two-sided.
+        high: Upper end of the interval.
+        p: Two-sided p-value.
         tau: Standard deviation of the true effects between studies.
     """
 
@@ -151,13 +151,13 @@ class Pooled:
 
 
 def pool(effects: Sequence[float], variances: Sequence[float], alpha: float = ALPHA) -> Pooled:
-    """Random-effects estimate with the interval of Hartung and Knapp (2001), which is honest with few studies.
+    """Random-effects estimate with the interval of Hartung and Knapp (2001), which is reliable for few studies.
 
-    The variance between studies is Paule and Mandel's (1982). The variance of the estimate is never taken smaller than
-    without Hartung and Knapp's factor (Roever, Knapp and Friede 2015).
+    The variance between studies is estimated as by Paule and Mandel (1982). Hartung and Knapp's factor is never allowed
+    to reduce the variance of the estimate (Roever, Knapp and Friede 2015).
 
     Args:
-        effects: One a study.
+        effects: Effect in each study.
         variances: Squared standard errors of the effects.
         alpha: One minus the coverage of the interval.
 
