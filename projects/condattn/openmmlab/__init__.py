@@ -1,1 +1,1 @@
-"""What concerns OpenMMLab. Importing this package imports nothing."""
+"""Everything that depends on OpenMMLab; importing this package imports none of its modules."""

@@ -1,4 +1,4 @@
-"""How the command-line tools tell a user about bad input."""
+"""Report bad input to the users of the command-line tools."""
 
 import sys
 from collections.abc import Callable
@@ -11,8 +11,9 @@ class UserError(Exception):
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with its status (None is 0).
 
-    A :class:`UserError`, or a file that is in the way of what is to be written, becomes one line on standard error and
-    exit status 2; Ctrl-C exits with 130. Every other exception is a fault of the program and keeps its traceback.
+    A :class:`UserError`, or an output path that exists already, lies below a file, or may not be accessed, becomes one
+    line on standard error and exit status 2; Ctrl-C exits with 130. Every other exception is a bug, and keeps its
+    traceback.
     """
     try:
         sys.exit(main())

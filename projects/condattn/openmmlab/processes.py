@@ -14,20 +14,20 @@ LAUNCHERS = {
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
-"""Launcher -> its environment variables for the rank, the number of processes and the rank here."""
+"""Launcher -> its environment variables for the rank, the number of processes and the local rank."""
 
 
 def local_rank(launcher: str) -> int:
-    """The number of this process among those on this machine."""
+    """The rank of this process among those on this machine."""
     return 0 if launcher == "none" else int(_variables(launcher)[2])
 
 
 def start_processes(cfg: Config) -> None:
-    """Prepare the run of ``cfg.launcher``.
+    """Prepare a run that ``cfg.launcher`` has started.
 
-    With an accelerator mmengine's runner joins the processes itself. It cannot without, because it always
-    selects a CUDA device; then the processes are joined here, over gloo, and ``cfg`` is adapted to it: each
-    process has its own batch statistics (BN for SyncBN), because torch synchronises them on GPUs alone.
+    With an accelerator, mmengine's runner creates the process group itself. On a CPU it cannot, because it always
+    selects a CUDA device. There the process group is created here, with gloo, and ``cfg`` is adapted in place: SyncBN
+    becomes BN, with batch statistics per process, because torch synchronises them only on GPUs.
 
     Raises:
         UserError: If the launcher's variables are missing or there are more processes than GPUs.
@@ -60,9 +60,9 @@ def start_processes(cfg: Config) -> None:
 
 
 def leave_processes() -> None:
-    """End a distributed run, once nothing refers to its runner any more.
+    """Destroy the process group of a distributed run; call it when nothing refers to the runner any more.
 
-    The threads of a process group that lives on until the interpreter ends may abort it (pytorch #179291).
+    The threads of a process group that exists when the interpreter exits may abort the process (pytorch #179291).
     """
     if torch.distributed.is_initialized():
         gc.collect()
@@ -70,6 +70,7 @@ def leave_processes() -> None:
 
 
 def _revert_sync_bn(node) -> None:
+    """Replace SyncBN by BN in the settings of a model, in place."""
     if isinstance(node, dict):
         if node.get("type") == "SyncBN":
             node["type"] = "BN"

@@ -1,4 +1,4 @@
-"""A warm-up that ends at the full rate, however short it is."""
+"""A linear warm-up that reaches the full rate, however short it is."""
 
 from mmengine.optim import LinearLR
 from mmengine.registry import PARAM_SCHEDULERS
@@ -6,14 +6,14 @@ from mmengine.registry import PARAM_SCHEDULERS
 
 @PARAM_SCHEDULERS.register_module()
 class WarmUpLR(LinearLR):
-    """mmengine's ``LinearLR``, which with a single step would stay at its start factor: that step has the full rate.
+    """mmengine's ``LinearLR``, but a warm-up of a single step has the full rate instead of the start factor.
 
-    Converted from epochs, which may be fractions here, a warm-up has one step at least.
+    Epochs may be fractions here; a warm-up that is converted from epochs to iterations has at least one step.
     """
 
     @classmethod
     def build_iter_from_epoch(cls, *args, epoch_length: int, begin: float = 0, end: float, **kwargs):
-        """Build the scheduler that counts iterations from the settings of one that counts epochs."""
+        """Build a scheduler that counts iterations from the settings of one that counts epochs."""
         first = round(begin * epoch_length)
         kwargs.update(begin=first, end=max(round(end * epoch_length), first + 1), by_epoch=False)
         return cls(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Read the data of a configuration before anything is trained or evaluated with it: what is used, lost, or wrong."""
+"""Check the data of a configuration before training or evaluation: what is used, what is left out, what is wrong."""
 
 from .check import check_data
 

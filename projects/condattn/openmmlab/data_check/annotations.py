@@ -1,4 +1,4 @@
-"""The content of an annotation file in COCO's format, in arrays, with what can be repaired repaired."""
+"""Read an annotation file in COCO's format into arrays, and repair the defects that can be repaired."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,36 +11,37 @@ from ..errors import UserError
 from .masks import mask_area
 
 LARGEST = 2.0**53
-"""Numbers above it cannot be told apart by those who read the file."""
+"""Largest absolute value of a number that is accepted: float64 does not represent all larger integers."""
 MANY = {"image": "images", "annotation": "annotations", "category": "categories"}
+"""Kind of an entry -> its plural, for messages."""
 
 
 class Annotations:
     """The content of an annotation file, in arrays.
 
     Args:
-        content: Of the file; what is read from it is repaired in it.
-        path: Of the file.
+        content: The parsed content of the file; repairs are made in it, in place.
+        path: Path of the file, for messages.
         classes: Names of the classes.
 
     Attributes:
-        images: Entries of the file.
-        objects: Entries of the file.
-        categories: Entries of the file.
-        repairs: What was repaired, to be said.
+        images: The file's entries of images.
+        objects: The file's entries of annotations, one per object.
+        categories: The file's entries of categories.
+        repairs: Descriptions of the repairs, to be reported.
         labels: Id of a category -> index of its class.
         places: Id of an image -> its index.
-        widths: Of the images, in pixels.
-        heights: Of the images, in pixels.
-        category_ids: Of the objects.
-        image_of: Index of the image of each object, -1 if it is not in the file.
-        boxes: x, y, width and height of each object.
-        areas: Of the objects, in pixels.
-        crowd: Which objects are crowds.
-        ignored: Which objects are marked 'ignore'.
+        widths: Width of each image, in pixels.
+        heights: Height of each image, in pixels.
+        category_ids: Category id of each object.
+        image_of: Index of the image of each object; -1 if the image is not in the file.
+        boxes: x, y, width and height of each object's box, in pixels, (N, 4).
+        areas: Area of each object, in pixels.
+        crowd: Boolean array: which objects are crowds (``iscrowd``).
+        ignored: Boolean array: which objects are marked ``ignore``.
 
     Raises:
-        UserError: If something is missing that nothing can take the place of.
+        UserError: If required content is missing or invalid and cannot be repaired.
     """
 
     def __init__(self, content: dict[str, Any], path: str, classes: Sequence[str]) -> None:
@@ -64,16 +65,16 @@ class Annotations:
         raise UserError(f"{self.path}: {message}")
 
     def name(self, i: int) -> str:
-        """The id of an object, to be named in a message."""
+        """Return the id of object ``i``, or its number if it has none, for a message."""
         return _name(self.objects[i], i)
 
     def names(self, chosen: Sequence[int]) -> str:
-        """The first ids of several objects, to be named in a message."""
+        """Return the first ids of the objects with the indices ``chosen``, for a message."""
         kind = "annotation" if len(chosen) == 1 else "annotations"
         return f"{kind} {some(map(self.name, chosen))}"
 
     def _require(self, entries: list[dict], key: str, kind: str) -> list[Any]:
-        """Values of ``key``, which every entry must have."""
+        """Return the value of ``key`` in each entry; fail if an entry has none."""
         values = [entry.get(key) for entry in entries]
         if None in values:
             lacking = [i for i, value in enumerate(values) if value is None]
@@ -86,7 +87,7 @@ class Annotations:
         return values
 
     def _numbers(self, entries: list[dict], key: str, kind: str) -> np.ndarray:
-        """Values of ``key``, with numbers that are written as text made numbers."""
+        """Return the value of ``key`` in each entry, a finite number; numbers written as text are converted."""
         values = self._require(entries, key, kind)
         types = set(map(type, values))
         if str in types:
@@ -112,7 +113,7 @@ class Annotations:
         self.fail(f"{kind} {_name(entries[i], i)}: expected a number for {key!r}, found {shown(value)}; write a number")
 
     def _texts(self, entries: list[dict], key: str, kind: str) -> list[str]:
-        """Values of ``key``, which are text."""
+        """Return the value of ``key`` in each entry, which must be non-empty text."""
         values = self._require(entries, key, kind)
         for i, value in enumerate(values):
             if type(value) is not str or not value:
@@ -161,7 +162,7 @@ class Annotations:
                 self.fail(
                     f"image number {i}: expected a whole number or text for 'id', found {shown(value)}; number it"
                 )
-        if all(type(i) is str and _is_whole(i) for i in ids):  # objects may refer to them by numbers
+        if all(type(i) is str and _is_integer(i) for i in ids):  # the objects may refer to these ids as numbers
             for image in images:
                 image["id"] = int(image["id"])
             self._converted += len(ids)
@@ -203,15 +204,15 @@ class Annotations:
         self.ignored, self.crowd = self._flags("ignore"), self._flags("iscrowd")
         self._fill_in_crowds()
         self._read_areas()
-        self._number_anew()
+        self._renumber()
 
     def _read_image_ids(self) -> None:
         objects = self.objects
         ids = self._require(objects, "image_id", "annotation")
-        whole = all(type(i) is int for i in self.places)
+        integer_ids = all(type(i) is int for i in self.places)
         if set(map(type, ids)) != {int}:
             for i, image_id in enumerate(ids):
-                if type(image_id) is str and whole and _is_whole(image_id):
+                if type(image_id) is str and integer_ids and _is_integer(image_id):
                     ids[i] = objects[i]["image_id"] = int(image_id)
                     self._converted += 1
                 elif type(image_id) not in (int, str, float):
@@ -220,13 +221,13 @@ class Annotations:
                         f"{shown(image_id)}; write the id of its image"
                     )
         self.image_of = np.array([self.places.get(image_id, -1) for image_id in ids], dtype=int)
-        alike = {_plain(image_id): image_id for image_id in self.places}
+        alike = {_normalised_id(image_id): image_id for image_id in self.places}
         for i in np.flatnonzero(self.image_of < 0).tolist():
             image_id = objects[i]["image_id"]
-            if _plain(image_id) in alike:
+            if _normalised_id(image_id) in alike:
                 self.fail(
                     f"annotation {self.name(i)}: its image_id is {shown(image_id)}, and the image's id is "
-                    f"{shown(alike[_plain(image_id)])}; write both in the same form"
+                    f"{shown(alike[_normalised_id(image_id)])}; write both in the same form"
                 )
 
     def _read_boxes(self) -> np.ndarray:
@@ -262,7 +263,7 @@ class Annotations:
         return array
 
     def _flags(self, key: str) -> np.ndarray:
-        """Which objects have ``key`` set; 0 and 1 written as text are made numbers."""
+        """Return which objects have ``key`` set, as a boolean array; 0 and 1 written as text are converted."""
         values = [entry.get(key) for entry in self.objects]
         if set(map(type, values)) <= {int, type(None)} and {*values} <= {0, 1, None}:
             return np.array(values, dtype=bool)
@@ -305,15 +306,15 @@ class Annotations:
             self.repairs.append(f"the area of {number} was filled in from their masks or boxes")
 
     def _area(self, i: int) -> float:
-        """Area of an object, of its mask if it has one."""
+        """Return the area of an object in pixels: of its mask if it has one, else of its box."""
         image = self.image_of[i]
         size = (int(self.heights[image]), int(self.widths[image])) if image >= 0 else None
         area = mask_area(self.objects[i].get("segmentation"), size) if size else None
         width, height = self.boxes[i, 2:].tolist()
         return area or max(width, 0) * max(height, 0)
 
-    def _number_anew(self) -> None:
-        """Number the annotations from 1 if their ids are not all different whole numbers from 1 up."""
+    def _renumber(self) -> None:
+        """Renumber the annotations from 1 unless their ids are distinct non-zero integers."""
         ids = [entry.get("id") for entry in self.objects]
         types = set(map(type, ids))
         if not types <= {int}:
@@ -322,7 +323,7 @@ class Annotations:
             reason = "some were too large"
         elif len(set(ids)) < len(ids):
             reason = "two had the same"
-        elif 0 in ids:  # pycocotools takes a match with the annotation 0 for none
+        elif 0 in ids:  # pycocotools treats a match with annotation id 0 as no match
             reason = "pycocotools counts matches with the id 0 as misses"
         else:
             return
@@ -337,7 +338,7 @@ def _name(entry: dict, i: int) -> str:
 
 
 def _number(text: str) -> Any:
-    """The number that ``text`` is, or the text."""
+    """Convert ``text`` to an int or a float; return it unchanged if it is neither."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -346,12 +347,13 @@ def _number(text: str) -> Any:
     return text
 
 
-def _plain(image_id: Any) -> Any:
-    """An id without what different tools write differently: leading zeros and the decimal point."""
+def _normalised_id(image_id: Any) -> Any:
+    """Return an image id as text without leading zeros or ``.0``, which tools write differently, for comparison."""
     if type(image_id) is float and image_id.is_integer():
         return str(int(image_id))
     return str(image_id).strip().lstrip("0") or "0"
 
 
-def _is_whole(text: str) -> bool:
+def _is_integer(text: str) -> bool:
+    """Whether ``text`` is a non-negative decimal integer without leading zeros, of at most 15 digits."""
     return text.isascii() and text.isdecimal() and len(text) < 16 and (text == "0" or not text.startswith("0"))

@@ -1,4 +1,4 @@
-"""Check the data of every loader of a configuration, say what is used, and adapt the configuration where that helps."""
+"""Check the data of each loader of a configuration, report what is used, and adapt the configuration if needed."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ from .usage import CocoUse
 
 AS_ANNOTATED = "condattn.openmmlab.data_check.orientation.LoadImageAsAnnotated"
 PATIENCE = 60
-"""Seconds that a process waits for the first one to say what is wrong and end the run."""
+"""Seconds for which the other processes wait for the first one to report the errors and end the run."""
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Checked:
     Attributes:
         label: Name of the loader, with a number if it has several data sets.
         loader: 'train', 'val' or 'test'.
-        settings: Of the data set or metric, as they stand in the configuration.
-        findings: What was found.
+        settings: The settings of the data set or metric: the dictionary in the configuration itself, not a copy.
+        findings: The findings of the check.
     """
 
     label: str
@@ -47,29 +47,29 @@ class Checked:
 
 
 def check_data(cfg: Config, *loaders: str, read_all: bool = False) -> None:
-    """Check the data of ``loaders``, print what is used and what is lost, and adapt ``cfg``.
+    """Check the data of ``loaders``, print what is used and what is left out, and adapt ``cfg`` in place.
 
-    Adapted are annotation files of which a repaired copy was made, and the loading of images whose annotations do not
-    have the rotation of the image's header; both are printed. Of several processes the first one of a machine prints;
-    the others wait until it has ended the run, if there are errors.
+    Two settings are adapted, and both changes are printed: an annotation file is replaced by its repaired copy, and
+    images are loaded without the rotation in their header if their annotations do not have it. In a distributed run
+    only the first process of each machine prints; if there are errors, the others wait until it has ended the run.
 
     Args:
-        cfg: The configuration; its default scope has been entered.
-        loaders: Of 'train', 'val' and 'test'.
-        read_all: Read every image and label map, not a sample of some thousands.
+        cfg: The configuration; its default scope must have been entered.
+        loaders: Any of 'train', 'val' and 'test'.
+        read_all: Read every image and label map instead of a sample of some thousands.
 
     Raises:
-        UserError: If the data cannot be used; of several reasons the last one, after the others were printed.
+        UserError: If the data cannot be used. With several errors, the last one is raised after the others are printed.
     """
-    follows = bool(cfg.get("launcher")) and local_rank(cfg.launcher) > 0
+    is_secondary = bool(cfg.get("launcher")) and local_rank(cfg.launcher) > 0
     try:
         checked = find(cfg, *loaders, read_all=read_all)
-        if not follows:
+        if not is_secondary:
             report(checked)
         elif any(entry.findings.errors for entry in checked):
             _wait_for_the_end()
     except UserError:
-        if follows:
+        if is_secondary:
             _wait_for_the_end()
         raise
     for entry in checked:
@@ -77,7 +77,7 @@ def check_data(cfg: Config, *loaders: str, read_all: bool = False) -> None:
 
 
 def _wait_for_the_end() -> None:
-    """Wait until the launcher ends this process, because the first one has said what is wrong and left."""
+    """Wait until the launcher ends this process, after the first one has reported the errors and exited."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         time.sleep(0.1)
@@ -85,10 +85,10 @@ def _wait_for_the_end() -> None:
 
 
 def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
-    """Check the data of ``loaders``; nothing is printed or changed.
+    """Check the data of ``loaders`` without printing or changing anything.
 
     Raises:
-        UserError: If a file or folder is missing, or the settings of a loader have no data set.
+        UserError: If a file or folder is missing, or the settings of a loader have no valid data set.
     """
     there = [loader for loader in loaders if cfg.get(f"{loader}_dataloader")]
     for loader in there:
@@ -104,7 +104,7 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
         for i, leaf in enumerate(settings, 1):
             label = loader if len(settings) == 1 else f"{loader} ({i} of {len(settings)})"
             entries.append(Checked(label, loader, leaf, _check(cfg, loader, leaf, read_all, heads)))
-        _judge_together(entries)
+        _check_barren(entries)
         checked += entries + list(_check_metrics(cfg, loader, entries))
     for entry in checked:
         findings = entry.findings
@@ -115,8 +115,8 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
     return checked
 
 
-def _judge_together(entries: list[Checked]) -> None:
-    """Make what is too little in each data set of a loader an error, unless they have enough together."""
+def _check_barren(entries: list[Checked]) -> None:
+    """Report the ``barren`` findings of a loader as errors if all data sets have one and together show < 2 classes."""
     shown = {each.name for entry in entries for each in entry.findings.classes if each.count}
     if all(entry.findings.barren for entry in entries) and len(shown) < 2:
         for entry in entries:
@@ -124,10 +124,10 @@ def _judge_together(entries: list[Checked]) -> None:
 
 
 def report(checked: list[Checked]) -> None:
-    """Print what was found: a line for each data set on standard output, warnings and errors on standard error.
+    """Print the findings: a line for each data set on standard output, warnings and errors on standard error.
 
     Raises:
-        UserError: The last of the errors, if there are any.
+        UserError: If there are errors: the last one; the others are printed.
     """
     for entry in checked:
         if entry.findings.summary:
@@ -142,7 +142,7 @@ def report(checked: list[Checked]) -> None:
 
 
 def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads: set[str]) -> Findings:
-    """Check one data set; ``heads`` has what was said of the model's heads already."""
+    """Check one data set; ``heads`` collects the messages about the model's heads, so that each is reported once."""
     name = leaf["type"] if isinstance(leaf["type"], str) else leaf["type"].__name__
     if _class(leaf) is None:
         return Findings(errors=[f"no data set {name} is registered; import its module with custom_imports"])
@@ -205,7 +205,7 @@ def _evaluates_masks(metric: dict[str, Any]) -> bool:
 
 
 def _check_metrics(cfg: Config, loader: str, entries: list[Checked]) -> Iterator[Checked]:
-    """Check the annotation files of the metrics of ``loader`` that are not those of its data sets."""
+    """Check the annotation files that the metrics of ``loader`` read but its data sets do not."""
     sound = [entry.settings for entry in entries if not entry.findings.errors]
     data = [leaf for leaf in sound if _kind(leaf) == "coco" and is_local(leaf) and leaf.get("ann_file")]
     files = [str(Path(leaf.get("data_root") or "", leaf["ann_file"])) for leaf in data]
@@ -233,13 +233,13 @@ def _class(leaf: dict[str, Any]) -> Any:
 
 
 def _data_root(leaf: dict[str, Any]) -> Path:
-    """The folder of a data set that knows its own files, as the built-in ones do."""
+    """The folder of a data set whose class defines its own files, as the built-in ones do."""
     parameter = signature(_class(leaf)).parameters.get("data_root")
     return Path(leaf.get("data_root") or (parameter and parameter.default) or ".")
 
 
 def _kind(leaf: dict[str, Any]) -> str | None:
-    """'coco' or 'maps', for data sets that read such files as mmdet's and mmseg's own classes do; else None."""
+    """'coco' or 'maps' if a data set reads files by CocoDataset's or BaseSegDataset's own methods; else None."""
     cls = _class(leaf)
     for kind, module, name, methods in (
         ("coco", "mmdet.datasets", "CocoDataset", ("load_data_list", "parse_data_info", "filter_data")),
@@ -252,7 +252,7 @@ def _kind(leaf: dict[str, Any]) -> str | None:
 
 
 def _pipelines(dataset: dict[str, Any], leaf: dict[str, Any]) -> list[Any]:
-    """Pipelines of ``leaf`` and of the wrappers around it in ``dataset``; none if it is not in it."""
+    """The pipelines of ``leaf`` and of the wrappers around it in ``dataset``; empty if it is not in ``dataset``."""
     if dataset is leaf:
         return [leaf.get("pipeline") or []]
     for child in (child for key in ("dataset", "datasets") for child in as_list(dataset.get(key))):
@@ -310,7 +310,7 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
 
 
 def adapt(cfg: Config, entry: Checked) -> None:
-    """Let the configuration read a repaired copy, and load images as they were annotated."""
+    """Apply the findings to ``cfg``: read the repaired annotation file, and load images as they were annotated."""
     leaf, findings = entry.settings, entry.findings
     if findings.ann_file:
         old = Path(leaf.get("data_root") or "", leaf["ann_file"])

@@ -22,7 +22,7 @@ def check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
     """Check annotations and images.
 
     Returns:
-        The findings, and the files and folders that they were taken from.
+        The findings, and the files and folders that were read.
     """
     with no_collection():
         return _check_coco(use)
@@ -30,7 +30,7 @@ def check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Do not look for cycles of objects, of which those of a large file have none: it takes a third of the time."""
+    """Disable the garbage collector: it takes a third of the time for a large file, whose objects form no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -67,14 +67,17 @@ def _check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
 
 
 def read_annotations(path: str, needs_objects: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """The content of an annotation file, and what had to be repaired to read it.
+    """Read an annotation file.
 
     Args:
-        path: Of the file.
-        needs_objects: Whether the list of annotations must be there.
+        path: Path of the file.
+        needs_objects: Whether the file must have a list of annotations.
+
+    Returns:
+        The content of the file, and descriptions of what was repaired to read it.
 
     Raises:
-        UserError: If it is no JSON file, or lacks one of COCO's three lists.
+        UserError: If the file is not JSON, or lacks one of COCO's three lists.
     """
     try:
         data = Path(path).read_bytes()
@@ -97,7 +100,11 @@ def read_annotations(path: str, needs_objects: bool = True) -> tuple[dict[str, A
 
 
 def repair(findings: Findings, path: str, content: dict[str, Any], repairs: list[str]) -> list[str]:
-    """Write a copy of what was repaired, and say so in ``findings``; return the path of the copy, if there is one."""
+    """Write a repaired copy of an annotation file and report it in ``findings``.
+
+    Returns:
+        A list with the path of the copy; empty if there is none.
+    """
     if not repairs:
         return []
     try:

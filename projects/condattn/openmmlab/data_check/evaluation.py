@@ -1,4 +1,4 @@
-"""The metrics of a configuration, and the annotation files that they read beside the data set's."""
+"""Find the metrics of a configuration, and check the annotation files that they read besides the data set's."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ class MetricUse:
     """How a metric uses an annotation file.
 
     Attributes:
-        ann_file: The file.
-        data_files: Annotation files of the data sets that are evaluated.
+        ann_file: Path of the annotation file.
+        data_files: Paths of the annotation files of the evaluated data sets.
         classes: Names of the classes.
         with_masks: Whether masks are evaluated.
     """
@@ -37,7 +37,7 @@ class MetricUse:
 
 
 def metrics(cfg: Config, loader: str) -> list[dict]:
-    """Settings of the metrics of ``loader``, those in an evaluator of several data sets included."""
+    """The settings of the metrics of ``loader``, including those in an evaluator of several data sets."""
     return list(_metrics(cfg.get(f"{loader}_evaluator"))) if loader != "train" else []
 
 
@@ -48,7 +48,7 @@ def _metrics(node: Any) -> Iterator[dict]:
 
 
 def reads_coco(metric: dict[str, Any]) -> bool:
-    """Whether a metric is mmdet's for COCO."""
+    """Whether a metric is mmdet's ``CocoMetric`` or a subclass of it."""
     kind = metric.get("type")
     if isinstance(kind, str):
         with METRICS.switch_scope_and_registry(metric.get("_scope_")) as registry:
@@ -57,10 +57,10 @@ def reads_coco(metric: dict[str, Any]) -> bool:
 
 
 def check_metric(use: MetricUse) -> tuple[Findings, list[str]]:
-    """Check the annotation file of a metric, where it is another than the data set's.
+    """Check the annotation file of a metric that does not read the data set's own file.
 
     Returns:
-        The findings, and the files that they were taken from.
+        The findings, and the files that were read.
     """
     findings, read = Findings(with_masks=use.with_masks), [use.ann_file, *use.data_files]
     try:
@@ -79,7 +79,7 @@ def check_metric(use: MetricUse) -> tuple[Findings, list[str]]:
 
 
 def _compare_images(table: Annotations, use: MetricUse) -> None:
-    """Raise if the images are neither those of one data set nor those of all of them."""
+    """Raise a UserError unless the images are those of one data set or those of all data sets together."""
     every = set()
     for path in use.data_files:
         content, _ = read_annotations(path, needs_objects=False)

@@ -1,4 +1,4 @@
-"""What a check of data has found, and a cache of it: data that have not changed are not read twice."""
+"""The findings of a data check, and a cache of them, so that unchanged data are not read twice."""
 
 import hashlib
 import json
@@ -15,18 +15,18 @@ from filelock import FileLock
 from ...weights.atomic import write_whole
 
 FORMAT = 2
-"""Of the cache's files; another number makes every check run anew."""
+"""Version of the cache's file format; changing it invalidates all cached findings."""
 
 
 @dataclass
 class ClassCount:
-    """How much of one class there is.
+    """The amount of data of one class.
 
     Attributes:
-        name: Of the class.
-        count: Objects, or pixels of label maps.
+        name: Name of the class.
+        count: Number of objects, or of pixels in label maps.
         images: Number of images that show it.
-        sizes: Objects below 32 x 32 pixels, up to 96 x 96, and above; empty for label maps.
+        sizes: Number of objects with areas below 32 x 32 pixels, up to 96 x 96, and above; empty for label maps.
         examples: Paths of a few images that show it.
     """
 
@@ -39,18 +39,18 @@ class ClassCount:
 
 @dataclass
 class Findings:
-    """What a check of one data set has found.
+    """The findings of the check of one data set.
 
     Attributes:
         summary: What is used, in one line.
-        warnings: What is lost, changed or doubtful, a line each.
-        errors: What cannot work, a line each.
-        classes: How much of each class there is.
-        ann_file: A repaired copy of the annotations, to be read in place of the file.
-        as_annotated: Whether some images carry a rotation in their header that their annotations do not have, so that
-            :class:`.orientation.LoadImageAsAnnotated` is to load them.
-        with_masks: Whether masks are trained or evaluated.
-        barren: Why there is nothing to learn from this data set alone; an error unless another one of its loader helps.
+        warnings: What is left out, changed or doubtful, one line each.
+        errors: What makes the data unusable, one line each.
+        classes: The amount of data of each class.
+        ann_file: Path of a repaired copy of the annotation file, to be read in its place; empty if there is none.
+        as_annotated: Whether some images have a rotation in their header that their annotations do not have, so that
+            :class:`.orientation.LoadImageAsAnnotated` must load them.
+        with_masks: Whether masks are used for training or evaluation.
+        barren: Why nothing can be learned from this data set alone; an error unless the loader has others that suffice.
     """
 
     summary: str = ""
@@ -64,16 +64,16 @@ class Findings:
 
 
 def cache_folders() -> list[Path]:
-    """Folders for this user's caches: ``condattn`` in $XDG_CACHE_HOME or ~/.cache, then below the temporary folder."""
+    """Cache folders of this user, the preferred first: in $XDG_CACHE_HOME or ~/.cache, and in the temporary folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return [Path(home, "condattn").absolute(), Path(tempfile.gettempdir(), f"condattn-{os.getuid()}").absolute()]
 
 
 def write_cached(name: str, write: Callable[[Path], object]) -> Path:
-    """Write the file ``name`` into the first cache folder that takes it, unless one has it already; return its path.
+    """Write the file ``name`` into the first writable cache folder, unless one has it already; return its path.
 
     Raises:
-        OSError: If none of them can be written.
+        OSError: If no cache folder can be written.
     """
     paths = [folder / name for folder in cache_folders()]
     for path in paths:
@@ -89,15 +89,15 @@ def write_cached(name: str, write: Callable[[Path], object]) -> Path:
 
 
 def remember(settings: dict[str, Any], check: Callable[[], tuple[Findings, Iterable[str | Path]]]) -> Findings:
-    """The findings of ``check``, from the cache if nothing that it read has changed.
+    """Return the findings of ``check``, from the cache if no file or folder that it read has changed.
 
-    Of several processes the first checks, and the others wait for what it finds.
+    If several processes call it, one runs the check, and the others wait for its findings.
 
     Args:
-        settings: All that the findings depend on, beside the files.
-        check: Returns the findings, and the files and folders that they were taken from.
+        settings: Everything that the findings depend on besides the files.
+        check: Returns the findings, and the files and folders that were read.
     """
-    here = os.path.abspath("")  # relative paths are of this folder
+    here = os.path.abspath("")  # relative paths depend on the working directory
     key = hashlib.sha256(json.dumps([FORMAT, here, settings], sort_keys=True, default=str).encode()).hexdigest()
     for folder in cache_folders():
         path = folder / "data_checks" / f"{key[:32]}.json"
@@ -106,10 +106,10 @@ def remember(settings: dict[str, Any], check: Callable[[], tuple[Findings, Itera
             lock = FileLock(path.with_suffix(".lock"))
             lock.acquire()
             break
-        except (OSError, NotImplementedError):  # a folder that cannot be written, or has no locks
+        except (OSError, NotImplementedError):  # the folder is not writable, or does not support locks
             continue
     else:
-        return check()[0]  # a cache that cannot be written is no reason to stop
+        return check()[0]  # without a writable cache, check without caching
     try:
         if known := _read(path):
             return known
@@ -123,6 +123,7 @@ def remember(settings: dict[str, Any], check: Callable[[], tuple[Findings, Itera
 
 
 def _read(path: Path) -> Findings | None:
+    """The findings cached in ``path``; None if there are none, or a file that they depend on has changed."""
     try:
         record = json.loads(path.read_text())
         if any(_state(name) != tuple(state) for name, *state in record["inputs"]):
@@ -135,6 +136,7 @@ def _read(path: Path) -> Findings | None:
 
 
 def _state(path: str | Path) -> tuple[int, int]:
+    """Size and modification time (ns) of a file, by which a change is detected; (-1, -1) if there is no such file."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):

@@ -11,16 +11,16 @@ from .paths import as_list
 OTHER_PARTS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_head", "panoptic_fusion_head")
 """Parts of a model whose number of classes need not be that of the data."""
 OPEN_HEADS = ("ATSSVLFusionHead", "GroundingDINOHead")
-"""Heads that compare objects with words, so that their number of classes is no limit."""
+"""Heads with an open vocabulary, which compare objects with words: ``num_classes`` does not limit their classes."""
 OF_TWO = "STDCHead"
-"""mmseg's head that tells edges from the rest, whatever the classes are."""
+"""mmseg's head that separates edges from everything else, whatever the classes of the data."""
 
 
 def check_heads(cfg: Config, classes: list[str]) -> tuple[list[str], list[str]]:
-    """Compare the heads of ``cfg.model`` with ``classes``; refuse one class with a softmax.
+    """Compare the heads of ``cfg.model`` with ``classes``; a single class with a softmax is an error.
 
     Returns:
-        Errors and warnings.
+        The errors, and the warnings.
     """
     errors, warnings = [], []
     model = cfg.get("model") or {}

@@ -1,4 +1,4 @@
-"""Check image files: there, readable, as large as their annotations say, upright, and bright enough to be seen."""
+"""Check that images exist, can be read, have the size and orientation of their annotations, and are not too dark."""
 
 import os
 import struct
@@ -15,10 +15,10 @@ from ...wording import counted, some
 from .sampling import in_parallel, sample
 
 ORIENTATION = 0x0112
-"""EXIF's tag for the orientation; 1 is upright, 2 to 4 keep the sides' lengths, 5 to 8 exchange them."""
+"""EXIF's tag for the orientation: 1 is upright, 2 to 4 keep width and height, 5 to 8 exchange them."""
 
 DARK = 2**14
-"""Images with 16 bits a channel whose values are below are nearly black when the upper 8 bits are loaded."""
+"""Images with 16 bits per channel and all values below this are nearly black: only the upper 8 bits are loaded."""
 
 WIDTH_TAG, HEIGHT_TAG = 256, 257
 """TIFF's tags of the size as stored."""
@@ -26,14 +26,14 @@ WIDTH_TAG, HEIGHT_TAG = 256, 257
 
 @dataclass
 class ImageFile:
-    """What the header of an image file says.
+    """The properties of an image file.
 
     Attributes:
-        path: Of the file.
-        problem: Why it cannot be read, or empty.
+        path: Path of the file.
+        problem: Why it cannot be read; empty if it can.
         size: Width and height in pixels, as stored.
-        orientation: EXIF's.
-        brightest: Largest value of an image with 16 bits a channel; -1 for others.
+        orientation: The orientation in its EXIF header, 1 to 8.
+        brightest: Largest value of an image with 16 bits per channel; -1 for other images.
     """
 
     path: str
@@ -50,7 +50,7 @@ class ImageFile:
 
 @dataclass
 class ImageReport:
-    """What a check of images has found; see :class:`.findings.Findings`."""
+    """The findings of a check of images, and the files and folders read; see :class:`.findings.Findings`."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -69,12 +69,12 @@ def check_images(
     """Check the images at ``paths``.
 
     Args:
-        paths: Of the images.
-        sizes: Width and height that their annotations have; None where that is not known.
-        read_all: Read each of them, not a sample.
-        annotation: What has the sizes.
-        look: Whether files are read; else it is checked alone that they are there.
-        everywhere: Paths that must be there, if they are more than ``paths``.
+        paths: Paths of the images.
+        sizes: Width and height of each image according to its annotation; None if not known.
+        read_all: Read every image instead of a sample.
+        annotation: What the messages call the source of the sizes.
+        look: Whether to read the files; otherwise only their existence is checked.
+        everywhere: All paths that must exist, if ``paths`` is only a part of them.
     """
     report = ImageReport()
     missing = find_missing(everywhere or paths)
@@ -84,8 +84,8 @@ def check_images(
     if not look:
         return report
     expected = dict(zip(paths, sizes, strict=True))
-    gone = set(missing)
-    images = in_parallel(inspect, sample([path for path in paths if path not in gone], read_all), "images")
+    missing_paths = set(missing)
+    images = in_parallel(inspect, sample([path for path in paths if path not in missing_paths], read_all), "images")
     report.read += [image.path for image in images]
     if bad := [f"{image.path} {image.problem}" for image in images if image.problem]:
         number = counted(len(bad), "image", "images")
@@ -97,7 +97,7 @@ def check_images(
 
 
 def find_missing(paths: Iterable[str]) -> list[str]:
-    """Those of ``paths`` that are not there; folders are listed, once each."""
+    """Return those of ``paths`` that do not exist; each folder is listed once."""
     folders = defaultdict(list)
     for path in paths:
         folders[os.path.dirname(path)].append(path)
@@ -109,7 +109,7 @@ def find_missing(paths: Iterable[str]) -> list[str]:
 
 
 def names_in(folder: str) -> set[str]:
-    """Names of what is in ``folder``; none if it cannot be listed."""
+    """Return the names of the entries of ``folder``; empty if it cannot be listed."""
     try:
         with os.scandir(folder or ".") as entries:
             return {entry.name for entry in entries}
@@ -133,18 +133,18 @@ def _short(path: str) -> str:
 
 
 def inspect(path: str) -> ImageFile:
-    """Read the header of an image file, and see that the file goes to its end."""
+    """Read the header of an image file, and check that the file is not truncated."""
     if problem := no_file(path):
         return ImageFile(path, problem=problem)
     try:
         with Image.open(path) as image:
             size = image.size
-            if image.format == "TIFF":  # Pillow turns its size
+            if image.format == "TIFF":  # Pillow rotates the size of a TIFF
                 size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
             result = ImageFile(path, size=size, orientation=_orientation(image))
-            if not _ends(path, image.format):
+            if not _has_end_marker(path, image.format):
                 image.load()
-            deep = _is_deep(path, image)
+            deep = _is_16_bit(path, image)
             rotated = image.format == "TIFF" and result.orientation != 1
     except UnidentifiedImageError:
         with open(path, "rb") as file:
@@ -162,7 +162,7 @@ def inspect(path: str) -> ImageFile:
 
 
 def no_file(path: str) -> str:
-    """Why ``path`` is no file with content; empty if it is."""
+    """Describe why ``path`` is not a file with content; empty if it is one."""
     try:
         if os.path.isdir(path):
             return "is a folder"
@@ -174,13 +174,13 @@ def no_file(path: str) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation; what is none of its eight values is upright, as OpenCV takes it."""
+    """The orientation in the EXIF header; values other than 1 to 8 count as upright, as in OpenCV."""
     value = image.getexif().get(ORIENTATION, 1)
     return value if type(value) is int and 1 <= value <= 8 else 1
 
 
-def _ends(path: str, format: str | None) -> bool:
-    """Whether the last bytes are those that end a file of this format; False where that cannot be told."""
+def _has_end_marker(path: str, format: str | None) -> bool:
+    """Whether the file has the end marker of its format near its end; False for formats other than JPEG and PNG."""
     marks = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
     if format not in marks:
         return False
@@ -189,8 +189,8 @@ def _ends(path: str, format: str | None) -> bool:
         return marks[format] in file.read()
 
 
-def _is_deep(path: str, image: Image.Image) -> bool:
-    """Whether a channel has 16 bits."""
+def _is_16_bit(path: str, image: Image.Image) -> bool:
+    """Whether an image has 16 bits per channel."""
     if image.format == "PNG":
         with open(path, "rb") as file:
             return file.read(25)[24] == 16
@@ -199,13 +199,13 @@ def _is_deep(path: str, image: Image.Image) -> bool:
 
 
 def _check_sizes(report: ImageReport, images: list[ImageFile], expected: dict, annotation: str) -> None:
-    """Compare sizes with those of the annotations, upright and as stored."""
+    """Compare the sizes of images, upright and as stored, with those of their annotations."""
     wrong, turned, unclear = [], [], []
     for image in images:
         size = expected[image.path]
         fits_upright, fits_stored = size == image.upright_size, size == image.size
         if not fits_upright and not fits_stored:
-            wrong.append(f"{image.path} is {_by(image.upright_size)}, its {annotation} {_by(size)}")
+            wrong.append(f"{image.path} is {_format_size(image.upright_size)}, its {annotation} {_format_size(size)}")
         elif not fits_upright:
             turned.append(image.path)
         elif fits_stored and image.orientation != 1:
@@ -235,7 +235,7 @@ def _check_sizes(report: ImageReport, images: list[ImageFile], expected: dict, a
 
 
 def _check_depth(report: ImageReport, images: list[ImageFile]) -> None:
-    """Say which images have 16 bits; refuse them if most use the lower bits alone, which are not loaded."""
+    """Report images with 16 bits per channel: an error if most of them are nearly black in their upper 8 bits."""
     deep = [image for image in images if image.brightest >= 0]
     dark = [image for image in deep if image.brightest < DARK]
     names = some(f"{image.path} ({image.brightest})" for image in dark)
@@ -253,5 +253,5 @@ def _check_depth(report: ImageReport, images: list[ImageFile]) -> None:
         )
 
 
-def _by(size: tuple[int, int]) -> str:
+def _format_size(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"

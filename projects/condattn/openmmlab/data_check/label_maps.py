@@ -1,4 +1,4 @@
-"""Check the label maps of a semantic segmentation as mmseg will read them."""
+"""Check the label maps of a data set for semantic segmentation as mmseg will read them."""
 
 import os
 import struct
@@ -24,19 +24,19 @@ class MapUse:
     Attributes:
         images: Paths of the images that are used.
         maps: Paths of their label maps.
-        total: Number of images before a part of them was chosen.
+        total: Number of images before ``indices`` selected some of them.
         folder: Folder that was searched for images; empty if a file lists them.
-        suffix: Of the images.
-        map_suffix: Of the label maps.
+        suffix: File name suffix of the images.
+        map_suffix: File name suffix of the label maps.
         classes: Names of the classes.
-        ignore_index: Value of pixels that count for nothing.
-        reduce_zero_label: Whether 0 is ignored, and every other value is one too high.
-        label_map: From a value to that of the chosen classes.
-        training: Whether the data train.
+        ignore_index: Label of pixels that are ignored.
+        reduce_zero_label: Whether 0 is ignored and every other value is reduced by 1.
+        label_map: Label in a file -> label among the chosen classes; None if there is no such mapping.
+        training: Whether the data are used for training.
         list_file: File that lists the images; empty if the folder was searched.
-        read_all: Read every file, not a sample.
-        plain_images: Whether images are loaded as mmcv does by default; of others only the existence is checked.
-        plain_maps: The same of label maps, as mmseg does.
+        read_all: Read every file instead of a sample.
+        plain_images: Whether images are loaded as mmcv does by default; if not, only their existence is checked.
+        plain_maps: Whether label maps are loaded as mmseg does by default; if not, only their existence is checked.
     """
 
     images: Sequence[str]
@@ -58,13 +58,13 @@ class MapUse:
 
 @dataclass
 class LabelMap:
-    """What a label map holds.
+    """The content of a label map.
 
     Attributes:
-        path: Of the file.
-        problem: Why it cannot be used, or empty.
+        path: Path of the file.
+        problem: Why it cannot be used; empty if it can.
         size: Width and height in pixels.
-        values: Number of pixels of each value.
+        values: Value -> number of pixels that have it.
     """
 
     path: str
@@ -77,7 +77,7 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     """Check images and label maps.
 
     Returns:
-        The findings, and the files and folders that they were taken from.
+        The findings, and the files and folders that were read.
     """
     findings = Findings()
     others, read = _other_images(use) if use.folder else ([], [])
@@ -99,9 +99,9 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     missing = find_missing(use.maps)
     if missing:
         findings.errors.append(_describe_missing(use, missing))
-    gone = set(missing)
+    missing_paths = set(missing)
     pairs = sample(list(zip(use.images, use.maps, strict=True)), use.read_all)
-    there = [path for _, path in pairs if path not in gone] if use.plain_maps else []
+    there = [path for _, path in pairs if path not in missing_paths] if use.plain_maps else []
     maps = in_parallel(read_label_map, there, "label maps")
     read += sorted({os.path.dirname(path) for path in use.maps}) + there
     if bad := [f"{label_map.path} {label_map.problem}" for label_map in maps if label_map.problem]:
@@ -142,17 +142,17 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
 
 
 def _check_list(use: MapUse) -> str:
-    """What is wrong with the lines of the file that lists the images; empty if nothing is."""
+    """Describe what is wrong with the lines of the file that lists the images; empty if nothing is."""
     lines = Path(use.list_file).read_text(errors="replace").splitlines()
     if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
         return (
             f"{use.list_file}: {counted(len(blank), 'line is', 'lines are')} blank: line {some(blank)}; take them out"
         )
-    whole = [line.strip() for line in lines if line.strip().endswith(use.suffix)] if use.suffix else []
-    if whole:
-        has = counted(len(whole), "name has", "names have")
+    with_suffix = [line.strip() for line in lines if line.strip().endswith(use.suffix)] if use.suffix else []
+    if with_suffix:
+        has = counted(len(with_suffix), "name has", "names have")
         return (
-            f"{use.list_file}: {has} the suffix {use.suffix}, such as {whole[0]}, which mmseg adds; write names "
+            f"{use.list_file}: {has} the suffix {use.suffix}, such as {with_suffix[0]}, which mmseg adds; write names "
             "without it, or set img_suffix and seg_map_suffix"
         )
     return ""
@@ -172,9 +172,9 @@ def _describe_missing(use: MapUse, missing: list[str]) -> str:
 
 
 def _other_images(use: MapUse) -> tuple[list[str], list[str]]:
-    """Images that are left out for their suffix, and the folders that were searched for them.
+    """Return the images that are left out because of their suffix, and the folders that were searched.
 
-    What accompanies an image that is used, such as a_color.png beside a.jpg, is none of them.
+    A file that accompanies a used image, such as a_color.png beside a.jpg, does not count as left out.
     """
     folders, others = [], []
     used = {os.path.relpath(path, use.folder).removesuffix(use.suffix) for path in use.images}
@@ -191,6 +191,7 @@ def _other_images(use: MapUse) -> tuple[list[str], list[str]]:
 
 
 def _accompanies(path: str, used: set[str]) -> bool:
+    """Whether ``path`` begins with the path of a used image without its suffix, then a character like '_' or '.'."""
     return any(path[:i] in used for i, letter in enumerate(path) if not letter.isalnum())
 
 
@@ -219,7 +220,7 @@ def read_label_map(path: str) -> LabelMap:
 
 
 def to_classes(values: np.ndarray, use: MapUse) -> np.ndarray:
-    """Class of each value from 0 to 255 that stands in a file, as mmseg's ``LoadAnnotations`` makes it."""
+    """Convert values from 0 to 255 in a file to labels, as mmseg's ``LoadAnnotations`` does."""
     labels = values.astype(np.int64)
     if use.reduce_zero_label:
         labels = np.where((labels == 0) | (labels == 255), 255, labels - 1)
@@ -229,12 +230,12 @@ def to_classes(values: np.ndarray, use: MapUse) -> np.ndarray:
 
 
 def _check_values(findings: Findings, use: MapUse, good: list[tuple[str, LabelMap]]) -> np.ndarray:
-    """Check the values of label maps; return the pixels of each class, (number of maps, classes)."""
+    """Check the values of label maps; return the number of pixels per class, (number of maps, number of classes)."""
     number = len(use.classes)
     labels = to_classes(np.arange(256), use).tolist()
     ignored = {use.ignore_index}
     if use.label_map or use.reduce_zero_label:
-        ignored.add(255)  # as mmseg writes what is left out
+        ignored.add(255)  # the label that mmseg gives to values that are left out
     classes = np.zeros((len(good), number), dtype=np.int64)
     strange: dict[str, list[float]] = {}
     raw = set()

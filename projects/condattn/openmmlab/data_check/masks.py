@@ -1,4 +1,4 @@
-"""Check the segmentations of objects: polygons and run lengths that lie in their images, on their boxes."""
+"""Check the segmentations of objects: polygons against their images and boxes, run lengths against their images."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from .annotations import Annotations
 
 DECODED = 50_000
-"""Run lengths that are decoded, of many at even distances."""
+"""Number of masks whose run lengths are decoded; of more masks, an evenly spaced sample."""
 EXACT = 5000
-"""Masks that are drawn to see whether they are empty, of those that are thinner than two pixels."""
+"""Number of masks thinner than two pixels that are rasterised to find out whether they are empty."""
 
 
 def check_masks(table: "Annotations", used: np.ndarray) -> list[str]:
-    """Check the segmentations of the objects ``used``, indices; return warnings.
+    """Check the segmentations of the objects with the indices ``used``; return warnings.
 
     Raises:
-        UserError: If they cannot be trained or evaluated.
+        UserError: If the segmentations cannot be used for training or evaluation.
     """
     segmentations = [table.objects[i].get("segmentation") for i in used.tolist()]
     if not all(segmentations):
@@ -64,7 +64,7 @@ def _fail_format(table: "Annotations", i: int, expected: str) -> None:
 
 
 def _check_polygons(table: "Annotations", used: np.ndarray, polygons: list[list], warnings: list[str]) -> np.ndarray:
-    """Check objects that have polygons; return which of them have an empty mask."""
+    """Check objects that have polygons; return a boolean array that is True where a mask is empty."""
     expected = "a list of polygons, [[x1, y1, x2, y2, ...], ...],"
     flat = list(chain.from_iterable(polygons))
     if set(map(type, flat)) != {list}:
@@ -102,12 +102,12 @@ def _are_numbers(polygons: list[list]) -> bool:
 
 
 def is_drawable(polygon: Any) -> bool:
-    """Whether mmdet draws a polygon: it has three points or more, each of two numbers."""
+    """Whether mmdet draws a polygon: it must have three points or more, of two numbers each."""
     return len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
 def bounds(polygons: Sequence[list[list]]) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest and largest x and y of the polygons of each object, (N, 2) each; each object has one to be drawn."""
+    """Smallest and largest (x, y) of each object's polygons, (N, 2) each; every object must have a polygon."""
     parts = np.fromiter(map(len, polygons), int, len(polygons))
     sizes = np.fromiter(map(len, chain.from_iterable(polygons)), int, parts.sum())
     lengths = np.add.reduceat(sizes, np.cumsum(parts) - parts)
@@ -125,7 +125,7 @@ def bounds(polygons: Sequence[list[list]]) -> tuple[np.ndarray, np.ndarray]:
 def _compare(
     table: "Annotations", used: np.ndarray, polygons: list, low: np.ndarray, high: np.ndarray, warnings: list[str]
 ) -> np.ndarray:
-    """Compare polygons with their boxes and images; return which of them have an empty mask."""
+    """Compare polygons with their boxes and images; return a boolean array that is True where a mask is empty."""
     image = table.image_of[used]
     size = np.stack([table.widths[image], table.heights[image]], 1)
     wild = ~(np.isfinite(low) & np.isfinite(high) & (low >= -size) & (high <= 2 * size)).all(1)
@@ -164,12 +164,12 @@ def _compare(
 
 
 def _draw(polygons: list[list], height: int, width: int) -> float:
-    """Pixels of polygons whose numbers have been checked."""
+    """Number of pixels that the polygons of one object cover; their numbers must have been checked."""
     return float(masks.area(masks.merge(masks.frPyObjects([list(map(float, p)) for p in polygons], height, width))))
 
 
 def _check_runs(table: "Annotations", used: np.ndarray, runs: list[dict], warnings: list[str]) -> np.ndarray:
-    """Check objects that have run lengths; return which of them have an empty mask."""
+    """Check objects that have run lengths; return a boolean array that is True where a mask is empty."""
     sizes = [[int(table.heights[image]), int(table.widths[image])] for image in table.image_of[used]]
     for i, value, size in zip(used, runs, sizes, strict=True):
         if value.get("size") != size:
@@ -195,7 +195,7 @@ def _check_runs(table: "Annotations", used: np.ndarray, runs: list[dict], warnin
 
 
 def mask_area(segmentation: Any, size: tuple[int, int]) -> float | None:
-    """Pixels of the mask of one object in an image of ``size``, (height, width); None if it cannot be drawn."""
+    """Number of pixels of an object's mask in an image of ``size`` (height, width); None if it cannot be drawn."""
     if type(segmentation) is dict and segmentation.get("size") == list(size):
         totals, pixels = count_runs([segmentation.get("counts")])
         return float(pixels[0]) if totals[0] == size[0] * size[1] else None

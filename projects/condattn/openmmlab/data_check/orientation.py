@@ -10,10 +10,11 @@ from .sampling import any_size
 
 @TRANSFORMS.register_module()
 class LoadImageAsAnnotated(LoadImageFromFile):
-    """Load an image as its EXIF header turns it, or as it is stored, whichever has the size of its annotation.
+    """Load an image either rotated by its EXIF header or as stored, whichever has the size of its annotation.
 
-    Labelling tools differ in whether they apply the header. The size is that of the annotation file (``height`` and
-    ``width``), or of the label map. Where neither or both fit, the image is loaded as the header says, as always.
+    Labelling tools differ in whether they apply the header. The size of the annotation is that in the annotation file
+    (``height`` and ``width``), or that of the label map. If both sizes fit or neither does, the image is rotated by its
+    header, as ``LoadImageFromFile`` does.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:

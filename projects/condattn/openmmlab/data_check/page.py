@@ -1,4 +1,4 @@
-"""A page that shows what a check of data has found: counts, sizes, and samples with their annotations drawn."""
+"""Write a web page with the findings of a data check: counts, sizes, and samples with their annotations drawn."""
 
 import warnings
 from contextlib import redirect_stdout
@@ -16,21 +16,21 @@ from .transforms import image_loader
 
 TEMPLATE = Path(__file__).with_name("page.html")
 WIDTH = 480
-"""Of the pictures, in pixels, at most."""
+"""Maximum width of the pictures, in pixels."""
 PARTS = {
     "mmdet": ("DetLocalVisualizer", [{"type": "LoadAnnotations", "with_bbox": True}, {"type": "PackDetInputs"}]),
     "mmseg": ("SegLocalVisualizer", [{"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]),
 }
-"""Toolbox -> its visualizer, and what loads annotations for it."""
+"""Toolbox -> its visualizer, and the transforms that load annotations for it."""
 
 
 def write_page(cfg: Config, checked: list[Checked], folder: Path) -> Path:
     """Write ``index.html`` and pictures of samples into ``folder``; return the path of the page.
 
     Args:
-        cfg: The configuration, adapted to what was found.
-        checked: What was found.
-        folder: Made if it is not there.
+        cfg: The configuration, adapted to the findings.
+        checked: The findings.
+        folder: Output folder; created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     samples = [
@@ -45,16 +45,19 @@ def write_page(cfg: Config, checked: list[Checked], folder: Path) -> Path:
 
 
 def _draw_samples(cfg: Config, entry: Checked, folder: Path, number: int) -> dict[str, list[tuple[str, str]]]:
-    """Name of a class -> paths of pictures, below ``folder``, and names of the images that they show.
+    """Draw samples of a data set, and save them as pictures in ``folder``.
 
-    ``number`` is that of the data set, in the names of the pictures.
+    ``number`` is the number of the data set, which the file names of the pictures contain.
+
+    Returns:
+        Name of a class -> pairs of the file name of a picture and that of the image that it shows.
     """
     kind, annotations = PARTS[cfg.default_scope]
     settings: dict[str, Any] = entry.settings
     if cfg.default_scope == "mmdet" and entry.findings.with_masks:
         annotations = [{**annotations[0], "with_mask": True}, *annotations[1:]]
     loading = image_loader(settings.get("pipeline")) or {"type": "LoadImageFromFile"}
-    with redirect_stdout(None):  # pycocotools says that it is loading
+    with redirect_stdout(None):  # pycocotools prints its progress
         dataset = DATASETS.build({**settings, "pipeline": [loading, *annotations]})
     places = {dataset.get_data_info(i)["img_path"]: i for i in range(len(dataset))}
     visualizer = VISUALIZERS.build({"type": kind, "name": f"{entry.label} of the data check"})
@@ -68,7 +71,7 @@ def _draw_samples(cfg: Config, entry: Checked, folder: Path, number: int) -> dic
             gt = sample["data_samples"].gt_instances
             gt.bboxes = getattr(gt.bboxes, "tensor", gt.bboxes)
         image = np.ascontiguousarray(image[..., ::-1])
-        with warnings.catch_warnings():  # of boxes and texts that reach beyond the image
+        with warnings.catch_warnings():  # about boxes and texts that extend beyond the image
             warnings.simplefilter("ignore", UserWarning)
             visualizer.add_datasample(name, image, sample["data_samples"], draw_pred=False, out_file=str(folder / name))
         with Image.open(folder / name) as picture:

@@ -1,4 +1,4 @@
-"""The files and folders that a configuration names: are they there, and if not, where do they come from?"""
+"""Check that the files and folders that a configuration names exist, and say where to get missing ones."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ SOURCES = {
 
 
 def leaves(dataset: dict) -> Iterator[dict]:
-    """The data sets in ``dataset`` that read files, below wrappers such as RepeatDataset."""
+    """Yield the data sets that read files: those inside wrappers such as RepeatDataset, or ``dataset`` itself."""
     inner = [dataset[key] for key in ("dataset", "datasets") if key in dataset]
     if not inner:
         yield dataset
@@ -30,7 +30,7 @@ def leaves(dataset: dict) -> Iterator[dict]:
 
 
 def is_local(dataset: dict) -> bool:
-    """Whether a data set reads from a disk."""
+    """Whether a data set reads local files."""
     backend = dataset.get("backend_args")
     if isinstance(backend, dict) and backend.get("backend", "local") != "local":
         return False
@@ -38,7 +38,7 @@ def is_local(dataset: dict) -> bool:
 
 
 def named_paths(dataset: dict) -> Iterator[str]:
-    """What a data set reads, joined to its data_root as mmengine joins it."""
+    """Yield the paths that a data set reads, joined to its data_root as mmengine does."""
     root = str(dataset.get("data_root") or "")
     prefix = dataset.get("data_prefix")
     for path in (dataset.get("ann_file"), *(prefix.values() if isinstance(prefix, dict) else ())):
@@ -51,9 +51,9 @@ def named_paths(dataset: dict) -> Iterator[str]:
 
 
 def check_paths(cfg: Config, loader: str, metrics: Iterable[dict]) -> None:
-    """Check that the files and folders that a data loader and its metrics name are there.
+    """Check that the files and folders that a data loader and its metrics name exist.
 
-    Data sets that know their own files, as the built-in ones do, and remote data are left alone.
+    Remote data, and data sets whose class defines its own files, as the built-in ones do, are not checked.
 
     Args:
         cfg: The configuration.
@@ -61,7 +61,7 @@ def check_paths(cfg: Config, loader: str, metrics: Iterable[dict]) -> None:
         metrics: Settings of the loader's metrics.
 
     Raises:
-        UserError: If one is missing; the message says how to get it.
+        UserError: If a file or folder is missing; the message says how to get it.
     """
     found = False
     for dataset in leaves(cfg[f"{loader}_dataloader"]["dataset"]):
@@ -87,5 +87,5 @@ def _check_path(path: str, where: str, cfg: Config) -> None:
 
 
 def as_list(value: Any) -> list:
-    """``value`` as a list; nothing is an empty one."""
+    """Return ``value`` as a list; empty if it is None or empty."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []

@@ -1,4 +1,4 @@
-"""Decode the run lengths of many masks at once, and count their pixels; nothing is trusted to be well-formed."""
+"""Decode the run lengths of many masks at once, and count their pixels; malformed input is detected."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 
 LONGEST = 7
-"""Characters of one number of a compressed mask: 35 bits."""
+"""Maximum number of characters of one number in a compressed mask: 35 bits."""
 BATCH = 50
-"""Masks that are decoded at once, so that their numbers stay in the processor's caches."""
+"""Number of masks decoded at once: so few that their numbers stay in the CPU caches."""
 
 
 def count_runs(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Count pixels of masks that are run lengths, as lists of numbers or as pycocotools' text.
+    """Count the pixels of masks given as run lengths: lists of numbers, or compressed text of pycocotools.
 
     Returns:
-        All pixels of each mask, -1 if its run lengths cannot be decoded; and those of the object.
+        The total number of pixels of each mask, -1 if its run lengths cannot be decoded; and the number of pixels of
+        the object.
     """
     totals, pixels = np.full(len(runs), -1, dtype=np.int64), np.zeros(len(runs), dtype=np.int64)
     lists = [i for i, counts in enumerate(runs) if type(counts) is list and _are_counts(counts)]
@@ -41,7 +42,7 @@ def _are_counts(counts: list) -> bool:
 
 
 def _sums(numbers: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of all numbers of each mask, and of those at odd places, the object's; -1 if one is negative."""
+    """Sum all run lengths of each mask (-1 if one is negative), and those at odd positions, which are the object's."""
     starts = np.cumsum(lengths) - lengths
     odd = (np.arange(len(numbers)) - np.repeat(starts, lengths)) % 2
     totals = np.add.reduceat(numbers, starts)
@@ -50,7 +51,7 @@ def _sums(numbers: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _running_sums(numbers: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """Running sums that begin anew with each owner, whose numbers stand together."""
+    """Cumulative sums that restart with each owner; the numbers of an owner must be contiguous."""
     summed = np.cumsum(numbers)
     begin = np.flatnonzero(np.diff(owner, prepend=-1))
     before = np.where(begin > 0, summed[begin - 1], 0)
@@ -60,18 +61,19 @@ def _running_sums(numbers: np.ndarray, owner: np.ndarray) -> np.ndarray:
 def _decode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Decode masks that pycocotools has compressed.
 
-    Each number is written in groups of 5 bits, the lowest first, each plus 48, with the sixth bit set on all but the
-    last; from the fourth number on it is the difference from the number two places before.
+    Each number is written in groups of 5 bits, the lowest first, one character per group. The code of the character is
+    the group plus 48, and the sixth bit is set in all groups but the last. From the fourth number on, the difference
+    from the number two positions before is written.
     """
     totals, pixels = np.full(len(texts), -1, dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
     lengths = np.array([len(text) for text in texts])
     codes = np.frombuffer("".join(texts).encode(), np.uint8).astype(np.int64) - 48
     starts = np.cumsum(lengths) - lengths
     more = (codes & 32) != 0
-    sound = (np.minimum.reduceat(codes, starts) >= 0) & (np.maximum.reduceat(codes, starts) < 64)
-    sound &= ~more[starts + lengths - 1]
-    kept = np.repeat(sound, lengths)
-    codes, more, owner = codes[kept], more[kept], np.repeat(np.arange(len(texts)), lengths)[kept]
+    valid = (np.minimum.reduceat(codes, starts) >= 0) & (np.maximum.reduceat(codes, starts) < 64)
+    valid &= ~more[starts + lengths - 1]
+    valid_codes = np.repeat(valid, lengths)
+    codes, more, owner = codes[valid_codes], more[valid_codes], np.repeat(np.arange(len(texts)), lengths)[valid_codes]
     if not len(codes):
         return totals, pixels
     ends = np.flatnonzero(~more)

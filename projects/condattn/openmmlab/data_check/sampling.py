@@ -1,4 +1,4 @@
-"""A part of many files, read by several threads."""
+"""Choose a sample of many files, and process it with several threads."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,18 +11,18 @@ from PIL import Image
 from tqdm import tqdm
 
 SAMPLE = 5000
-"""Files that are read where not all of them are asked for."""
+"""Maximum number of files that are read, unless all are requested."""
 
 
 def sample(items: Sequence[Any], read_all: bool, number: int = SAMPLE) -> list[Any]:
-    """``items``, or if they are more than ``number`` and not all are asked for, as many at even distances."""
+    """Return ``number`` evenly spaced ``items``; all of them if there are no more, or if ``read_all`` is set."""
     if read_all or len(items) <= number:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, number).round().astype(int)]
 
 
 def in_parallel(function: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
-    """``function`` of every item, by several threads, with a progress bar on a terminal."""
+    """Apply ``function`` to every item with several threads; a terminal shows a progress bar."""
     with any_size(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(function, items)
         return list(tqdm(results, desc=what, total=len(items), unit="file", leave=False, disable=None))
@@ -30,7 +30,7 @@ def in_parallel(function: Callable[[Any], Any], items: Sequence[Any], what: str)
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Let Pillow open images of every size, as OpenCV does, which loads them in training."""
+    """Let Pillow open images of any size, as OpenCV, which loads the images in training, does."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield

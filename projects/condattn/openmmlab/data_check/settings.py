@@ -1,4 +1,4 @@
-"""The settings of data sets: slips in a configuration that the toolboxes answer with a traceback, or not at all."""
+"""Find mistakes in the settings of data sets that the toolboxes answer with a traceback, or do not notice."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from typing import Any
 from ...wording import listed, shown
 
 WRAPPED = ("dataset", "datasets")
-"""Settings of a wrapper that hold the data sets in it."""
+"""Keys under which a wrapper holds its data sets."""
 
 
 def misshapen(dataset: Any, where: str) -> Iterator[str]:
-    """What is wrong with the shape of a data set and of those in it, ``where`` being its place."""
+    """Yield structural mistakes in the settings of a data set and those nested in it; ``where`` is its key."""
     if isinstance(dataset, list | tuple):
         yield f"{where} is a list; expected one data set: put several into dict(type='ConcatDataset', datasets=[...])"
     elif not isinstance(dataset, dict):
@@ -30,7 +30,7 @@ def misshapen(dataset: Any, where: str) -> Iterator[str]:
 
 
 def slips(leaf: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings of a data set that reads files."""
+    """Yield mistakes in the settings of a data set that reads files."""
     if not isinstance(leaf.get("data_root") or "", str):
         yield f"data_root: expected the path of a folder, found {shown(leaf['data_root'])}; name the folder of the data"
     if not isinstance(leaf.get("ann_file") or "", str):
@@ -52,8 +52,8 @@ def slips(leaf: dict[str, Any]) -> Iterator[str]:
     elif filters and type(filters.get("min_size", 0)) not in (int, float):
         yield f"filter_cfg.min_size: expected a number of pixels, found {shown(filters['min_size'])}; write a number"
     indices = leaf.get("indices")
-    whole = isinstance(indices, list | tuple | range) and all(type(i) is int for i in indices)
-    if indices is not None and type(indices) is not int and not whole:
+    is_integer_list = isinstance(indices, list | tuple | range) and all(type(i) is int for i in indices)
+    if indices is not None and type(indices) is not int and not is_integer_list:
         yield f"indices: expected a whole number or a list of them, found {shown(indices)}; write it so"
 
 

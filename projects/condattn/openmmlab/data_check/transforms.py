@@ -1,4 +1,4 @@
-"""The classes of transforms in a configuration, which names them by text, with or without a scope, or by the class."""
+"""Look up the classes of transforms, which a configuration gives as a name, with or without scope, or as a class."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from mmengine.registry import TRANSFORMS
 from .orientation import LoadImageAsAnnotated
 
 PLAIN = (LoadImageFromFile, LoadImageAsAnnotated)
-"""Loaders of images that this check knows."""
+"""The image loaders that the data check supports."""
 
 
 def transform_class(transform: Any) -> type | None:
@@ -28,7 +28,7 @@ def image_loader(pipeline: Any) -> Any:
 
 
 def reads_plain_images(pipeline: Any) -> bool:
-    """Whether ``pipeline`` loads images as mmcv does by default: eight bits, three channels, turned as EXIF says."""
+    """Whether ``pipeline`` loads images as mmcv does by default: eight bits, three channels, rotated by EXIF."""
     loaders = [entry for entry in pipeline or [] if _loads_images(entry)]
     return not pipeline or (
         bool(loaders)
@@ -39,7 +39,7 @@ def reads_plain_images(pipeline: Any) -> bool:
 
 
 def reads_plain_annotations(pipeline: Any, own: type, backend: str) -> bool:
-    """Whether ``pipeline`` loads annotations, if at all, by ``own``, the toolbox's class, with its default backend."""
+    """Whether ``pipeline`` loads annotations only by ``own``, the toolbox's class, with its default ``backend``."""
     loaders = [entry for entry in pipeline or [] if _name(entry).startswith("Load") and not _loads_images(entry)]
     return all(
         isinstance(entry, dict) and transform_class(entry) is own and entry.get("imdecode_backend", backend) == backend

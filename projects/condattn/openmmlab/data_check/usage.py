@@ -1,4 +1,4 @@
-"""What mmdet's CocoDataset uses of an annotation file, and what it leaves out."""
+"""Determine what mmdet's CocoDataset uses of an annotation file, and what it leaves out."""
 
 import os
 from collections import Counter
@@ -14,7 +14,7 @@ from .findings import ClassCount, Findings
 from .sampling import sample
 
 SMALL, LARGE = 32**2, 96**2
-"""COCO's bounds between small, medium and large objects, in pixels."""
+"""Areas in pixels that separate small, medium and large objects in COCO."""
 
 BARE = "there is no annotation in the file; it has images alone: annotate them"
 
@@ -25,15 +25,15 @@ class CocoUse:
 
     Attributes:
         ann_file: The annotation file.
-        folder: Where the images are.
+        folder: Folder of the images.
         classes: Names of the classes.
-        with_masks: Whether masks are trained or evaluated.
-        training: Whether images are left out by ``filter_cfg``.
-        needs_objects: Whether objects are needed, because the data train or are evaluated.
-        filter_cfg: mmdet's.
-        indices: mmengine's: the part of the images that is used.
-        read_all: Read every image, not a sample.
-        plain_images: Whether images are loaded as mmcv does by default; of others only the existence is checked.
+        with_masks: Whether masks are used for training or evaluation.
+        training: Whether ``filter_cfg`` leaves out images, as it does in training.
+        needs_objects: Whether objects are required, because the data are used for training or evaluated.
+        filter_cfg: mmdet's setting of this name, which leaves out images.
+        indices: mmengine's setting of this name, which selects images.
+        read_all: Read every image instead of a sample.
+        plain_images: Whether images are loaded as mmcv does by default; if not, only their existence is checked.
     """
 
     ann_file: str
@@ -49,15 +49,15 @@ class CocoUse:
 
 
 class Usage:
-    """What is used of an annotation file.
+    """The part of an annotation file that a data set uses.
 
     Args:
-        table: Its content.
-        use: How it is used.
+        table: The content of the file.
+        use: How the data set uses the file.
 
     Attributes:
         kept: Indices of the images that are used.
-        loaded: Which objects are loaded, crowds included.
+        loaded: Boolean array: which objects are loaded, crowds included.
         masked: Indices of the objects whose masks are read.
 
     Raises:
@@ -79,11 +79,11 @@ class Usage:
         self.kept = self._kept_images(np.unique(table.image_of[of_class]))
         self._chosen = of_class & np.isin(table.image_of, self.kept)
         self.loaded = self._chosen & ~table.ignored & ~self._empty
-        # pycocotools draws the masks of all objects of an image, mmdet those that it loads.
+        # In evaluation pycocotools draws the masks of all objects; in training mmdet draws those of loaded objects.
         self.masked = np.flatnonzero(self.loaded if use.training else self._chosen)
 
     def _kept_images(self, with_objects: np.ndarray) -> list[int]:
-        """Indices of the images that are used, of which ``with_objects`` have an annotation of the classes."""
+        """Return the indices of the used images; those in ``with_objects`` have an annotation of one of the classes."""
         table, use = self.table, self.use
         filters = (use.filter_cfg or {}) if use.training else {}
         small = np.minimum(table.widths, table.heights) < filters.get("min_size", 0)
@@ -112,7 +112,7 @@ class Usage:
         return chosen.tolist()
 
     def _choose(self, places: np.ndarray) -> np.ndarray:
-        """Those of ``places`` that mmengine's ``indices`` choose."""
+        """Return those of ``places`` that mmengine's ``indices`` select."""
         indices = self.use.indices
         if indices is None:
             return places
@@ -127,7 +127,7 @@ class Usage:
         return places[list(indices)]
 
     def summarize(self, findings: Findings) -> None:
-        """Say what is used, and what is lost."""
+        """Write into ``findings`` what is used, and what is left out."""
         table, use = self.table, self.use
         left = self.loaded & ~table.crowd
         for label, name in enumerate(use.classes):
@@ -135,10 +135,10 @@ class Usage:
         counts = [(entry.name, entry.count) for entry in findings.classes]
         crowds = (self.loaded & table.crowd).sum()
         if use.needs_objects and not left.any():
-            findings.barren = self._why_nothing_is_left(crowds)
+            findings.barren = self._explain_no_objects(crowds)
         elif use.needs_objects and (none := [name for name, count in counts if not count]):
             findings.warnings.append(f"no object of class {listed(none)}")
-        self._say_what_is_lost(findings)
+        self._warn_of_unused_objects(findings)
         if crowds:
             self._left_out.append(f"{counted(crowds, 'crowd', 'crowds')} (iscrowd) neither trained nor counted")
         images, objects = (
@@ -153,7 +153,7 @@ class Usage:
             ]
         )
 
-    def _say_what_is_lost(self, findings: Findings) -> None:
+    def _warn_of_unused_objects(self, findings: Findings) -> None:
         table = self.table
         if self._others.any():
             names = {category["id"]: category["name"] for category in table.categories}
@@ -176,7 +176,7 @@ class Usage:
                 lost = counted(chosen.sum(), one, many)
                 findings.warnings.append(f"{lost}: {table.names(np.flatnonzero(chosen))}; left out")
 
-    def _why_nothing_is_left(self, crowds: int) -> str:
+    def _explain_no_objects(self, crowds: int) -> str:
         table = self.table
         if not table.objects:
             return f"{table.path}: {BARE}"

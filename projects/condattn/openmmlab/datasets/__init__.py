@@ -1,1 +1,1 @@
-"""Data sets of classification; importing this package imports nothing."""
+"""Data sets for OpenMMLab; importing this package imports none of its modules."""

@@ -36,7 +36,7 @@ PALETTE = [
     (170, 110, 40),
     (0, 0, 128),
 ]
-"""One colour a digit, RGB, far apart."""
+"""One RGB colour per digit, far apart from each other."""
 
 PHOTOGRAPHS = {
     "training": {
@@ -64,17 +64,17 @@ DIGITS_PER_SCENE = (2, 5)
 DIGIT_HEIGHT = (0.27, 0.45)
 """Smallest and largest digit, as a fraction of the scene's side, before rotation."""
 MAX_ROTATION = 20.0
-"""Degrees, either way."""
+"""Maximum rotation of a digit in degrees, in either direction."""
 MAX_OVERHANG = 0.1
-"""How much of a digit's side may lie outside the scene."""
+"""Maximum fraction of a digit's side that may lie outside the scene."""
 MIN_VISIBLE = 0.75
-"""A digit is only put where every digit, itself included, keeps this fraction of its pixels visible."""
+"""A digit is placed only where every digit, itself included, keeps this fraction of its pixels visible."""
 BACKGROUND_BRIGHTNESS = 0.6
-"""The photographs are dimmed to this, so that the bright digits stand out."""
+"""The photographs are multiplied by this, so that the bright digits stand out."""
 SHADOW, SHADOW_WIDTH = 1.5, 0.015
-"""Darkness of the shadow that sets a digit off from what it covers; its width as a fraction of the side."""
+"""Strength of the shadow around a digit, and its width as a fraction of the scene's side."""
 VALIDATION_SCANS = 0.2
-"""The fraction of the scans that only the validation scenes use."""
+"""Fraction of the scans that only the validation scenes use."""
 
 
 def write_digit_scenes(
@@ -86,11 +86,11 @@ def write_digit_scenes(
     it is written, so that it is never seen half-written, and several processes may call this at once.
 
     Args:
-        root: the folder to write, for instance `data/digit_scenes`; its parents are made.
+        root: the folder to write, for instance `data/digit_scenes`; its parents are created.
         train: number of training scenes.
         val: number of validation scenes.
         size: width and height of a scene in pixels, at least 48.
-        seed: start of all randomness.
+        seed: seed of all random numbers.
 
     Returns:
         `root` as a path.
@@ -169,7 +169,7 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int) -> No
     label_dir.mkdir(parents=True)
     images, annotations = [], []
     for index in tqdm(range(count), desc=f"digit scenes, {split}", unit="scene"):
-        # A generator of its own makes a scene independent of how many there are before it.
+        # With a generator of its own a scene does not depend on the scenes before it.
         rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), index])
         name = list(photographs)[rng.integers(len(photographs))]
         scene, owner, digits = _compose(rng, photographs[name], scans, size)
@@ -232,8 +232,8 @@ def _compose(rng, photograph, scans, size: int):
     """Make one scene.
 
     Returns:
-        The image (size, size, 3) in uint8; the number of the digit that is visible at each pixel, 0 for none
-        (size, size); and for each number from 1 on (digit, scan index).
+        The image (size, size, 3) in uint8; for each pixel the number of the visible digit, counted from 1, or 0 for
+        none (size, size); and a list of (digit, scan index) for the numbers from 1 on.
 
     """
     import numpy as np
@@ -262,7 +262,7 @@ def _compose(rng, photograph, scans, size: int):
 
 
 def _render(scan, height: float, angle: float):
-    """Return the scan's opacity, 0 to 1, drawn smoothly at `height` pixels, turned and cut to its extents."""
+    """Return the scan's opacity, 0 to 1, resampled to `height` pixels, rotated and cropped to its extents."""
     import numpy as np
     from PIL import Image
 

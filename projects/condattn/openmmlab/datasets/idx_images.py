@@ -8,7 +8,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 NAMES = {"training": "train", "test": "t10k"}
-"""Part of the data -> how its files begin."""
+"""Split of the data -> prefix of the names of its files."""
 
 
 @DATASETS.register_module()
@@ -20,9 +20,9 @@ class IdxImages(BaseDataset):
     Args:
         data_root: Folder with the files.
         split: 'training' or 'test'.
-        held_out: True for every fifth image alone, False for the other four fifths, None for all. (``indices`` would
+        held_out: True for every fifth image only, False for the other four fifths, None for all. (``indices`` would
             do the same, but tens of thousands of them in a config take seconds whenever it is printed or saved.)
-        **kwargs: Of mmengine's ``BaseDataset``.
+        **kwargs: Arguments of mmengine's ``BaseDataset``.
 
     Raises:
         ValueError: If ``split`` is neither, or a file is not in the format.
@@ -37,7 +37,7 @@ class IdxImages(BaseDataset):
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict]:
-        """Read both files, and choose the samples."""
+        """Read both files, and select the samples."""
         images = read_idx(self.data_root, f"{NAMES[self.split]}-images-idx3-ubyte", dimensions=3)
         labels = read_idx(self.data_root, f"{NAMES[self.split]}-labels-idx1-ubyte", dimensions=1)
         if len(images) != len(labels):
@@ -50,10 +50,10 @@ class IdxImages(BaseDataset):
 
 
 def read_idx(folder: str | Path, name: str, dimensions: int) -> np.ndarray:
-    """Read an array of bytes from the file ``name`` in ``folder``, or from it with ``.gz`` behind.
+    """Read an array of bytes from the file ``name`` or ``name.gz`` in ``folder``.
 
     Raises:
-        ValueError: If the file does not hold ``dimensions`` dimensions of bytes, or is cut short.
+        ValueError: If the file does not hold ``dimensions`` dimensions of bytes, or is truncated.
         FileNotFoundError: If there is no such file.
     """
     path = next((p for p in (Path(folder, name), Path(folder, f"{name}.gz")) if p.is_file()), None)

@@ -1,1 +1,1 @@
-"""Hooks of mmengine, one file a hook."""
+"""Hooks for mmengine's runner, one per file."""

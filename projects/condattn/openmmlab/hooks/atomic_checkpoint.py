@@ -1,4 +1,4 @@
-"""Checkpoints that are written completely or not at all."""
+"""Write checkpoints atomically: a file is complete, or it does not exist."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +16,14 @@ LAST = "last_checkpoint"
 
 
 class WholeFileBackend(LocalBackend):
-    """mmengine's local files, of which each is whole or not there."""
+    """mmengine's backend for local files, with atomic writes: a file is complete, or it does not exist."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes."""
+        """Write bytes to a file, atomically."""
         write_whole(filepath, lambda path: path.write_bytes(obj), overwrite=True)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
-        """Write text."""
+        """Write text to a file, atomically."""
         self.put(obj.encode(encoding), filepath)
 
 
@@ -32,10 +32,10 @@ register_backend("whole_file", WholeFileBackend, force=True)
 
 @HOOKS.register_module()
 class WholeCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook``, such that neither a crash nor a full disk costs a checkpoint.
+    """mmengine's ``CheckpointHook`` with atomic writes, so that no crash or full disk destroys an earlier checkpoint.
 
-    A file gets its name when it is whole and on the disk; ``last_checkpoint`` names it after that; only then the oldest
-    is removed. Arguments as upstream.
+    A file gets its final name when it is complete and on the disk. After that ``last_checkpoint`` is updated, and only
+    then the oldest checkpoint is removed. The arguments are those of the upstream class.
     """
 
     def __init__(self, *args, backend_args: dict | None = None, **kwargs) -> None:
@@ -43,9 +43,9 @@ class WholeCheckpointHook(CheckpointHook):
         self._meta: dict[str, int] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """As upstream, and remove what a killed run has left half-written.
+        """Prepare as upstream does, restore the path of the last checkpoint, and delete partial files of a killed run.
 
-        A resumed run knows its last checkpoint, without which upstream does not save again after a better validation.
+        Upstream does not set this path in a resumed run, and without it does not save again after a better validation.
         """
         super().before_train(runner)
         self.last_ckpt = runner.message_hub.runtime_info.get("last_ckpt")
@@ -54,7 +54,7 @@ class WholeCheckpointHook(CheckpointHook):
                 part.unlink()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Put the position of the run in, which ``FlexibleRunner`` counts one too far after a validation."""
+        """Set epoch and iteration in the checkpoint: ``FlexibleRunner``'s are one too large after a validation."""
         checkpoint["meta"].update(self._meta)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
@@ -65,7 +65,7 @@ class WholeCheckpointHook(CheckpointHook):
             self.keep_ckpt_ids.append(step)
             runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
         name = self.filename_tmpl.format(step)
-        before, self.last_ckpt = self.last_ckpt, self.file_backend.join_path(self.out_dir, name)
+        previous, self.last_ckpt = self.last_ckpt, self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         outer, self._meta = self._meta, self._meta or dict(meta)
         try:
@@ -83,7 +83,7 @@ class WholeCheckpointHook(CheckpointHook):
                 last = Path(runner.work_dir, LAST)
                 write_whole(last, lambda path: path.write_text(self.last_ckpt), overwrite=True)
         except OSError as error:
-            newest = f"the newest whole one is {before}" if before else "there is no earlier one"
+            newest = f"the newest whole one is {previous}" if previous else "there is no earlier one"
             raise UserError(f"the checkpoint {self.last_ckpt} could not be written ({error}); {newest}") from error
         finally:
             self._meta = outer
@@ -95,7 +95,7 @@ class WholeCheckpointHook(CheckpointHook):
                 self.file_backend.rmtree(path)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        """Keep the best one so far until the new one is there."""
+        """Save the best checkpoint; delete the previous best one only when the new one has been written."""
         surplus: list[tuple[Callable, str]] = []
         backend = self.file_backend
         remove, rmtree = backend.remove, backend.rmtree

@@ -14,14 +14,14 @@ from ..models.wrapping import unwrapped
 
 @HOOKS.register_module()
 class CalibrationHook(Hook):
-    """Fold the mean row norms of pretrained attention into the output projections before a training starts.
+    """Fold the mean row norms of pretrained attention into the output projections before the training starts.
 
-    For weights that were trained without preconditioner; see :func:`condattn.weights.calibrate.calibrate`. A
-    resumed run is left alone. Every process of a distributed run measures its share of the data, and folds the mean of
-    all.
+    For weights that were trained without a preconditioner; see :func:`condattn.weights.calibrate.calibrate`. A
+    resumed run is not calibrated. In a distributed run each process measures its part of the data, and folds in the
+    mean over all processes.
 
     Args:
-        batches: How many batches of the training data are looked at.
+        batches: Number of batches of the training data that are measured.
     """
 
     def __init__(self, batches: int = 8) -> None:
@@ -30,7 +30,7 @@ class CalibrationHook(Hook):
         self.batches = batches
 
     def before_train(self, runner: Runner) -> None:
-        """Calibrate, and log what it did to each site."""
+        """Calibrate the model, and log the effect on each site."""
         if runner.iter > 0:
             return
         model = unwrapped(runner.model)
@@ -47,5 +47,6 @@ class CalibrationHook(Hook):
 
 
 def _mean(value: torch.Tensor) -> torch.Tensor:
+    """Average ``value`` over all processes, in place."""
     dist.all_reduce(value, op="mean")
     return value

@@ -1,4 +1,4 @@
-"""A checkpoint knows its conditioning, and is not loaded into a model that is conditioned otherwise."""
+"""Record the conditioning in checkpoints, and refuse to load them into a model that is conditioned otherwise."""
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -13,7 +13,7 @@ class ConditioningGuardHook(Hook):
     """Record the conditioning of every site in checkpoints, and refuse those of a model conditioned otherwise.
 
     Args:
-        allow_other: Load them all the same.
+        allow_other: Load such checkpoints instead of refusing them.
     """
 
     priority = "VERY_LOW"
@@ -22,12 +22,12 @@ class ConditioningGuardHook(Hook):
         self.allow_other = allow_other
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the record, for the tools and for whatever loads the weights by itself."""
+        """Add the record to ``meta``, for the tools, and to the state dict's metadata, for all other loaders."""
         checkpoint.setdefault("meta", {})[ENTRY] = record_of(runner.model)
         checkpoint["state_dict"] = with_record(checkpoint["state_dict"], unwrapped(runner.model))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare, before the weights are loaded.
+        """Compare the conditioning before the weights are loaded.
 
         Raises:
             UserError: If the model is conditioned otherwise.

@@ -1,4 +1,4 @@
-"""Settings in the text of a configuration, read without executing it."""
+"""Read settings from the text of a configuration without executing it."""
 
 import ast
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def settings_of(text: str, *names: str) -> dict[str, Any]:
-    """The settings ``names`` of a configuration in the form in which mmengine writes it into a checkpoint.
+    """Parse the settings ``names`` of a configuration, in the form in which mmengine writes it into a checkpoint.
 
     Args:
         text: Assignments of literals, in which ``dict(key=value)`` may stand for ``{"key": value}``.
         names: Names on the left of the assignments.
 
     Returns:
-        One entry a single setting, such as ``{"param_scheduler.0.end": 1}``; empty where the text is of another form.
+        One entry per single value, such as ``{"param_scheduler.0.end": 1}``; empty if the text has another form.
     """
     found = {}
     try:
@@ -27,7 +27,7 @@ def settings_of(text: str, *names: str) -> dict[str, Any]:
 
 
 class _Dictionaries(ast.NodeTransformer):
-    """Turn ``dict(key=value)`` and ``dict({...})`` into dictionaries."""
+    """Replace ``dict(key=value)`` and ``dict({...})`` by dictionary literals."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -39,6 +39,7 @@ class _Dictionaries(ast.NodeTransformer):
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the single values nested in ``value``, each with its dotted name."""
     if isinstance(value, dict | list | tuple) and value:
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _flat(f"{name}.{key}", child)

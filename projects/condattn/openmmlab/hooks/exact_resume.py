@@ -1,4 +1,4 @@
-"""Resume a training exactly where it was cut off."""
+"""Make a resumed training continue with the random numbers of an uninterrupted one."""
 
 import hashlib
 import random
@@ -14,11 +14,11 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Let a resumed run go on, bit for bit, as the uninterrupted one: its randomness depends on where it is alone.
+    """Make a resumed run continue bit for bit like an uninterrupted one: random numbers depend on the position only.
 
-    An epoch-based run draws new seeds (of Python, numpy, torch and the data loader's workers) before each epoch, an
-    iteration-based run after each checkpoint, from the seed of the run, the rank and the position. Iteration-based runs
-    need a sampler that can be forwarded, which ``InfiniteSampler`` of the default stack is; others are left alone.
+    Python, numpy, torch and the data loader's workers are seeded anew before each epoch, or in an iteration-based run
+    after each checkpoint, with a number computed from the seed of the run, the rank and the position. Iteration-based
+    runs need a sampler that can skip ahead, as ``InfiniteSampler`` of the default stack can; others are not reseeded.
     """
 
     priority = "LOWEST"
@@ -27,39 +27,41 @@ class ExactResumeHook(Hook):
         self._newest: str | None = None
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Begin an epoch, or, resumed, an iteration-based run."""
+        """Reseed at the start of an epoch, or of an iteration-based run, new or resumed."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            self._begin(runner, runner.epoch)
-        elif self._can_forward(runner):
-            self._begin(runner, runner.iter)
+            self._reseed(runner, runner.epoch)
+        elif self._can_skip(runner):
+            self._reseed(runner, runner.iter)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Note the newest checkpoint, of which every process is told, as it is not of the saving itself."""
+        """Remember the path of the newest checkpoint, which all processes know even if only rank 0 saves."""
         self._newest = runner.message_hub.runtime_info.get("last_ckpt")
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        """After a checkpoint of an iteration-based run, begin anew as a resumed run does."""
-        self._begin_anew(runner, runner.iter + 1)
+        """Reseed after a checkpoint of an iteration-based run, as a run that resumes from it does."""
+        self._reseed_after_checkpoint(runner, runner.iter + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Likewise, since a resumed run does no validation first, and a better model is saved after it."""
-        self._begin_anew(runner, runner.iter)
+        """Reseed after a validation that follows a checkpoint or saves one: a resumed run does not repeat it."""
+        self._reseed_after_checkpoint(runner, runner.iter)
 
-    def _begin_anew(self, runner: Runner, position: int) -> None:
+    def _reseed_after_checkpoint(self, runner: Runner, position: int) -> None:
+        """Reseed, and restart the data loader at ``position``, if a checkpoint was saved in this iteration."""
         loop = runner.train_loop
         saved = runner.message_hub.runtime_info.get("last_ckpt") != self._newest
-        if saved and not isinstance(loop, EpochBasedTrainLoop) and self._can_forward(runner):
-            self._begin(runner, position)
+        if saved and not isinstance(loop, EpochBasedTrainLoop) and self._can_skip(runner):
+            self._reseed(runner, position)
             loop.dataloader_iterator._iterator = None
             loop.dataloader_iterator.skip_iter(position)
 
-    def _can_forward(self, runner: Runner) -> bool:
+    def _can_skip(self, runner: Runner) -> bool:
+        """Whether the data loader of an iteration-based run can skip to a position."""
         iterator = getattr(runner.train_loop, "dataloader_iterator", None)
         return hasattr(iterator, "skip_iter") and hasattr(runner.train_dataloader.sampler, "skip")
 
-    def _begin(self, runner: Runner, position: int) -> None:
+    def _reseed(self, runner: Runner, position: int) -> None:
         text = f"{runner.seed} {get_rank()} {position}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") // 2
         random.seed(seed)
@@ -68,4 +70,4 @@ class ExactResumeHook(Hook):
         loader = runner.train_dataloader
         if isinstance(loader.worker_init_fn, partial) and "seed" in loader.worker_init_fn.keywords:
             loader.worker_init_fn = partial(loader.worker_init_fn, seed=seed)
-        loader._iterator = None  # persistent workers would keep their own state
+        loader._iterator = None  # persistent workers would keep their random state

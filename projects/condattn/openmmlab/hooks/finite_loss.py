@@ -18,16 +18,16 @@ from .atomic_checkpoint import LAST
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """Stop a run whose loss is not finite, before the weights take harm, and say where that comes from."""
+    """Stop a run whose loss is not finite before the weights are updated with it, and name the probable cause."""
 
     def before_train(self, runner: Runner) -> None:
-        """Watch the losses that the model returns."""
+        """Register the forward hook that checks the losses."""
         self._runner = runner
         model = unwrapped(runner.model)
         self._hook = model.register_forward_hook(self._check, with_kwargs=True)
 
     def after_train(self, runner: Runner) -> None:
-        """Watch no longer."""
+        """Remove the forward hook."""
         self._hook.remove()
 
     def _check(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
@@ -35,9 +35,9 @@ class FiniteLossHook(Hook):
             return
         losses = {name: value for name, value in output.items() if "loss" in name}
         bad = [name for name, value in losses.items() if not all(part.isfinite().all() for part in _tensors(value))]
-        somewhere = torch.tensor(float(bool(bad)))
-        dist.all_reduce(somewhere, op="max")  # all processes stop together, and run the model once more together
-        if not somewhere:
+        anywhere = torch.tensor(float(bool(bad)))
+        dist.all_reduce(anywhere, op="max")  # all processes stop and rerun the model together
+        if not anywhere:
             return
         self._hook.remove()
         newest = Path(self._runner.work_dir, LAST)
@@ -52,11 +52,12 @@ class FiniteLossHook(Hook):
 
 @torch.no_grad()
 def find_trouble(model: nn.Module, args: tuple, kwargs: dict) -> list[str]:
-    """Run ``model`` once more, and name the attention sites with values that explain a loss that is not finite.
+    """Run ``model`` once more, and name the attention sites whose values explain a loss that is not finite.
 
     Returns:
-        One text for each kind of trouble: weights that are not finite; head outputs that are not; rows of head outputs
-        that are zero; queries and keys so long that the softmax is saturated (a bound of its logits beyond 1000).
+        One text for each kind of problem: weights that are not finite; head outputs that are not finite; rows of head
+        outputs that are zero; queries and keys so long that the softmax saturates (the bound of its logits exceeds
+        1000).
     """
     found: dict[str, list[str]] = {}
     hooks = []
@@ -100,6 +101,7 @@ def find_trouble(model: nn.Module, args: tuple, kwargs: dict) -> list[str]:
 
 
 def _union(lists: list[list[str]]) -> list[str]:
+    """The distinct items of all lists, in order of their first occurrence."""
     return list(dict.fromkeys(item for one in lists for item in one))
 
 

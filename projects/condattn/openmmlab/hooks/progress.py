@@ -1,4 +1,4 @@
-"""A progress bar with the time left for training, validation and test loops."""
+"""Show a progress bar with the remaining time for training, validation and test loops."""
 
 import sys
 from contextlib import ExitStack, contextmanager
@@ -10,8 +10,8 @@ from mmengine.registry import HOOKS
 from tqdm import tqdm
 
 
-class _BesideTheBar:
-    """A console stream whose lines appear above the bars instead of tearing them."""
+class _StreamAboveBars:
+    """A console stream that prints its lines above the progress bars instead of through them."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -24,14 +24,14 @@ class _BesideTheBar:
 
 
 @contextmanager
-def _log_beside_the_bar(logger: Logger):
-    """Route the console handlers of ``logger`` around the bars (level, format and filters stay)."""
+def _log_above_bars(logger: Logger):
+    """Let the console handlers of ``logger`` print above the bars; their level, format and filters stay."""
     console = [
         handler
         for handler in logger.handlers
         if isinstance(handler, StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
     ]
-    streams = [handler.setStream(_BesideTheBar(handler.stream)) for handler in console]
+    streams = [handler.setStream(_StreamAboveBars(handler.stream)) for handler in console]
     try:
         yield
     finally:
@@ -41,12 +41,12 @@ def _log_beside_the_bar(logger: Logger):
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Show how far the run is and how long it still takes, on a terminal.
+    """Show the progress of the run and the remaining time on a terminal.
 
-    One bar counts the iterations of the whole training (epoch- and iteration-based alike, and from
-    where a resumed run goes on); a second one appears below it while a validation runs. A test has a
-    bar of its own. Only the main process draws, and only when standard error is a terminal: in a log
-    file mmengine's own lines, which carry an ``eta``, are the better record.
+    One bar counts the iterations of the whole training, epoch-based or iteration-based; in a resumed run it starts at
+    the position of the checkpoint. A second bar appears below it during a validation. A test has a bar of its own. Only
+    the main process draws, and only if standard error is a terminal: in a log file mmengine's own lines, which contain
+    an ``eta``, are the better record.
     """
 
     priority = "LOW"
@@ -75,7 +75,7 @@ class ProgressHook(Hook):
             return
         bar, _ = self._bars[mode]
         bar.update()
-        # Evaluators print their tables before the epoch ends: a full bar must be gone by then.
+        # Evaluators print their tables before the epoch ends: a full bar must be closed by then.
         if mode != "train" and bar.n >= bar.total:
             self._close(mode)
 
@@ -83,7 +83,7 @@ class ProgressHook(Hook):
         if not (is_main_process() and sys.stderr.isatty()):
             return
         stack = ExitStack()
-        stack.enter_context(_log_beside_the_bar(runner.logger))
+        stack.enter_context(_log_above_bars(runner.logger))
         bar = tqdm(total=total, initial=initial, desc=mode, dynamic_ncols=True, leave=mode != "val")
         self._bars[mode] = stack.enter_context(bar), stack
 

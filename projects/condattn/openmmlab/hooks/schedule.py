@@ -1,4 +1,4 @@
-"""A resumed run follows the schedule and the optimizer's settings of its configuration, from where it has come to."""
+"""Make a resumed run follow the schedule and the optimizer settings of its configuration."""
 
 import warnings
 from bisect import bisect
@@ -14,29 +14,29 @@ from torch import Tensor
 from .config_text import settings_of
 
 PROGRESS = ("last_step", "_global_step", "_last_value", "verbose", "best", "num_bad_epochs", "cooldown_counter")
-"""Attributes of mmengine's schedulers that change while they run, or only print; the others are settings."""
+"""Attributes of mmengine's schedulers that change during a run or control printing; all others are settings."""
 
 
 @HOOKS.register_module()
 class ScheduleHook(Hook):
-    """Let a resumed run go on with the rates that an uninterrupted run of its configuration would have from there on.
+    """Give a resumed run the rates that an uninterrupted run of its configuration would have from its position on.
 
-    mmengine goes on with the schedulers and the settings of the optimizer that are in the checkpoint, whatever the
-    configuration says. Where the two differ, this hook steps the configuration's schedulers to the position of the
-    checkpoint, puts their state and the configuration's settings of the optimizer into the checkpoint before it is
-    loaded, and names the differences in one line of the log. Where they do not differ, the checkpoint stays as it is.
+    mmengine continues with the schedulers and optimizer settings in the checkpoint, whatever the configuration says. If
+    the two differ, this hook steps the configuration's schedulers to the position of the checkpoint, writes their state
+    and the configuration's optimizer settings into the checkpoint before it is loaded, and logs the differences in one
+    line. If they do not differ, the checkpoint is loaded as it is.
 
-    The state of the optimizer (moving averages) stays the checkpoint's, unless the optimizer is another.
+    The state of the optimizer (moving averages) is that of the checkpoint, unless the optimizer has changed.
     """
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Leave functions out (of ``OneCycleLR``), which a checkpoint of plain data does not have."""
+        """Remove functions from scheduler states (``OneCycleLR`` has one), so that a checkpoint is plain data."""
         for _, scheduler in _pairs(checkpoint.get("param_schedulers") or []):
             for name in [name for name, value in scheduler.items() if callable(value)]:
                 del scheduler[name]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare, and replace what differs, before mmengine loads the states of the optimizer and the schedulers."""
+        """Replace what differs before mmengine loads the states of the optimizer and the schedulers."""
         if not getattr(runner, "_resume", False) or not isinstance(runner.optim_wrapper, OptimWrapper):
             return
         schedulers = [scheduler for _, scheduler in _pairs(runner.param_schedulers or [])]
@@ -44,40 +44,40 @@ class ScheduleHook(Hook):
         fits = _state_fits(checkpoint, runner.optim_wrapper, changes)
         if fits and _same_settings(checkpoint, runner.optim_wrapper, schedulers):
             if changes := [change for change in changes if not change.startswith("train_cfg.")]:
-                self._tell(runner, checkpoint, changes, fits)
+                self._log_changes(runner, checkpoint, changes, fits)
             return
         _step_to_position(schedulers, runner, checkpoint)
         if fits:
             for name, wrapper in _wrappers(runner.optim_wrapper):
                 state = checkpoint["optimizer"][name] if name else checkpoint["optimizer"]
-                for theirs, ours in zip(_groups(state), wrapper.param_groups, strict=False):
-                    parameters = theirs.get("params")
-                    theirs.clear()
-                    theirs.update({**ours, "params": parameters})
+                for saved, current in zip(_groups(state), wrapper.param_groups, strict=False):
+                    parameters = saved.get("params")
+                    saved.clear()
+                    saved.update({**current, "params": parameters})
         else:
             checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
         if runner.param_schedulers is not None:
             checkpoint["param_schedulers"] = _states(runner.param_schedulers)
-        self._tell(runner, checkpoint, changes, fits)
+        self._log_changes(runner, checkpoint, changes, fits)
 
-    def _tell(self, runner: Runner, checkpoint: dict, changes: list[str], fits: bool) -> None:
+    def _log_changes(self, runner: Runner, checkpoint: dict, changes: list[str], fits: bool) -> None:
         in_epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
         position = f"epoch {checkpoint['meta']['epoch']}" if in_epochs else f"iteration {checkpoint['meta']['iter']}"
         if changes:
-            told = ", ".join(changes)
+            description = ", ".join(changes)
         elif fits:
-            told = "the length of an epoch, or a scheduler"
+            description = "the length of an epoch, or a scheduler"
         else:
-            told = "the kind of the optimizer, or the parameters that it trains"
+            description = "the kind of the optimizer, or the parameters that it trains"
         state = "" if fits else "; the optimizer does not fit the state in the checkpoint, and starts with an empty one"
         runner.logger.warning(
             "the schedule or the optimizer differs from the checkpoint's, and the configuration's is used after "
-            f"{position}: {told}{state}"
+            f"{position}: {description}{state}"
         )
 
 
 def _pairs(schedulers: Any) -> Iterator[tuple[str, Any]]:
-    """Schedulers, or their states, each with the name of its optimizer, which is '' for a single one."""
+    """Yield each scheduler, or scheduler state, with the name of its optimizer, '' for a single optimizer."""
     named = schedulers if isinstance(schedulers, dict) else {"": schedulers}
     for name, some in named.items():
         yield from ((name, scheduler) for scheduler in some)
@@ -94,7 +94,7 @@ def _wrappers(wrapper: OptimWrapper) -> list[tuple[str, OptimWrapper]]:
 
 
 def _groups(state: dict) -> list[dict]:
-    """The groups of parameters in the state of an optimizer wrapper, and the base settings, if mmengine keeps them."""
+    """The parameter groups in the state of an optimizer wrapper, and mmengine's base settings, if it has them."""
     base = state.get("base_param_settings")
     return state["param_groups"] + ([base] if base is not None else [])
 
@@ -102,7 +102,7 @@ def _groups(state: dict) -> list[dict]:
 def _named_changes(checkpoint: dict, runner: Runner) -> list[str]:
     """The settings that differ between the configuration in the checkpoint and that of the run, as text."""
     names = ("train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr")
-    theirs, ours = (
+    saved, current = (
         {
             key: value
             for key, value in settings_of(text, *names).items()
@@ -110,31 +110,31 @@ def _named_changes(checkpoint: dict, runner: Runner) -> list[str]:
         }
         for text in (str(checkpoint["meta"].get("cfg", "")), runner.cfg.pretty_text)
     )
-    if not theirs or not ours:
+    if not saved or not current:
         return []
     return [
-        f"{key} {theirs.get(key, 'unset')!r} -> {ours.get(key, 'unset')!r}"
-        for key in [*theirs, *(key for key in ours if key not in theirs)]
-        if theirs.get(key, "unset") != ours.get(key, "unset")
+        f"{key} {saved.get(key, 'unset')!r} -> {current.get(key, 'unset')!r}"
+        for key in [*saved, *(key for key in current if key not in saved)]
+        if saved.get(key, "unset") != current.get(key, "unset")
     ]
 
 
 def _state_fits(checkpoint: dict, wrapper: OptimWrapper, changes: list[str]) -> bool:
-    """Whether the optimizers of the run can go on with the states of those in the checkpoint."""
+    """Whether the optimizer states in the checkpoint fit the optimizers of the run."""
     if any(change.partition(" ")[0].endswith("optimizer.type") for change in changes):
         return False
     wrappers, state = dict(_wrappers(wrapper)), checkpoint.get("optimizer") or {}
     states = {"": state} if "param_groups" in state else state
-    return wrappers.keys() == states.keys() and all(_one_fits(states[name], wrappers[name]) for name in wrappers)
+    return wrappers.keys() == states.keys() and all(_fits_optimizer(states[name], wrappers[name]) for name in wrappers)
 
 
-def _one_fits(state: dict, wrapper: OptimWrapper) -> bool:
-    ours, theirs = wrapper.optimizer.param_groups, state["param_groups"]
-    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in theirs]:
+def _fits_optimizer(state: dict, wrapper: OptimWrapper) -> bool:
+    current, saved = wrapper.optimizer.param_groups, state["param_groups"]
+    if [len(group["params"]) for group in current] != [len(group["params"]) for group in saved]:
         return False
-    if list(map(_what_is_kept, ours)) != list(map(_what_is_kept, theirs)):
+    if list(map(_state_flags, current)) != list(map(_state_flags, saved)):
         return False
-    parameters = [parameter for group in ours for parameter in group["params"]]
+    parameters = [parameter for group in current for parameter in group["params"]]
     return all(
         value.shape == parameters[index].shape
         for index, values in state["state"].items()
@@ -143,23 +143,23 @@ def _one_fits(state: dict, wrapper: OptimWrapper) -> bool:
     )
 
 
-def _what_is_kept(group: dict) -> list[bool]:
-    """The settings of torch's optimizers that decide, by being zero or not, what is kept of each parameter."""
+def _state_flags(group: dict) -> list[bool]:
+    """Flags that determine which state torch's optimizers keep for each parameter of ``group``."""
     adam = bool(group.get("betas"))
-    momentum = bool(group.get("momentum")) and not adam  # of Adam mmengine's schedulers keep one there
+    momentum = bool(group.get("momentum")) and not adam  # mmengine's schedulers add a momentum to Adam's groups
     return [adam, momentum, bool(group.get("amsgrad")), bool(group.get("centered"))]
 
 
 def _same_settings(checkpoint: dict, wrapper: OptimWrapper, schedulers: list[_ParamScheduler]) -> bool:
-    """Whether schedulers and groups of parameters are set as those in the checkpoint."""
-    theirs = [state for _, state in _pairs(checkpoint.get("param_schedulers") or [])]
-    if [_settings(scheduler.state_dict()) for scheduler in schedulers] != [_settings(state) for state in theirs]:
+    """Whether schedulers and parameter groups have the same settings as those in the checkpoint."""
+    saved = [state for _, state in _pairs(checkpoint.get("param_schedulers") or [])]
+    if [_settings(scheduler.state_dict()) for scheduler in schedulers] != [_settings(state) for state in saved]:
         return False
     for name, one in _wrappers(wrapper):
         state = checkpoint["optimizer"][name] if name else checkpoint["optimizer"]
         for own, group in zip(one.param_groups, _groups(state), strict=False):
-            ours, known = _group_settings(own), _group_settings(group)
-            if any(known[key] != value for key, value in ours.items() if key in known):
+            current, saved_settings = _group_settings(own), _group_settings(group)
+            if any(saved_settings[key] != value for key, value in current.items() if key in saved_settings):
                 return False
     return True
 
@@ -169,19 +169,19 @@ def _settings(state: dict) -> dict[str, Any]:
 
 
 def _group_settings(group: dict) -> dict[str, Any]:
-    """The settings of a group of parameters; of those that are scheduled the initial values."""
+    """The settings of a parameter group, with the initial values of those that are scheduled."""
     settings = {
         name: value.tolist() if isinstance(value, Tensor) else value
         for name, value in group.items()
         if name != "params" and f"initial_{name}" not in group
     }
-    if "initial_momentum" in group and "betas" in settings:  # Adam's momentum, which mmengine schedules as such
+    if "initial_momentum" in group and "betas" in settings:  # the first is Adam's momentum, which mmengine schedules
         settings["betas"] = settings["betas"][1:]
     return settings
 
 
 def _step_to_position(schedulers: list[_ParamScheduler], runner: Runner, checkpoint: dict) -> None:
-    """Do what the iterations, epochs and validations before the checkpoint have done to the schedulers."""
+    """Step the schedulers as the iterations, epochs and validations before the checkpoint have done."""
     loop = runner.train_loop
     in_epochs = isinstance(loop, EpochBasedTrainLoop)
     length, last = (len(loop.dataloader), loop.max_epochs) if in_epochs else (1, loop.max_iters)
@@ -192,7 +192,7 @@ def _step_to_position(schedulers: list[_ParamScheduler], runner: Runner, checkpo
     for scheduler in schedulers:
         scheduler.verbose = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of schedulers that step where the optimizer does not
+        warnings.simplefilter("ignore", UserWarning)  # about schedulers that step without the optimizer
         for position in range(1, checkpoint["meta"]["epoch" if in_epochs else "iter"] + 1):
             for scheduler in each_iteration * length + each_epoch:
                 scheduler.step()
@@ -205,7 +205,7 @@ def _step_to_position(schedulers: list[_ParamScheduler], runner: Runner, checkpo
 
 
 def _metrics_of(scheduler: _ParamScheduler, checkpoint: dict) -> Iterator[dict[str, float]]:
-    """The results of validations that a scheduler has seen, which are in the log of the checkpoint."""
+    """Iterate over the validation results that a scheduler has received, from the log in the checkpoint."""
     if not getattr(scheduler, "need_val_args", False):
         return iter(())
     log = checkpoint["message_hub"]["log_scalars"].get(f"val/{scheduler.monitor}")
@@ -214,6 +214,6 @@ def _metrics_of(scheduler: _ParamScheduler, checkpoint: dict) -> Iterator[dict[s
 
 
 def _is_validated(loop: Any, position: int, last: int) -> bool:
-    """Whether a loop of mmengine validates after so many epochs, or iterations."""
+    """Whether a training loop of mmengine validates after ``position`` of ``last`` epochs or iterations."""
     interval = loop.dynamic_intervals[bisect(loop.dynamic_milestones, position + 1) - 1]
     return position >= loop.val_begin and (position % interval == 0 or position == last)

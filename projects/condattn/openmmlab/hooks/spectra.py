@@ -17,23 +17,23 @@ from ...spectra.measure import spread
 from ..models.wrapping import unwrapped
 
 PLAIN = str.maketrans("", "", "() ")
-"""Without what some loggers do not take in a name."""
+"""Translation that removes the characters which some loggers do not accept in names."""
 
 
 @HOOKS.register_module()
 class SpectraHook(Hook):
-    """Measure attention every so many iterations, on the first images of the batch, and log it where the run logs.
+    """Measure attention at regular intervals on the first images of the batch, and log it to the run's visualizer.
 
-    For each measured site 'spectra/SITE/QUANTITY', with medians over heads, images and windows: kappa_W_Q (of W + C
-    where there is a correction), kappa_map, kappa_AX, kappa_CAX, entropy (a share of the largest possible), and the
-    largest logit of all; of Jacobians those of the first head. The training is not changed by a bit, nor ended by what
-    cannot be measured. In a distributed run the first process measures.
+    Each measured site has scalars named 'spectra/SITE/QUANTITY'. These are medians over heads, images and windows of
+    kappa_W_Q (of W + C if there is a correction), kappa_map, kappa_AX, kappa_CAX and entropy (as a fraction of the
+    largest possible), and the maximum of the logits; Jacobians are those of the first head. The training stays bitwise
+    the same, and an error in a measurement does not stop it. In a distributed run rank 0 measures.
 
     Args:
-        interval: Iterations from one measurement to the next; the first is after the first iteration.
+        interval: Iterations between measurements; the first one follows the first iteration.
         quantities: See :func:`condattn.spectra.measure`.
-        max_sites: How many sites are measured, evenly spread over the model.
-        images: How many images of the batch.
+        max_sites: Maximum number of measured sites, evenly spaced over the model.
+        images: Number of images of the batch that are used.
 
     Raises:
         ValueError: If a number is not positive.
@@ -55,26 +55,26 @@ class SpectraHook(Hook):
         self._seconds, self._began, self._failed = 0.0, 0.0, False
 
     def before_train(self, runner: Runner) -> None:
-        """Start the clock."""
+        """Start timing."""
         self._seconds, self._began = 0.0, time.monotonic()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        """Measure, if it is time to."""
+        """Measure if a measurement is due."""
         due = runner.iter == 0 or self.every_n_train_iters(runner, self.interval)
         if due and is_main_process() and not self._failed:
             began = time.monotonic()
             try:
                 self._measure(runner, data_batch)
-            except Exception as error:  # a run is worth more than what is measured of it
+            except Exception as error:  # a failed measurement must not stop the training
                 self._failed = True
                 reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
                 runner.logger.warning(f"SpectraHook measures no more in this run: {reason}")
             self._seconds += time.monotonic() - began
 
     def after_train(self, runner: Runner) -> None:
-        """Say what it cost."""
+        """Log the time that the measurements took."""
         if is_main_process():
             share = self._seconds / (time.monotonic() - self._began)
             runner.logger.info(f"SpectraHook took {self._seconds:.1f} s, {share:.2%} of the training")
@@ -96,7 +96,7 @@ class SpectraHook(Hook):
 
 
 def scalars(measurement: Measurement) -> dict[str, float]:
-    """'SITE/QUANTITY' -> median over heads and samples; what is not finite is left out."""
+    """Return 'SITE/QUANTITY' -> median over heads and samples, maximum for logits; values not finite are left out."""
     found = {}
     for one in measurement.spectra:
         if measurement.is_used(one) or "A(X)" in one.matrix:

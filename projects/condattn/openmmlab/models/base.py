@@ -1,4 +1,4 @@
-"""What the conditioned subclasses of upstream backbones share."""
+"""The mixin of conditioned backbones, and functions that initialise them and load their pretrained weights."""
 
 import logging
 from collections.abc import Callable, Collection
@@ -16,21 +16,21 @@ from ...weights.load import LoadReport, load_pretrained
 from .loading import check_start, guard_loading
 
 TIMM = "timm:"
-"""In front of a model's name: its public weights, which timm downloads."""
+"""Prefix of a checkpoint that is the name of a timm model: its public weights, which timm downloads."""
 
 
 class ConditionedBackbone:
-    """Mixin in front of an upstream backbone class: the same arguments, and ``conditioning``.
+    """Mixin to be placed before an upstream backbone class; it adds the argument ``conditioning``.
 
-    ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` takes the weights of any release of the same network, see
-    :func:`condattn.weights.load.load_pretrained`; with ``load='effective'`` besides, such that spectral
-    correction does not change the function of weights that were trained without it.
+    ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` loads the weights of any release of the same network, see
+    :func:`condattn.weights.load.load_pretrained`. With ``load='effective'`` in addition, spectral correction does not
+    change the function of weights that were trained without it.
 
     Args:
         conditioning: How the attention is conditioned; see :func:`condattn.condition`. ``'none'`` is the upstream
-            backbone: bit for bit, but for Swin, which is so with ``fast_attention=False`` and equal to rounding
-            otherwise. Default: ``'pc'``.
-        **kwargs: The upstream class's arguments.
+            backbone, bit for bit; Swin only with ``fast_attention=False``, and otherwise equal up to rounding.
+            Default: ``'pc'``.
+        **kwargs: Arguments of the upstream class.
 
     Raises:
         ValueError: If the conditioning is unknown or invalid.
@@ -45,7 +45,7 @@ class ConditionedBackbone:
         print_log(f"{type(self).__name__}: {report}", logger="current")
 
     def init_weights(self) -> None:
-        """Initialise as upstream does, but pretrained weights whoever named them.
+        """Initialise as upstream does, but accept pretrained weights with the parameter names of any release.
 
         Raises:
             ValueError: If the pretrained weights cannot be read, or are of another model.
@@ -67,22 +67,22 @@ def is_pretrained(init_cfg: Any) -> bool:
 
 
 def initialize_as_upstream(model: nn.Module, init_weights: Callable[[], None]) -> None:
-    """Let ``init_weights`` initialise ``model``, and then the methods that set initial weights.
+    """Call ``init_weights`` to initialise ``model``, then apply the methods that set initial weights.
 
     Raises:
-        ValueError: If pretrained weights are in the place of those.
+        ValueError: If pretrained weights would replace the weights that such a method sets.
     """
     pretrained = [module for module in model.modules() if is_pretrained(getattr(module, "init_cfg", None))]
     for module in pretrained:
         refuse_initial_weights(module)
     done = getattr(model, "is_init", False)
     init_weights()
-    if not done:  # mmengine initialises once
+    if not done:  # mmengine initialises a model only once
         initialize(model)
 
 
 def refuse_initial_weights(model: nn.Module) -> None:
-    """Check that no method sets initial weights of ``model``, which pretrained weights are loaded into.
+    """Check that no method sets initial weights of ``model``, into which pretrained weights are loaded.
 
     Raises:
         ValueError: If one does.
@@ -96,10 +96,10 @@ def refuse_initial_weights(model: nn.Module) -> None:
 
 
 def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] = ()) -> LoadReport:
-    """Load what an ``init_cfg`` of type 'Pretrained' names into ``model``, and log what became of it.
+    """Load the weights that an ``init_cfg`` of type 'Pretrained' names into ``model``, and log the result.
 
     Raises:
-        ValueError: As :func:`condattn.weights.load.load_pretrained`, and for settings that it does not know.
+        ValueError: As :func:`condattn.weights.load.load_pretrained`, and for unknown settings.
     """
     refuse_initial_weights(model)
     settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location", "prefix")}

@@ -1,4 +1,4 @@
-"""Condition any registered module from a config."""
+"""Build and condition any registered module from a config."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,14 +24,14 @@ def Conditioned(
     exclude: str | Sequence[str] | None = None,
     data_preprocessor: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build ``module`` in the current scope and condition its attention: whole detectors, or any part.
+    """Build ``module``, a whole detector or any part of a model, in the current scope and condition its attention.
 
     Config::
 
         model = dict(_delete_=True, type='Conditioned', module={{_base_.model}}, conditioning='pc', include=['decoder'])
 
     Args:
-        module: Config of the module (or a module).
+        module: Config of the module, or the module itself.
         conditioning: See :func:`condattn.condition`.
         include: Glob patterns of the module names to condition; default: every attention site.
         exclude: Glob patterns of module names to leave out.

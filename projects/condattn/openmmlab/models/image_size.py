@@ -1,4 +1,4 @@
-"""Which sizes of images a timm model takes, found out by trying."""
+"""Find out by trial which image sizes a timm model accepts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from torch.nn import functional as F
 
 
 def map_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Height and width of the feature map of an image of this size, rounded up."""
+    """Height and width of the feature map of an image of ``size``, rounded up."""
     return -(-size[0] // stride), -(-size[1] // stride)
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The sizes that a model takes: whole multiples of ``unit``, or ``unit`` alone if they are ``fixed``.
+    """The image sizes that a model accepts: multiples of ``unit``, or only ``unit`` itself if ``fixed``.
 
     Attributes:
         unit: Height and width in pixels.
-        fixed: Whether there is one size only.
+        fixed: Whether the model accepts only one size.
     """
 
     unit: tuple[int, int]
     fixed: bool = False
 
     def pad(self, images: Tensor) -> Tensor:
-        """Pad images (B, C, H, W) with zeros, on the right and below, to the next size that the model takes.
+        """Pad images (B, C, H, W) with zeros, on the right and below, to the next size that the model accepts.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is no such size.
         """
         size = tuple(images.shape[-2:])
         if self.fixed and any(s > u for s, u in zip(size, self.unit, strict=True)):
@@ -49,24 +49,24 @@ def find_image_sizes(
     strides: Sequence[int],
     channels: int = 3,
 ) -> ImageSizes:
-    """Try multiples of the largest stride, then multiples of the size that the model was made for, then that alone.
+    """Try multiples of the largest stride, then multiples of the model's native size, then this size alone.
 
     Args:
-        model: The model; it runs only if its copy without weights does not.
-        build: Makes such a copy, on the meta device, where a forward costs nothing.
-        native: The size that the model was made for, in pixels.
-        indices: The features that are wanted, in ascending order.
-        strides: Their strides.
+        model: The model; it is run only if a copy on the meta device cannot be.
+        build: Builds a copy of the model; on the meta device, which is active, its forward costs nothing.
+        native: The image size that the model was built for, in pixels.
+        indices: Indices of the wanted features, in ascending order.
+        strides: Strides of these features.
         channels: Number of channels of an image.
 
     Raises:
-        ValueError: If the model gives no such features for any of these.
+        ValueError: If the model gives no features of these strides for any of the sizes.
     """
     step = max(strides)
     try:
         with torch.device("meta"):
             candidates = [build(), model]
-    except (NotImplementedError, RuntimeError):  # it computes with values, which the meta device does not have
+    except (NotImplementedError, RuntimeError):  # the model reads tensor values, which the meta device does not have
         candidates = [model]
     for candidate in candidates:
         if not _problem(candidate, (2 * step, 3 * step), indices, strides, channels):
@@ -82,12 +82,12 @@ def find_image_sizes(
 def _problem(
     model: nn.Module, size: tuple[int, int], indices: Sequence[int], strides: Sequence[int], channels: int
 ) -> str:
-    """Why ``model`` does not take images of this size, or ''."""
+    """Describe why ``model`` does not accept images of this size; '' if it does."""
     training = model.training
     model.eval()
     try:
         maps = features(model, torch.zeros(1, channels, *size, device=next(model.parameters()).device), indices)
-    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:  # what timm's models raise then
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:  # raised by timm's models
         return str(error).split("\n")[0]
     finally:
         model.train(training)

@@ -1,9 +1,9 @@
-"""Weights that a run has saved know the conditioning they were trained with, and other models refuse to load them.
+"""Record a model's conditioning with its weights, and refuse to load them into a model conditioned otherwise.
 
-The record is in a checkpoint's ``meta``, for the tools, and in the metadata that a state dict has for each module
-beside torch's version of it, which ``load_state_dict`` of torch, mmengine, and mmdet's and mmseg's inferencers hand to
-a module. The state dict of a model in memory has no record: ``one.load_state_dict(other.state_dict())`` copies weights,
-whatever the two are.
+The record is stored twice: in a checkpoint's ``meta``, which the tools read, and in the metadata of its state dict, in
+which torch stores the version of each module. ``load_state_dict`` of torch and mmengine, and mmdet's and mmseg's
+inferencers, pass this metadata to each module. The state dict of a model in memory has no record:
+``one.load_state_dict(other.state_dict())`` copies weights whatever the conditioning of the two models.
 """
 
 from collections import OrderedDict
@@ -20,12 +20,12 @@ from ..errors import UserError
 from .wrapping import unwrapped
 
 ENTRY = "conditioning"
-"""The name of the record."""
+"""Key of the record in ``meta`` and in a module's metadata."""
 Record = Mapping[str, list[dict[str, Any]]]
 
 
 def record_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
-    """What a checkpoint records of ``model``: site name -> its methods, as plain data."""
+    """The record of the conditioning of ``model``: site name -> its methods, as plain data."""
     return conditioning_of(unwrapped(model))
 
 
@@ -36,24 +36,24 @@ def recorded(checkpoint: Any) -> Record:
 
 
 def check_conditioning(checkpoint: Mapping[str, Any], path: str, model: nn.Module) -> None:
-    """Check that ``model`` is conditioned as the one was whose checkpoint, read from ``path``, it is to load.
+    """Check that ``model`` has the conditioning of the model that ``checkpoint``, read from ``path``, was saved from.
 
-    A checkpoint without a record is of a model that was not conditioned.
+    A checkpoint without a record counts as that of a model without conditioning.
 
     Raises:
-        UserError: If it is not; the message shows both, and the line of the configuration to change.
+        UserError: If it has not; the message shows both conditionings, and the line of the configuration to change.
     """
     if problem := difference(recorded(checkpoint), unwrapped(model), f"{path} is"):
         raise UserError(f"{problem}, or load it all the same with --other-conditioning")
 
 
 def check_start(checkpoint: Any, path: str, model: nn.Module, load: str) -> None:
-    """Check that weights which ``model`` is to start from (``init_cfg``) mean the same in it.
+    """Check that the weights from which ``model`` starts (``init_cfg``) were trained with its conditioning.
 
-    Weights of a model without conditioning may start any.
+    Weights that were trained without conditioning are accepted by every model.
 
     Raises:
-        ValueError: If the file records another conditioning; or one with corrections, and ``load`` is 'effective'.
+        ValueError: If the file records another conditioning, or records corrections while ``load`` is 'effective'.
     """
     record = recorded(checkpoint)
     if not any(record.values()):
@@ -70,13 +70,13 @@ def check_start(checkpoint: Any, path: str, model: nn.Module, load: str) -> None
 
 
 def guard_loading(module: nn.Module) -> None:
-    """Let ``module`` refuse weights that were saved with another conditioning, with a ``ValueError``."""
+    """Make ``module`` raise a ``ValueError`` when it loads weights that were saved with another conditioning."""
     module.refuses_other_conditioning = True
     module.register_load_state_dict_pre_hook(_refuse)
 
 
 def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-    """The weights of ``model`` with the conditioning of every module in it that :func:`guard_loading` guards."""
+    """Return a copy of ``state_dict`` with a record for every module of ``model`` guarded by :func:`guard_loading`."""
     recorded = OrderedDict(state_dict)
     recorded._metadata = {name: dict(entries) for name, entries in getattr(state_dict, "_metadata", {}).items()}
     for name, module in model.named_modules():
@@ -86,18 +86,18 @@ def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> OrderedDi
 
 
 def drop_record(state_dict: Mapping[str, Tensor]) -> None:
-    """Let every module load ``state_dict``, however it is conditioned."""
+    """Remove the record from ``state_dict``, in place, so that modules with any conditioning load it."""
     for entries in getattr(state_dict, "_metadata", {}).values():
         entries.pop(ENTRY, None)
 
 
 def difference(record: Record, model: nn.Module, source: str) -> str:
-    """How the conditioning of ``model`` differs from ``record``, and what to do; '' if it does not.
+    """Describe how the conditioning of ``model`` differs from ``record``, and what to do; '' if it does not differ.
 
     Args:
-        record: Of the model, or of one that has it as a part, so that names are longer.
+        record: The record of the model, or of a larger model that contains it, whose names have a prefix.
         model: The model.
-        source: What has the record, with its verb, as the message begins: 'a.pth is'.
+        source: The beginning of the message: where the record comes from, and a verb, such as 'a.pth is'.
     """
     own, theirs = conditioning_of(model), dict(_within(record, model))
     places = {**own, **{name: [] for name, methods in theirs.items() if methods and name not in own}}
@@ -116,7 +116,7 @@ def difference(record: Record, model: nn.Module, source: str) -> str:
 
 
 def _within(record: Record, model: nn.Module) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The entries of ``record`` that are of ``model``, with their names in it."""
+    """Yield the entries of ``record`` that belong to ``model``, with their names in ``model``."""
     modules = dict(model.named_modules())
     prefix = _prefix(record, conditioning_of(model))
     for key, methods in record.items():
@@ -126,7 +126,7 @@ def _within(record: Record, model: nn.Module) -> Iterator[tuple[str, list[dict[s
 
 
 def _prefix(record: Record, own: Record) -> str:
-    """What names in ``record`` have in front of those in the model itself, whose conditioning is ``own``."""
+    """The prefix of names in ``record`` before those in ``own``, the conditioning of the model; '' if there is none."""
     for name in own:
         if name in record:
             return ""
@@ -137,7 +137,7 @@ def _prefix(record: Record, own: Record) -> str:
 
 
 def _as_setting(methods: list[dict[str, Any]]) -> str:
-    """The methods of a site as a line of a configuration."""
+    """Format the methods of a site as the value of ``conditioning`` in a configuration."""
     calls = [f"dict({', '.join(f'{key}={value!r}' for key, value in method.items())})" for method in methods]
     if not calls:
         return "'none'"
@@ -145,6 +145,7 @@ def _as_setting(methods: list[dict[str, Any]]) -> str:
 
 
 def _refuse(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: dict, *_: Any) -> None:
+    """Raise if ``local_metadata`` records another conditioning than that of ``module``; a pre-hook of loading."""
     source = f"the checkpoint of {prefix.rstrip('.') or 'the model'} is"
     if ENTRY in local_metadata and (problem := difference(local_metadata[ENTRY], module, source)):
         raise ValueError(f"{problem}, or let tools/predict.py or tools/test.py load it with --other-conditioning")

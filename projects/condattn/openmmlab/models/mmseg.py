@@ -25,6 +25,6 @@ class ConditionedVisionTransformer(ConditionedBackbone, VisionTransformer):
     """
 
 
-# The name also answers without a scope; where mmdet is installed, it is mmdet's subclass.
+# Register the name without a scope, too, unless mmdet's subclass is registered under it already.
 if "ConditionedSwinTransformer" not in ROOT_MODELS.module_dict:
     ROOT_MODELS.register_module(module=ConditionedSwinTransformer)

@@ -1,4 +1,4 @@
-"""A feature pyramid from one map, for backbones that have a single scale."""
+"""A feature pyramid computed from a single feature map, for backbones with one scale."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def rescale(channels: int, scale: float) -> tuple[nn.Module, int]:
-    """A module that scales a map by 4, 2, 1 or 1/2, and how many channels it returns (ViTDet, section 3).
+    """Build a module that scales a map by 4, 2, 1 or 1/2; return it and its output channels (ViTDet, section 3).
 
     Raises:
         ValueError: If ``scale`` is none of these.
@@ -39,16 +39,16 @@ def rescale(channels: int, scale: float) -> tuple[nn.Module, int]:
 class SimpleFeaturePyramid(BaseModule):
     """ViTDet's pyramid (arXiv 2203.16527, section 3): every level from the last map of a single-scale backbone.
 
-    Shape: a sequence of maps, of which the last, (B, ``in_channels``, H, W), is used; ``num_outs`` maps of
-    ``out_channels`` channels, of the sizes H x W times each of ``scales``, rounded down, and halved for each further
-    one.
+    Shape: The input is a sequence of maps, of which only the last, (B, ``in_channels``, H, W), is used. The output is
+    ``num_outs`` maps of ``out_channels`` channels: one of size H x W times each of ``scales``, rounded down, then
+    further ones, each of half the size of the one before.
 
     Args:
-        in_channels: Channels of the map.
-        out_channels: Channels of each level.
-        num_outs: Number of levels; those behind the scales are subsampled from the last, as in FPN.
+        in_channels: Number of channels of the map.
+        out_channels: Number of channels of each level.
+        num_outs: Number of levels; those beyond ``scales`` are subsampled from the last one, as in FPN.
         scales: Size of each level relative to the map.
-        init_cfg: Initialisation by mmengine.
+        init_cfg: mmengine's config of the initialisation.
 
     Raises:
         ValueError: If a scale is none of 4, 2, 1 and 0.5, or there are fewer outputs than scales.
@@ -74,7 +74,7 @@ class SimpleFeaturePyramid(BaseModule):
             self.levels.append(nn.Sequential(resize, *lateral, *smooth))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The levels of the pyramid, the finest first."""
+        """Return the levels of the pyramid, in the order of ``scales``."""
         levels = [level(maps[-1]) for level in self.levels]
         while len(levels) < self.num_outs:
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))

@@ -1,4 +1,4 @@
-"""Swin's blocks with less memory traffic: the same parameters and function; upstream's forward is the reference."""
+"""Swin layers with less memory traffic and the same parameters; upstream's forward is the reference implementation."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from .base import ConditionedBackbone
 
 
 class FastShiftWindowMSA:
-    """Mixin in front of upstream's ``ShiftWindowMSA``: projections before windows, no map rebuilt, no mask rebuilt.
+    """Mixin for upstream's ``ShiftWindowMSA`` that projects tokens before it puts them into windows.
 
-    Upstream's forward runs where attention has dropout, where its ``w_msa`` or what is in it is not as upstream built
-    it or has hooks, and where :func:`condattn.kernels.switch.is_upstream` says so. The projections are called as they
-    are, whatever they are.
+    It does not rebuild the feature map and the mask in each forward. Upstream's forward runs instead if attention
+    dropout is active, if ``w_msa`` or a module in it is not as upstream built it or has hooks that would not be called,
+    or if :func:`condattn.kernels.switch.is_upstream` says so. The projections may be of any class and have hooks; only
+    a ``HeadTransformLinear`` with a ``HeadNorm`` and without hooks is not called, but computed here.
     """
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """(B, H * W, C) to the same shape; see upstream."""
+        """Map (B, H * W, C) to the same shape; see upstream."""
         msa = self.w_msa
-        watched = any(is_watched(module) for module in (msa, msa.softmax, msa.attn_drop))
-        if watched or (self.training and msa.attn_drop.p) or not isinstance(msa.qkv, nn.Linear) or is_upstream():
+        has_hooks = any(is_watched(module) for module in (msa, msa.softmax, msa.attn_drop))
+        if has_hooks or (self.training and msa.attn_drop.p) or not isinstance(msa.qkv, nn.Linear) or is_upstream():
             return super().forward(query, hw_shape)
         grid = Windows(*hw_shape, self.window_size, self.shift_size, query.device)
         proj = msa.proj
         plain = type(proj) is HeadTransformLinear and type(proj.head_transform) is HeadNorm
-        inside = plain and not is_watched(proj)
-        normalize = (proj.head_transform.eps, proj.head_transform.detach) if inside else None
+        is_fused = plain and not is_watched(proj)
+        normalize = (proj.head_transform.eps, proj.head_transform.detach) if is_fused else None
         attention = grid, msa.num_heads, msa.scale, normalize
         heads = window_attention(msa.qkv(query), msa.qkv.bias, self._bias(), *attention)
-        x = F.linear(heads, proj.weight, proj.bias) if inside else proj(heads)
+        x = F.linear(heads, proj.weight, proj.bias) if is_fused else proj(heads)
         if not is_compiling():
             FirstForward.forget(msa)
         return drop_path(msa.proj_drop(x), self.drop)
@@ -58,15 +59,15 @@ class FastShiftWindowMSA:
 
 
 class FastSwinBlock:
-    """Mixin in front of upstream's ``SwinBlock``: normalised tokens and activations are computed again in the backward.
+    """Mixin for upstream's ``SwinBlock`` that recomputes normalised tokens and activations in the backward.
 
-    That is cheap, and saves half of what a block keeps. Upstream's forward runs where it checkpoints the whole block,
-    where the feed-forward network is another or has hooks, and where :func:`condattn.kernels.switch.is_upstream` says
-    so. Compiled, the same operations are in their plain form.
+    This is cheap, and halves the memory that a block saves for the backward. Upstream's forward runs instead if it
+    checkpoints the whole block, if the feed-forward network is not upstream's or has hooks, or if
+    :func:`condattn.kernels.switch.is_upstream` says so. Under ``torch.compile`` the same operations run in plain form.
     """
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """(B, H * W, C) to the same shape; see upstream."""
+        """Map (B, H * W, C) to the same shape; see upstream."""
         ffn = self.ffn
         checkpointed = self.with_cp and x.requires_grad and torch.is_grad_enabled()
         if is_upstream() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or is_watched(ffn):
@@ -77,28 +78,28 @@ class FastSwinBlock:
 
 
 def _feed_forward(x: Tensor, ffn: nn.Module) -> Tensor:
-    """The layers of mmcv's ``FFN`` with one hidden layer."""
+    """Apply the layers of mmcv's ``FFN`` with one hidden layer, by the fast operation if it supports them."""
     (linear, activation, drop), projection, drop_out = ffn.layers
     kinds = zip((linear, activation, projection), ("Linear", "GELU", "Linear"), strict=True)
-    usual = all(is_usual(*one) for one in kinds) and getattr(activation, "approximate", "none") == "none"
-    if not usual or (drop.training and drop.p) or any(map(is_watched, ffn.layers.modules())):
+    plain = all(is_usual(*one) for one in kinds) and getattr(activation, "approximate", "none") == "none"
+    if not plain or (drop.training and drop.p) or any(map(is_watched, ffn.layers.modules())):
         return ffn.layers(x)
     return drop_out(feed_forward(x, linear.weight, linear.bias, projection.weight, projection.bias))
 
 
 class FastPatchMerging:
-    """Mixin in front of upstream's ``PatchMerging``: pixels are put side by side by rows; the norm is computed again.
+    """Mixin for upstream's ``PatchMerging`` that merges pixels by copying rows and recomputes the norm in the backward.
 
-    Upstream's forward runs for other patches than 2 x 2 that lie side by side, where a layer that is not called has
-    hooks, and where :func:`condattn.kernels.switch.is_upstream` says so.
+    Upstream's forward runs instead if patches are not 2 x 2, adjacent and padded at the corner, if a layer that is not
+    called here has hooks, or if :func:`condattn.kernels.switch.is_upstream` says so.
     """
 
     def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        """(B, H * W, C) to (B, ceil(H / 2) * ceil(W / 2), 2 C), and that size; see upstream."""
+        """Map (B, H * W, C) to (B, ceil(H / 2) * ceil(W / 2), 2 C); return it and its size; see upstream."""
         unfold, padding = self.sampler, self.adap_padding
-        usual = (unfold.kernel_size, unfold.stride, unfold.padding, unfold.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
-        usual = usual and padding is not None and padding.padding == "corner"
-        if not usual or is_watched(unfold) or is_watched(padding) or is_upstream():
+        plain = (unfold.kernel_size, unfold.stride, unfold.padding, unfold.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
+        plain = plain and padding is not None and padding.padding == "corner"
+        if not plain or is_watched(unfold) or is_watched(padding) or is_upstream():
             return super().forward(x, input_size)
         height, width = input_size
         channels = x.shape[-1]
@@ -107,20 +108,21 @@ class FastPatchMerging:
         x = _pad(x, 0, 0, 0, beside, 0, below)
         height, width = x.shape[1] // 2, x.shape[2] // 2
         x = x.view(len(x), height, 2, width, 2, channels).transpose(2, 3).reshape(len(x), height * width, 4, channels)
-        # Two copies of rows are faster than one of single numbers.
+        # Two copies of whole rows are faster than one copy of single elements.
         x = x.mT.reshape(len(x), height * width, 4 * channels)
         return recompute_in_backward(self.norm, x, self.reduction) if self.norm else self.reduction(x), (height, width)
 
 
 class FastPatchEmbed:
-    """Mixin in front of upstream's ``PatchEmbed``: one product of matrices, whose result has its channels last.
+    """Mixin for upstream's ``PatchEmbed`` that computes the convolution as one matrix product, with channels last.
 
-    Upstream's forward runs for patches that overlap or leave gaps, for padding on all sides, where the convolution is
-    another, where it or the padding has hooks, and where :func:`condattn.kernels.switch.is_upstream` says so.
+    Upstream's forward runs instead if patches overlap or leave gaps, if there is padding on all sides, if the
+    convolution is not an ordinary ``Conv2d``, if it or the padding has hooks, or if
+    :func:`condattn.kernels.switch.is_upstream` says so.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, C, H, W) to (B, rows * columns of patches, embed_dims), and those rows and columns; see upstream."""
+        """Map (B, C, H, W) to (B, rows * columns, embed_dims); return it and (rows, columns); see upstream."""
         conv = self.projection
         if not is_usual(conv, "Conv2d") or is_watched(conv) or is_upstream():
             return super().forward(x)
@@ -140,59 +142,59 @@ class FastPatchEmbed:
 
 
 def _pad(x: Tensor, *pad: int) -> Tensor:
-    """``F.pad``, but no copy where nothing is padded; compiled, one graph for both."""
+    """``F.pad`` without a copy if there is no padding; when compiling, always ``F.pad``: one graph for both cases."""
     return F.pad(x, pad) if is_compiling() or any(pad) else x
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether someone wants to see the calls of a module itself, by hooks or by a forward of its own."""
+    """Whether calls of ``module`` are observed, by hooks or by a ``forward`` set on the instance."""
     return count_hooks(module) > 0 or has_backward_or_global_hooks(module) or "forward" in module.__dict__
 
 
 def is_usual(layer: nn.Module, name: str) -> bool:
-    """Whether a layer is of torch's or mmcv's class of that name, not one of the same name or weights that do more."""
+    """Whether ``layer`` is exactly of torch's or mmcv's class ``name``, with ordinary tensors as weights."""
     kind = type(layer)
     known = kind.__name__ == name and kind.__module__.startswith(("torch.nn.modules.", "mmcv.cnn."))
     return known and all(map(is_ordinary, layer.parameters(recurse=False)))
 
 
 def drop_path(x: Tensor, layer: nn.Module) -> Tensor:
-    """Stochastic depth as mmcv's ``DropPath`` has it, with the same random numbers, by one product."""
+    """Stochastic depth as in mmcv's ``DropPath``, with the same random numbers but a single product."""
     if type(layer).__name__ != "DropPath" or not layer.training or not layer.drop_prob or is_watched(layer):
         return layer(x)
     keep = 1 - layer.drop_prob
-    kept = keep + torch.rand((len(x), *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
-    return x * kept.floor_().div_(keep)
+    mask = keep + torch.rand((len(x), *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+    return x * mask.floor_().div_(keep)
 
 
 def recompute_in_backward(module: nn.Module, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-    """``then(module(x))``, where ``module(x)`` is not kept for the backward, but computed again from ``x``.
+    """Compute ``then(module(x))``, and recompute ``module(x)`` in the backward instead of saving it.
 
     Args:
-        module: Without randomness or state that changes.
-        x: Its input, which is kept for its own backward anyway.
-        then: What gets its output.
+        module: A module without randomness or changing state.
+        x: The input of ``module``, which is saved for its backward anyway.
+        then: The function to apply to the output of ``module``.
 
     Returns:
-        What ``then`` returns.
+        The result of ``then``.
     """
     output = module(x)
-    # What is kept is a compiler's to choose, or an outer hook's, such as checkpointing's.
+    # Which tensors are saved is the decision of a compiler, or of outer hooks, such as those of checkpointing.
     if not torch.is_grad_enabled() or is_compiling() or is_watched(module) or has_saved_tensors_hooks():
         return then(output)
     half = autocast_dtype(x)
-    if half:  # as the linear layer that gets it would
+    if half:  # as the linear layer that receives it would cast it
         output = output.to(half)
-    # Numbers, not the tensor: what the hooks refer to lives as long as the graph.
+    # Numbers instead of the tensor: whatever the hooks refer to lives as long as the graph.
     place, size, dtype, source = output.data_ptr(), output.numel(), output.dtype, x.detach()
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
         same = (tensor.data_ptr(), tensor.numel(), tensor.dtype) == (place, size, dtype)
         if not same or not tensor.is_contiguous():
-            return tensor.detach()  # itself would keep the graph that keeps it
-        return partial(again, tensor.shape)
+            return tensor.detach()  # the tensor itself refers to the graph, and would form a cycle with it
+        return partial(recompute, tensor.shape)
 
-    def again(shape: torch.Size) -> Tensor:
+    def recompute(shape: torch.Size) -> Tensor:
         with torch.no_grad(), autocast(source, half):
             return module(source).to(dtype).view(shape)
 
@@ -213,11 +215,11 @@ MIXINS = {
 
 
 def make_fast_classes(upstream: ModuleType, place: str) -> dict[type[nn.Module], type[nn.Module]]:
-    """Subclasses with a fast forward of a toolbox's Swin.
+    """Create subclasses with a fast forward for the classes of a toolbox's Swin.
 
     Args:
         upstream: The toolbox's module with the classes.
-        place: Name of the module that is to have the subclasses, where pickle looks for them.
+        place: Name of the module to put the subclasses into, where pickle looks for them.
 
     Returns:
         Upstream's classes -> their subclasses.
@@ -232,13 +234,13 @@ def make_fast_classes(upstream: ModuleType, place: str) -> dict[type[nn.Module],
 
 
 class ConditionedSwin(ConditionedBackbone):
-    """Mixin in front of upstream's ``SwinTransformer``: the same arguments, ``conditioning``, and ``fast_attention``.
+    """Mixin to be placed before upstream's ``SwinTransformer``; it adds ``conditioning`` and ``fast_attention``.
 
     Args:
         conditioning: See :class:`ConditionedBackbone`.
-        fast_attention: Whether patches and blocks run with less memory traffic, equal to upstream but for rounding.
-            False: upstream's own forward.
-        **kwargs: The upstream class's arguments.
+        fast_attention: Whether patches and blocks run with less memory traffic, equal to upstream up to rounding. If
+            False, upstream's own forward runs.
+        **kwargs: Arguments of the upstream class.
 
     Raises:
         ValueError: As :class:`ConditionedBackbone`.

@@ -20,7 +20,7 @@ from .base import TIMM, initialize_as_upstream, is_pretrained, load_as_configure
 from .image_size import features, find_image_sizes, map_size
 from .loading import guard_loading
 
-# What lets a model take images of any size, in the order in which timm's models know it.
+# Arguments that make timm's models accept images of any size, in the order in which they are tried.
 ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})
 
 
@@ -29,13 +29,13 @@ class ConditionedTimmBackbone(BaseModule):
     """A timm model's intermediate features, with conditioned attention.
 
     Shape: images (B, C, H, W), C being ``in_chans`` where that is set, else 3; one feature map (B, ``out_channels[i]``,
-    H / ``strides[i]``, W / ``strides[i]``), rounded up, for each of ``out_indices``. Images may be of any size; models
-    with windows of a fixed grid see them padded to a multiple of ``img_size``, and those that know one size only (BEiT,
-    CaiT, CoaT, Hiera, VOLO ...) padded to ``img_size``, which then is the largest.
+    H / ``strides[i]``, W / ``strides[i]``), rounded up, for each of ``out_indices``. Images may be of any size: for
+    models with a fixed grid of windows they are padded to a multiple of ``img_size``; for models that accept one size
+    only (BEiT, CaiT, CoaT, Hiera, VOLO ...) they are padded to ``img_size``, which then is the largest size.
 
     Args:
         model_name: Name of the model in timm, for instance ``'xcit_small_12_p16_224'``; ``timm/`` or ``hf-hub:timm/``
-            may stand before it, as on the Hugging Face Hub, and a dot and the tag of pretrained weights behind it.
+            may precede it, as on the Hugging Face Hub, and a dot and the tag of pretrained weights may follow it.
         out_indices: Which of the model's features to return, in ascending order (or one alone): stages of a pyramid,
             blocks of a ViT. Default: all stages of a pyramid, the last block of a ViT.
         conditioning: See :func:`condattn.condition`. ``'none'`` is timm's model, bit for bit.
@@ -45,16 +45,16 @@ class ConditionedTimmBackbone(BaseModule):
             ``init_cfg`` says otherwise.
         checkpoint_path: Start from the weights in this file, timm's or the official ones of the network: short for
             ``init_cfg=dict(type='Pretrained', checkpoint=...)``, see :class:`.base.ConditionedBackbone`.
-        img_size: The size of the images (height and width, or one number), for models that have to know it.
+        img_size: The size of the images (height and width, or one number), for models that need to know it.
         frozen_stages: Freeze the stem (0) and this many stages, or blocks of a ViT; -1 freezes nothing.
-        drop_path_rate: Stochastic depth, where it is not the model's default.
+        drop_path_rate: Rate of stochastic depth. Default: the model's own.
         with_cp: Recompute activations in the backward pass to save memory.
-        init_cfg: Initialisation by mmengine, of the timm model.
+        init_cfg: mmengine's config of the initialisation of the timm model.
         **kwargs: Further arguments of the timm model.
 
     Raises:
-        ValueError: If the model is unknown, has no intermediate features or not these, cannot do what a setting asks
-            for, or its attention cannot be conditioned; in ``forward`` if an image is too large for the model.
+        ValueError: If the model is unknown, does not give the requested features, does not support a setting, or has
+            attention that cannot be conditioned; in ``forward`` if an image is too large for the model.
     """
 
     checks_its_weights = True
@@ -75,7 +75,7 @@ class ConditionedTimmBackbone(BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        model_name = _registered(model_name, kwargs.get("pretrained_cfg"))
+        model_name = _registry_name(model_name, kwargs.get("pretrained_cfg"))
         if kwargs.pop("features_only", False):
             raise ValueError("features_only: this backbone always returns features; leave the setting out")
         if checkpoint_path or (pretrained and init_cfg is None):
@@ -116,7 +116,7 @@ class ConditionedTimmBackbone(BaseModule):
             )
         except ValueError as error:
             raise ValueError(f"timm's {model_name} {error}") from error
-        # What no feature depends on would have no gradient, which distributed training does not forgive.
+        # Parameters that no feature depends on would get no gradient, which is an error in distributed training.
         self.model.prune_intermediate_layers(self.out_indices, prune_norm=True, prune_head=True)
         report = condition(self.model, conditioning, include, exclude)
         guard_loading(self)
@@ -155,21 +155,21 @@ class ConditionedTimmBackbone(BaseModule):
         print_log(f"pretrained weights {report}", logger="current")
 
     def train(self, mode: bool = True):
-        """Set the training mode, but for what is frozen, and return self."""
+        """Set the training mode, except of frozen modules, and return self."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The feature maps of a batch of images, which are padded on the right and below to a size the model takes."""
+        """Return the feature maps of images, padded on the right and below to a size that the model accepts."""
         maps = features(self.model, self.image_sizes.pad(x), self.out_indices)
         sizes = [map_size(x.shape[-2:], stride) for stride in self.strides]
         return tuple(m[..., :height, :width] for m, (height, width) in zip(maps, sizes, strict=True))
 
 
 def _freeze(model: torch.nn.Module, stages: int) -> list[torch.nn.Module]:
-    """Freeze the stem (0) and so many stages; returns the modules that are to stay in evaluation mode."""
+    """Freeze the stem and the first ``stages`` stages; return the modules that must stay in evaluation mode."""
     if stages < 0:
         return []
     if not hasattr(model, "group_matcher"):
@@ -179,7 +179,7 @@ def _freeze(model: torch.nn.Module, stages: int) -> list[torch.nn.Module]:
     for name in [name for group, members in groups.items() if group <= stages for name in members]:
         if name in parameters:
             parameters[name].requires_grad_(False)
-    dropout = [child for child in model.children() if isinstance(child, torch.nn.Dropout)]  # of the stem
+    dropout = [child for child in model.children() if isinstance(child, torch.nn.Dropout)]  # dropout of the stem
     return dropout + [
         module
         for module in model.modules()
@@ -188,10 +188,10 @@ def _freeze(model: torch.nn.Module, stages: int) -> list[torch.nn.Module]:
 
 
 def pretrained_weights(model_name: str, **settings: Any) -> dict[str, Tensor]:
-    """The weights that timm has for a model built with these settings.
+    """Return timm's pretrained weights for a model built with ``settings``.
 
     Raises:
-        ValueError: If there are none, or they cannot be downloaded; where that is an ``OSError``, it is one as well.
+        ValueError: If there are none, or they cannot be downloaded; also an ``OSError`` if the cause is one.
     """
     try:
         return _create(model_name, {**settings, "pretrained": True}).state_dict()
@@ -201,8 +201,8 @@ def pretrained_weights(model_name: str, **settings: Any) -> dict[str, Tensor]:
         raise failure(f"timm has no weights for {model_name}, or they cannot be downloaded: {reason}") from error
 
 
-def _registered(model_name: str, pretrained_cfg: Any = None) -> str:
-    """The name in timm's registry that is meant.
+def _registry_name(model_name: str, pretrained_cfg: Any = None) -> str:
+    """Return the name in timm's registry for ``model_name``.
 
     Raises:
         ValueError: If there is no such model, or no such weights of it.
@@ -229,7 +229,7 @@ def _registered(model_name: str, pretrained_cfg: Any = None) -> str:
 
 
 def _create(model_name: str, settings: dict[str, Any]) -> torch.nn.Module:
-    """Build the model, with the first of ANY_SIZE that it takes; the last is nothing, and its error the caller's."""
+    """Build the model with the first of ``ANY_SIZE`` that it accepts; the last is empty: its error is raised."""
     for option in ANY_SIZE:
         try:
             return timm.create_model(model_name, **{**option, **settings})

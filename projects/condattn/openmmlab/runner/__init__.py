@@ -1,1 +1,1 @@
-"""What the command-line tools share."""
+"""Code that the command-line tools share."""

@@ -1,4 +1,4 @@
-"""Refuse checkpoints that are missing, unreadable or of another model, before a run starts."""
+"""Read checkpoints, and refuse missing, unreadable or unfitting ones before a run starts."""
 
 import re
 import sys
@@ -29,15 +29,15 @@ HUBS = {
     "openmmlab://": get_external_models,
     "mmcls://": get_mmcls_models,
 }
-"""Collections of weights -> mmengine's table of their addresses."""
+"""URL prefix of a collection of weights -> function that returns mmengine's table of their addresses."""
 
 
 class MissingCheckpointError(UserError, FileNotFoundError):
-    """There is no such checkpoint, which callers of mmengine's reader expect as a ``FileNotFoundError``."""
+    """There is no such checkpoint; callers of mmengine's reader expect a ``FileNotFoundError``."""
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
-    """Add what every tool that loads a checkpoint takes."""
+    """Add the arguments of all tools that load a checkpoint."""
     parser.add_argument(
         "--other-conditioning",
         action="store_true",
@@ -47,7 +47,7 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
 
 
 def add_unsafe_argument(parser: ArgumentParser) -> None:
-    """Add what every tool that reads a file of weights takes."""
+    """Add the argument of all tools that read a file of weights."""
     parser.add_argument(
         "--unsafe",
         action="store_true",
@@ -59,18 +59,18 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict:
     """Read a checkpoint from a file or a URL to the CPU.
 
     Args:
-        path: Where it is.
-        unsafe: Whether code in it may be executed.
+        path: The file, URL, or name in a collection (``HUBS``).
+        unsafe: Whether code in the file may be executed.
 
     Raises:
-        UserError: If there is no such file, or it is not a checkpoint, cut short or not safe.
+        UserError: If there is no such file, or it is not a checkpoint, truncated or not safe.
     """
     try:
         checkpoint = read_file(_address(path), unsafe)
     except BadFileError as error:
         failure = MissingCheckpointError if isinstance(error, FileNotFoundError) else UserError
         raise failure(f"cannot read the checkpoint {path}: {error}") from error
-    if path.startswith("mmcls://"):  # classifiers, of which detectors and segmenters take the backbone
+    if path.startswith("mmcls://"):  # classifiers; detectors and segmenters use their backbone
         weights, _, _ = weights_of(checkpoint, path)
         checkpoint = {"state_dict": weights}
     if not isinstance(checkpoint, dict):
@@ -82,7 +82,7 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict:
 
 
 def _check_form(checkpoint: dict, path: str) -> None:
-    """Check that weights are named by text, and that what the tools read beside them is what they expect."""
+    """Check that ``state_dict`` is a dictionary with text as keys, and that ``meta`` is a dictionary."""
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, Mapping):
         raise UserError(f"{path}: expected state_dict to be a dictionary of weights, found a {type(weights).__name__}")
@@ -94,7 +94,7 @@ def _check_form(checkpoint: dict, path: str) -> None:
 
 
 def read_safely(unsafe: bool = False) -> None:
-    """Let mmengine's runner and ``init_cfg`` read files as :func:`read_checkpoint` does; its own reader executes code.
+    """Make mmengine's runner and ``init_cfg`` use :func:`read_checkpoint`, as mmengine's own reader executes code.
 
     Args:
         unsafe: Whether code in a file may be executed.
@@ -107,7 +107,7 @@ def read_safely(unsafe: bool = False) -> None:
 
 
 def _address(path: str) -> str:
-    """Where a file lies whose name may be of a collection."""
+    """Resolve the name of weights in a collection to their address; return other paths unchanged."""
     for hub, addresses in HUBS.items():
         if path.startswith(hub):
             name = path.removeprefix(hub)
@@ -120,10 +120,10 @@ def _address(path: str) -> str:
 
 
 def check_resumable(checkpoint: dict, path: str) -> None:
-    """Check that a training can go on from ``checkpoint``, which was read from ``path``.
+    """Check that a training can be resumed from ``checkpoint``, which was read from ``path``.
 
     Raises:
-        UserError: If it holds weights alone.
+        UserError: If it holds only weights.
     """
     if not {"meta", "message_hub", "optimizer"} <= checkpoint.keys():
         raise UserError(
@@ -133,14 +133,16 @@ def check_resumable(checkpoint: dict, path: str) -> None:
 
 
 def find_resumable(work_dir: str, unsafe: bool = False) -> str | None:
-    """The newest checkpoint in ``work_dir`` that a training can go on from; those that cannot be read are named.
+    """Return the newest checkpoint in ``work_dir`` from which a training can be resumed; None if there are none.
+
+    A warning names each newer checkpoint that cannot be used.
 
     Args:
-        work_dir: Where the checkpoints are.
+        work_dir: Folder of the checkpoints.
         unsafe: Whether code in them may be executed.
 
     Raises:
-        UserError: If there are some, and none can be read.
+        UserError: If there are checkpoints, and none can be resumed from.
     """
     last = Path(work_dir, "last_checkpoint")
     named = [Path(last.read_text().strip())] if last.is_file() and last.read_text().strip() else []
@@ -162,10 +164,10 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
     """Check that ``checkpoint``, which was read from ``path``, fits ``model``.
 
     Args:
-        checkpoint: What was read.
-        path: From where.
+        checkpoint: The content of the checkpoint.
+        path: Where it was read from.
         model: The model that is to load it.
-        warn: Print a warning if it fits in part, or is another file than its name says.
+        warn: Print a warning if it fits only in part, or does not match the hash in its name.
 
     Returns:
         The keys of the weights that the model will load from it.
@@ -178,7 +180,7 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
     common = [key for key in expected if key in weights]
     fitting = {key for key in common if getattr(weights[key], "shape", None) == expected[key].shape}
     misshapen = [key for key in common if key not in fitting]
-    if not any(expected[key].dim() for key in fitting):  # counters fit every model
+    if not any(expected[key].dim() for key in fitting):  # scalars, such as counters, fit every model
         if misshapen:
             one = misshapen[0]
             sizes = f"{_size(weights[one])} there, {_size(expected[one])} in the model"
@@ -200,7 +202,7 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
         parts = [
             f"{len(keys)} {what} ({some(names)})"
             for keys, names, what in (
-                (missing, _whole_parts(missing, expected), "are not in it and keep their initial values"),
+                (missing, _missing_parts(missing, expected), "are not in it and keep their initial values"),
                 (misshapen, misshapen, "have another shape there and keep their initial values"),
                 (unexpected, unexpected, "are only in it and are ignored"),
             )
@@ -217,12 +219,12 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
 
 
 def _is_damaged(value: Tensor, own: Tensor) -> bool:
-    """Whether a weight has values that are not finite, where the model's own are."""
+    """Whether a weight has values that are not finite, although the model's own values are."""
     return value.is_floating_point() and not value.isfinite().all() and bool(own.isfinite().all())
 
 
-def _whole_parts(missing: list[str], expected: Mapping[str, Tensor]) -> list[str]:
-    """Names for what is missing: those of modules all of whose weights are, then those of single weights."""
+def _missing_parts(missing: list[str], expected: Mapping[str, Tensor]) -> list[str]:
+    """Summarise missing weights: first the modules of which all weights are missing, then the single weights."""
     present = {prefix for key in expected.keys() - set(missing) for prefix in _prefixes(key)}
     names = dict.fromkeys(next((p for p in _prefixes(key) if p not in present), key) for key in missing)
     return sorted((name if name in expected else f"all of {name}" for name in names), key=lambda name: " " not in name)
@@ -245,11 +247,11 @@ def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False)
 
     Args:
         model: The model.
-        key: Where the configuration describes it.
-        unsafe: Whether code in the files may be executed; our own backbones have a setting for that.
+        key: Key of the model in the configuration.
+        unsafe: Whether code in the files may be executed; this project's own backbones have a setting for that.
 
     Raises:
-        UserError: If they cannot be had or fit no weight; the message says how to train without them.
+        UserError: If they cannot be read, or fit no weight; the message says how to train without them.
     """
     for name, init_cfg in list(_pretrained(model)):
         module = model.get_submodule(name)
@@ -277,9 +279,9 @@ def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False)
 
 
 def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:
-    """Spare ``model`` the pretrained weights of modules whose weights are all in ``replaced``.
+    """Skip the pretrained weights of those modules of ``model`` whose weights are all in ``replaced``.
 
-    A checkpoint that is loaded after the initialisation replaces them, so they need not be there.
+    A checkpoint that is loaded after the initialisation replaces these weights, so that their files are not needed.
     """
     model = unwrapped(model)
     for name, _ in list(_pretrained(model)):

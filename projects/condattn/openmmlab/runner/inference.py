@@ -1,4 +1,4 @@
-"""Predict images outside a data set, with one code for detection and segmentation."""
+"""Predict images that belong to no data set, for detection and segmentation alike."""
 
 import copy
 import json
@@ -28,12 +28,12 @@ _VISUALIZERS = {"mmdet": "DetLocalVisualizer", "mmseg": "SegLocalVisualizer"}
 
 
 def find_images(source: Path, out_dir: Path) -> list[tuple[Path, Path]]:
-    """The images at ``source``, a file or a folder with all its subfolders, in a fixed order.
+    """Find the images at ``source``, a file or a folder with all its subfolders, in a fixed order.
 
-    Files that an earlier run left in ``out_dir`` are no input.
+    Results that an earlier run has written to ``out_dir`` are left out.
 
     Returns:
-        Pairs of a path and the path relative to ``source`` (of a file: its name).
+        Pairs of a path and the path relative to ``source`` (the file name if ``source`` is a file).
 
     Raises:
         UserError: If there is no such path or no image below it.
@@ -68,13 +68,13 @@ class Predictor:
 
     Args:
         cfg: The configuration.
-        checkpoint: File or URL of the weights; None: as they are initialised, without pretrained ones.
+        checkpoint: File or URL of the weights. If None, the model is initialised without pretrained weights.
         device: Where to predict.
         other_conditioning: Load a checkpoint although its model was conditioned otherwise.
         unsafe: Execute the code in a checkpoint that holds more than weights.
 
     Raises:
-        UserError: If model and checkpoint are bad or do not fit each other.
+        UserError: If the model or the checkpoint is invalid, or they do not fit each other.
     """
 
     def __init__(
@@ -104,28 +104,28 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, paths: Iterable[Path]) -> list[BaseDataElement]:
-        """Predict a batch of image files; one data sample an image, on the CPU."""
+        """Predict a batch of image files; return one data sample per image, on the CPU."""
         return self.run(paths)
 
     def predict_each(self, paths: Sequence[Path]) -> list[BaseDataElement | Exception]:
-        """:meth:`predict`, but in the place of an image whose prediction fails there is the error that it fails with.
+        """Predict like :meth:`predict`, but return the error in place of the result of an image that fails.
 
         If a batch fails, its images are predicted one by one.
         """
         try:
             return self.predict(paths) if paths else []
-        except Exception as error:  # whatever a model or a transform raises of an image
+        except Exception as error:  # a model or a transform may raise any error
             if len(paths) == 1:
                 return [error]
             return [result for path in paths for result in self.predict_each([path])]
 
     def run(self, paths: Iterable[Path]) -> list[BaseDataElement]:
-        """:meth:`predict`, in the caller's mode of gradients."""
+        """Predict like :meth:`predict`, but in the caller's gradient mode."""
         inputs = [self._pipeline({"img_path": str(path), "img_id": index}) for index, path in enumerate(paths)]
         return [sample.cpu() for batch in self._batches(inputs) for sample in self.model.test_step(batch)]
 
     def draw(self, sample: BaseDataElement, out_file: Path, score_thr: float) -> None:
-        """Draw a prediction on its image, boxes and masks from the score ``score_thr`` up."""
+        """Draw a prediction on its image; boxes and masks only if their score is at least ``score_thr``."""
         image = mmcv.imread(sample.img_path, channel_order="rgb")
         threshold = {} if self._segments else {"pred_score_thr": score_thr}
         out_file.parent.mkdir(parents=True, exist_ok=True)
@@ -134,13 +134,13 @@ class Predictor:
         )
 
     def _batches(self, inputs: list[dict]) -> Iterator[dict]:
-        # mmseg tests images of one size together; mmdet pads them to a common size.
+        # mmseg needs images of one size in a batch; mmdet pads them to a common size.
         groups = groupby(inputs, key=lambda item: item["inputs"].shape if self._segments else None)
         return (pseudo_collate(list(group)) for _, group in groups)
 
 
 def save_prediction(sample: BaseDataElement, out_file: Path) -> None:
-    """Save what was predicted for one image, as plain data.
+    """Save the prediction for one image as plain data.
 
     Instances go to ``out_file`` + '.json': labels (indices of classes), scores, boxes (x1, y1, x2, y2 in
     pixels) and masks (COCO run lengths). A label map goes to ``out_file`` + '.png', with indices of classes.
@@ -171,12 +171,12 @@ def _instances(instances: BaseDataElement) -> dict:
 
 
 def _image_pipeline(dataset: dict) -> list[dict]:
-    """The test pipeline without the annotations, which new images do not have."""
+    """The test pipeline without loading annotations, which new images do not have."""
     return [step for step in copy.deepcopy(next(leaves(dataset))["pipeline"]) if "Annotations" not in step["type"]]
 
 
 def _dataset_meta(dataset: dict) -> dict:
-    """Class names and colours of a data set that is not there: its class's, or those of the configuration."""
+    """Class names and colours of a data set that need not exist: from its class, overridden by the configuration."""
     dataset = next(leaves(dataset))
     with DATASETS.switch_scope_and_registry(None) as registry:
         cls = registry.get(dataset["type"])

@@ -1,7 +1,7 @@
-"""What the command-line tools share: from a command line to a model or a runner, bad input refused first.
+"""Build models and runners from command lines; refuse bad input first.
 
-Everything that can be checked is checked before anything is written: a work directory appears once the
-configuration, the data, the model and the checkpoint have been found good.
+Everything that can be checked is checked before anything is written: a work directory is created only when the
+configuration, the data, the model and the checkpoint have passed their checks.
 """
 
 import copy
@@ -39,7 +39,7 @@ DRAWN = ("mmdet", "mmseg")
 
 
 class ConfigOptions(DictAction):
-    """mmengine's ``DictAction``, which also takes a conditioning with settings: sc(strength=3.0,relative=True)."""
+    """mmengine's ``DictAction``, which also accepts a conditioning with settings: sc(strength=3.0,relative=True)."""
 
     @staticmethod
     def _parse_iterable(val: str):
@@ -47,7 +47,7 @@ class ConfigOptions(DictAction):
 
 
 def add_config_arguments(parser: ArgumentParser) -> None:
-    """Add what every tool takes: the configuration and changes to it."""
+    """Add the arguments of all tools: the configuration and changes to it."""
     parser.add_argument(
         "config",
         help="configuration file; its default_scope (mmdet, mmseg, mmpretrain or mmengine) decides the toolbox",
@@ -63,7 +63,7 @@ def add_config_arguments(parser: ArgumentParser) -> None:
 
 
 def add_runner_arguments(parser: ArgumentParser) -> None:
-    """Add what the tools with a runner (train and test) take besides."""
+    """Add the further arguments of the tools with a runner (train and test)."""
     parser.add_argument(
         "--work-dir",
         help="folder for logs and checkpoints (default: work_dir of the configuration, else work_dirs/ "
@@ -95,9 +95,9 @@ def load_config(path: str, options: dict | None = None) -> Config:
     if not is_config(path):
         raise UserError(f"expected a configuration file (.py, .json, .yaml, .yml), got {path}")
     try:
-        with redirect_stdout(sys.stderr):  # toolboxes print which of their optional packages are missing
+        with redirect_stdout(sys.stderr):  # toolboxes print which optional packages are missing
             cfg = Config.fromfile(path)
-    except (FileNotFoundError, ImportError, SyntaxError, AssertionError) as error:  # toolboxes assert on versions
+    except (FileNotFoundError, ImportError, SyntaxError, AssertionError) as error:  # toolboxes assert versions
         raise UserError(f"cannot read the configuration {path}: {error}") from error
     try:
         cfg.merge_from_dict(options or {})
@@ -121,14 +121,14 @@ def load_config(path: str, options: dict | None = None) -> Config:
 
 
 def load_runner_config(args: Namespace) -> Config:
-    """Load the configuration of a tool with a runner: :func:`load_config`, launcher and work directory.
+    """Load the configuration of a tool with a runner by :func:`load_config`; set launcher and work directory.
 
     Raises:
         UserError: As :func:`load_config`, and for settings that exclude each other.
     """
     cfg = load_config(args.config, args.cfg_options)
     read_safely(args.unsafe)
-    # What is built for the checks is built again by the runner, whose own logger will report it.
+    # Objects that are built for the checks are built again by the runner, whose own logger reports them.
     MMLogger.get_current_instance().setLevel("WARNING")
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg.launcher = args.launcher
@@ -138,7 +138,7 @@ def load_runner_config(args: Namespace) -> Config:
 
 
 def default_work_dir(config: str) -> str:
-    """``work_dirs/`` and the path of ``config`` below its folder ``configs``, or else its name; no suffix."""
+    """Join ``work_dirs/`` and the path of ``config`` below its folder ``configs`` (else its name), without suffix."""
     parts = Path(config).resolve().with_suffix("").parts
     below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts[:-1] else parts[-1:]
     return str(Path("work_dirs", *below))
@@ -166,12 +166,12 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:
-    """Join the other processes, if any, and build the runner, with a progress bar and the hooks that guard a run.
+    """Join the processes of a distributed run, and build the runner with a progress bar and the hooks that guard a run.
 
     Args:
         cfg: The configuration.
         other_conditioning: Whether checkpoints of a model that is conditioned otherwise are loaded.
-        given: The configuration that is left in the work directory, where ``cfg`` was adapted to the data.
+        given: The configuration to save in the work directory, if ``cfg`` was adapted to the data.
     """
     given = given or copy.deepcopy(cfg)
     start_processes(cfg)
@@ -179,9 +179,9 @@ def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | 
     if checkpoints.get("type") == "CheckpointHook":
         checkpoints.type = "WholeCheckpointHook"
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    if isinstance(runner.model, dict):  # FlexibleRunner builds it when the run begins
+    if isinstance(runner.model, dict):  # FlexibleRunner builds its model only when the run begins
         runner.model = runner.strategy.build_model(runner.model)
-    # The configuration that the runner leaves in the work directory is the one that it was given.
+    # The runner saves this configuration in the work directory.
     runner.cfg = given
     runner.dump_config()
     runner.logger.info(f"mmcv's operators: {describe_operators()}")

@@ -1,4 +1,4 @@
-"""What the tools share that make a new checkpoint of another one, on images."""
+"""Code shared by the tools that use images to make a new checkpoint from another one."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -17,7 +17,7 @@ from .launch import add_config_arguments, load_config
 
 
 def add_rewriting_arguments(parser: ArgumentParser, images: int) -> None:
-    """Add configuration, checkpoint, images (by default so many of them), the new file and the device."""
+    """Add the configuration, the checkpoint, the images (default number: ``images``), the new file and the device."""
     add_config_arguments(parser)
     parser.add_argument("checkpoint", help="file or URL of the weights")
     parser.add_argument("--images", type=Path, required=True, help="folder of images like those of the training")
@@ -28,10 +28,10 @@ def add_rewriting_arguments(parser: ArgumentParser, images: int) -> None:
 
 
 def load_inputs(args: Namespace) -> tuple[Config, dict, list[Path]]:
-    """The configuration, the checkpoint, and ``args.num`` images, evenly spread over those that there are.
+    """Load the configuration and the checkpoint, and choose ``args.num`` evenly spaced images of the folder.
 
     Raises:
-        UserError: If one of them is bad, or the file to write exists.
+        UserError: If one of them is invalid, or the file to write exists.
     """
     if args.num < 1:
         raise UserError(f"--num: expected at least 1, got {args.num}")
@@ -42,7 +42,7 @@ def load_inputs(args: Namespace) -> tuple[Config, dict, list[Path]]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise a UserError if there is a file of this name."""
+    """Raise a UserError if ``path`` exists."""
     if path.exists():
         raise UserError(f"{path} exists already; choose another name, or remove it first")
 

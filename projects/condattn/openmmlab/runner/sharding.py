@@ -1,4 +1,4 @@
-"""Training with parameters, gradients and optimizer state sharded over the processes (FSDP2)."""
+"""Train with parameters, gradients and optimizer state sharded over the processes (FSDP2)."""
 
 import re
 from collections import OrderedDict
@@ -24,14 +24,14 @@ from ..errors import UserError
 class FSDP2Strategy(DDPStrategy):
     """torch's ``fully_shard`` for mmengine's ``FlexibleRunner``; mmengine's own ``FSDPStrategy`` is the older FSDP1.
 
-    Every transformer block with attention is a unit of its own, gathered when it is used; what is left belongs to the
-    whole model. Checkpoints are whole ones in one file, as every other run writes them: a sharded run can go on
-    unsharded, with any number of processes, and the other way round. One process by itself shards nothing.
+    Every transformer block with attention is sharded as a unit of its own, and gathered when it is used; all other
+    parameters form the unit of the model. Checkpoints contain full tensors in one file, like those of all other runs: a
+    sharded run can be resumed unsharded, with any number of processes, and vice versa. A single process does not shard.
 
     Args:
         reshard_after_forward: Free the gathered parameters of a block between its forward and its backward pass, which
             gathers them again: less memory for more communication.
-        **kwargs: As mmengine's ``DDPStrategy``.
+        **kwargs: Arguments of mmengine's ``DDPStrategy``.
     """
 
     def __init__(self, *, reshard_after_forward: bool = True, **kwargs) -> None:
@@ -45,7 +45,7 @@ class FSDP2Strategy(DDPStrategy):
 
         model = self.convert_model(model.to(get_device()))
         for value in model.state_dict().values():
-            dist.broadcast(value, src=0)  # as DDP does: the processes shard the same model
+            dist.broadcast(value, src=0)  # as DDP does, so that all processes shard the same values
         for block in transformer_blocks(model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward)
         return fully_shard(model)
@@ -59,7 +59,7 @@ class FSDP2Strategy(DDPStrategy):
         extra_ckpt: dict | None = None,
         callback: Callable[[dict], None] | None = None,
     ) -> None:
-        """Gather the whole state, in which every process takes part, and write it from the first."""
+        """Gather the full state, a collective operation, and write it on rank 0."""
         checkpoint = {"state_dict": self.model_state_dict()}
         if save_optimizer and hasattr(self, "optim_wrapper"):
             checkpoint["optimizer"] = self.optim_state_dict()
@@ -73,44 +73,44 @@ class FSDP2Strategy(DDPStrategy):
             write_whole(filename, lambda path: torch.save(checkpoint, path), overwrite=True)
 
     def model_state_dict(self) -> dict[str, Tensor]:
-        """The whole weights, on the CPU of the first process."""
-        return tree_map(_whole, dict(self.model.state_dict()))
+        """Return the full weights on the CPU of rank 0, and empty tensors on other ranks."""
+        return tree_map(_gather, dict(self.model.state_dict()))
 
     def optim_state_dict(self) -> dict[str, Any]:
-        """The whole state of the optimizer, on the CPU of the first process."""
-        return tree_map(_whole, super().optim_state_dict())
+        """Return the full state of the optimizer on the CPU of rank 0, with empty tensors on other ranks."""
+        return tree_map(_gather, super().optim_state_dict())
 
     def load_model_state_dict(
         self, state_dict: dict[str, Tensor], *, strict: bool = False, revise_keys: tuple = ((r"^module\.", ""),)
     ) -> None:
-        """Load whole weights: of each this process keeps its share."""
-        own, shares = self.model.state_dict(), OrderedDict()
+        """Load full weights; each process keeps its shard of them."""
+        own, shards = self.model.state_dict(), OrderedDict()
         for name, value in state_dict.items():
             for pattern, replacement in revise_keys:
                 name = re.sub(pattern, replacement, name)
-            shares[name] = _share(value, own.get(name))
-        super().load_model_state_dict(shares, strict=strict, revise_keys=[])
+            shards[name] = _shard(value, own.get(name))
+        super().load_model_state_dict(shards, strict=strict, revise_keys=[])
 
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the whole state of an optimizer: of each part this process keeps its share."""
+        """Load the full state of an optimizer; each process keeps its shard of it."""
         parameters = [one for group in self.optim_wrapper.optimizer.param_groups for one in group["params"]]
         state = {
-            index: {name: _share(value, parameters[index]) for name, value in part.items()}
+            index: {name: _shard(value, parameters[index]) for name, value in part.items()}
             for index, part in state_dict["state"].items()
         }
         super().load_optim_state_dict({**state_dict, "state": state})
 
 
 def is_sharded(cfg: Config) -> bool:
-    """Whether the run of ``cfg`` shards its model: with ``FSDP2Strategy``, and several processes."""
+    """Whether the run of ``cfg`` shards its model: with ``FSDP2Strategy`` and several processes."""
     return _name(cfg.get("strategy") or {}) == "FSDP2Strategy" and cfg.launcher != "none"
 
 
 def check_sharding(cfg: Config) -> None:
-    """Check that what ``cfg`` asks for can be had when it is sharded.
+    """Check that sharding supports the settings of ``cfg``, if it shards.
 
     Raises:
-        UserError: If it cannot.
+        UserError: If it does not.
     """
     if not is_sharded(cfg):
         return
@@ -139,7 +139,7 @@ def check_shardable(model: nn.Module) -> None:
     """Check that the parameters of ``model`` can be sharded.
 
     Raises:
-        UserError: If one is a single number, as mmcv's ``Scale`` has it (heads of FCOS, ATSS ...).
+        UserError: If a parameter is a scalar, such as that of mmcv's ``Scale`` (in the heads of FCOS, ATSS ...).
     """
     if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
         raise UserError(
@@ -149,9 +149,10 @@ def check_shardable(model: nn.Module) -> None:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks around the attention sites, innermost members of lists of modules, those inside others first.
+    """Find the blocks to shard, nested blocks before those that contain them.
 
-    Blocks that share parameters with what is outside them are left out.
+    The block of an attention site is the innermost member of a ``ModuleList`` or ``Sequential`` around it. Blocks that
+    share parameters with modules outside them are left out.
     """
     modules = dict(model.named_modules())
     names = []
@@ -171,12 +172,12 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _name(settings: dict) -> str:
-    """The type that settings name, without its scope."""
+    """The type in ``settings``, without its scope."""
     return str(settings.get("type")).rpartition(".")[2]
 
 
-def _whole(value: Any) -> Any:
-    """A tensor on the CPU, gathered if it is sharded, of which the first process alone keeps it; else as it is."""
+def _gather(value: Any) -> Any:
+    """Gather a tensor if it is sharded: on the CPU of rank 0, empty on other ranks. Return other values unchanged."""
     if not isinstance(value, Tensor):
         return value
     if hasattr(value, "full_tensor"):
@@ -184,8 +185,8 @@ def _whole(value: Any) -> Any:
     return value.cpu() if dist.is_main_process() else value.new_empty(0)
 
 
-def _share(value: Any, like: Tensor | None) -> Any:
-    """The share of this process of a whole tensor, if ``like`` is a sharded one of its shape."""
+def _shard(value: Any, like: Tensor | None) -> Any:
+    """Shard a full tensor like ``like``, if that is a sharded tensor of its shape; return other values unchanged."""
     if not (hasattr(like, "full_tensor") and isinstance(value, Tensor) and value.shape == like.shape):
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""Test-time augmentation for configurations of both toolboxes."""
+"""Test-time augmentation for configurations of mmdet and mmseg."""
 
 import copy
 
@@ -18,10 +18,10 @@ _MODELS = {
 
 
 def add_tta(cfg: Config, model: nn.Module) -> None:
-    """Let ``cfg`` test with augmented copies of each image, by its tta_model and tta_pipeline.
+    """Change ``cfg`` to test with augmented copies of each image, by its ``tta_model`` and ``tta_pipeline``.
 
-    What of the two ``cfg`` does not have is the toolbox's own model, and the test pipeline with a horizontal
-    flip.
+    The default of ``tta_model`` is the toolbox's own model; that of ``tta_pipeline`` is the test pipeline with a
+    horizontal flip.
 
     Args:
         cfg: The configuration, changed in place.
@@ -36,7 +36,7 @@ def add_tta(cfg: Config, model: nn.Module) -> None:
             "without --tta, or its boxes alone: --cfg-options model.roi_head.mask_head=None "
             "test_evaluator.metric=bbox"
         )
-    datasets = list(leaves(cfg.test_dataloader.dataset))  # one of them may stand there twice
+    datasets = list(leaves(cfg.test_dataloader.dataset))  # the same data set may occur twice
     pipelines = [cfg.get("tta_pipeline") or _flip_pipeline(dataset.pipeline) for dataset in datasets]
     for dataset, pipeline in zip(datasets, pipelines, strict=True):
         dataset.pipeline = pipeline
