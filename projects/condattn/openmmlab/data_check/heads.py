@@ -12,7 +12,7 @@ OTHER_PARTS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_he
 """Parts of a model whose number of classes need not be that of the data."""
 OPEN_HEADS = ("ATSSVLFusionHead", "GroundingDINOHead")
 """Heads with an open vocabulary, which compare objects with words: ``num_classes`` does not limit their classes."""
-OF_TWO = "STDCHead"
+EDGE_HEAD = "STDCHead"
 """mmseg's head that separates edges from everything else, whatever the classes of the data."""
 
 
@@ -29,7 +29,7 @@ def check_heads(cfg: Config, classes: list[str]) -> tuple[list[str], list[str]]:
     for where, head in _heads(model, "model"):
         number = head["num_classes"]
         auxiliary = cfg.get("default_scope") == "mmseg" and "auxiliary_head" in where
-        if number != len(classes) and _type(head) != OF_TWO:
+        if number != len(classes) and _type(head) != EDGE_HEAD:
             have = counted(len(classes), "class", "classes")
             message = f"{where}.num_classes is {number}, but the data have {have} ({listed(classes)}); set it to that"
             (warnings if auxiliary else errors).append(message)

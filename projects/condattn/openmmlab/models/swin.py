@@ -37,13 +37,13 @@ class FastShiftWindowMSA:
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Map (B, H * W, C) to the same shape; see upstream."""
         msa = self.w_msa
-        has_hooks = any(is_watched(module) for module in (msa, msa.softmax, msa.attn_drop))
+        has_hooks = any(has_forward_hooks(module) for module in (msa, msa.softmax, msa.attn_drop))
         if has_hooks or (self.training and msa.attn_drop.p) or not isinstance(msa.qkv, nn.Linear) or is_upstream():
             return super().forward(query, hw_shape)
         grid = Windows(*hw_shape, self.window_size, self.shift_size, query.device)
         proj = msa.proj
         plain = type(proj) is HeadTransformLinear and type(proj.head_transform) is HeadNorm
-        is_fused = plain and not is_watched(proj)
+        is_fused = plain and not has_forward_hooks(proj)
         normalize = (proj.head_transform.eps, proj.head_transform.detach) if is_fused else None
         attention = grid, msa.num_heads, msa.scale, normalize
         heads = window_attention(msa.qkv(query), msa.qkv.bias, self._bias(), *attention)
@@ -70,7 +70,7 @@ class FastSwinBlock:
         """Map (B, H * W, C) to the same shape; see upstream."""
         ffn = self.ffn
         checkpointed = self.with_cp and x.requires_grad and torch.is_grad_enabled()
-        if is_upstream() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or is_watched(ffn):
+        if is_upstream() or checkpointed or ffn.num_fcs != 2 or not ffn.add_identity or has_forward_hooks(ffn):
             return super().forward(x, hw_shape)
         x = x + recompute_in_backward(self.norm1, x, lambda normalized: self.attn(normalized, hw_shape))
         out = recompute_in_backward(self.norm2, x, lambda normalized: _feed_forward(normalized, ffn))
@@ -81,8 +81,8 @@ def _feed_forward(x: Tensor, ffn: nn.Module) -> Tensor:
     """Apply the layers of mmcv's ``FFN`` with one hidden layer, by the fast operation if it supports them."""
     (linear, activation, drop), projection, drop_out = ffn.layers
     kinds = zip((linear, activation, projection), ("Linear", "GELU", "Linear"), strict=True)
-    plain = all(is_usual(*one) for one in kinds) and getattr(activation, "approximate", "none") == "none"
-    if not plain or (drop.training and drop.p) or any(map(is_watched, ffn.layers.modules())):
+    plain = all(is_standard(*one) for one in kinds) and getattr(activation, "approximate", "none") == "none"
+    if not plain or (drop.training and drop.p) or any(map(has_forward_hooks, ffn.layers.modules())):
         return ffn.layers(x)
     return drop_out(feed_forward(x, linear.weight, linear.bias, projection.weight, projection.bias))
 
@@ -99,7 +99,7 @@ class FastPatchMerging:
         unfold, padding = self.sampler, self.adap_padding
         plain = (unfold.kernel_size, unfold.stride, unfold.padding, unfold.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
         plain = plain and padding is not None and padding.padding == "corner"
-        if not plain or is_watched(unfold) or is_watched(padding) or is_upstream():
+        if not plain or has_forward_hooks(unfold) or has_forward_hooks(padding) or is_upstream():
             return super().forward(x, input_size)
         height, width = input_size
         channels = x.shape[-1]
@@ -124,12 +124,12 @@ class FastPatchEmbed:
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Map (B, C, H, W) to (B, rows * columns, embed_dims); return it and (rows, columns); see upstream."""
         conv = self.projection
-        if not is_usual(conv, "Conv2d") or is_watched(conv) or is_upstream():
+        if not is_standard(conv, "Conv2d") or has_forward_hooks(conv) or is_upstream():
             return super().forward(x)
         if (conv.stride, conv.padding, conv.dilation, conv.groups) != (conv.kernel_size, (0, 0), (1, 1), 1):
             return super().forward(x)
         padding, (height, width) = self.adap_padding, conv.kernel_size
-        if padding and (padding.padding != "corner" or is_watched(padding)):
+        if padding and (padding.padding != "corner" or has_forward_hooks(padding)):
             return super().forward(x)
         if padding:
             rows, columns = (x.shape[2] + height - 1) // height, (x.shape[3] + width - 1) // width
@@ -146,12 +146,12 @@ def _pad(x: Tensor, *pad: int) -> Tensor:
     return F.pad(x, pad) if is_compiling() or any(pad) else x
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_forward_hooks(module: nn.Module) -> bool:
     """Whether calls of ``module`` are observed, by hooks or by a ``forward`` set on the instance."""
     return count_hooks(module) > 0 or has_backward_or_global_hooks(module) or "forward" in module.__dict__
 
 
-def is_usual(layer: nn.Module, name: str) -> bool:
+def is_standard(layer: nn.Module, name: str) -> bool:
     """Whether ``layer`` is exactly of torch's or mmcv's class ``name``, with ordinary tensors as weights."""
     kind = type(layer)
     known = kind.__name__ == name and kind.__module__.startswith(("torch.nn.modules.", "mmcv.cnn."))
@@ -160,7 +160,7 @@ def is_usual(layer: nn.Module, name: str) -> bool:
 
 def drop_path(x: Tensor, layer: nn.Module) -> Tensor:
     """Stochastic depth as in mmcv's ``DropPath``, with the same random numbers but a single product."""
-    if type(layer).__name__ != "DropPath" or not layer.training or not layer.drop_prob or is_watched(layer):
+    if type(layer).__name__ != "DropPath" or not layer.training or not layer.drop_prob or has_forward_hooks(layer):
         return layer(x)
     keep = 1 - layer.drop_prob
     mask = keep + torch.rand((len(x), *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
@@ -180,7 +180,7 @@ def recompute_in_backward(module: nn.Module, x: Tensor, then: Callable[[Tensor],
     """
     output = module(x)
     # Which tensors are saved is the decision of a compiler, or of outer hooks, such as those of checkpointing.
-    if not torch.is_grad_enabled() or is_compiling() or is_watched(module) or has_saved_tensors_hooks():
+    if not torch.is_grad_enabled() or is_compiling() or has_forward_hooks(module) or has_saved_tensors_hooks():
         return then(output)
     half = autocast_dtype(x)
     if half:  # as the linear layer that receives it would cast it
