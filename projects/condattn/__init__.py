@@ -1,7 +1,7 @@
-"""Conditioned attention: well-conditioned transformers by one line.
+"""Conditioned attention: make transformers well-conditioned with one line of code.
 
 ``condattn.condition(model, 'pc')`` conditions any torch model in place. ``import condattn.registry`` registers the
-conditioned backbones with OpenMMLab. ``condattn.spectra`` is loaded when it is first used.
+conditioned backbones with OpenMMLab. ``condattn.spectra`` is imported when it is first used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Condition a model, fold it, and tell how it is conditioned."""
+"""Condition a model, fold or remove its conditioning, and report how it is conditioned."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .methods.parsing import DEFAULT, Conditioning, parse
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`condition` did.
+    """Result of :func:`condition`.
 
     Attributes:
         methods: The methods that were applied, in order.
         conditioned: Names of the sites that were conditioned.
         left_out: Names of the sites that ``include`` and ``exclude`` left as they were.
-        elsewhere: Names of the modules that are no sites and were conditioned; '' is the model itself.
+        elsewhere: Names of the other modules that were conditioned, which are no sites; '' is the model itself.
     """
 
     methods: tuple[Method, ...]
@@ -58,11 +58,11 @@ def condition(
 ) -> Report:
     """Condition the attention sites of ``model`` in place.
 
-    Either all chosen sites are conditioned or, with an error, none. State-dict keys stay as they are; only
-    corrections that depend on the weights add a buffer each. Condition a model last: a layer that is replaced later
-    (heads pruned) takes its conditioning with it. Adapters (LoRA of PEFT) may come before or after, and be merged: what
-    they add is added to the conditioned layer. The first forward of a site raises a ``RuntimeError`` if it does not
-    call the modules that the site's rule names.
+    If there is an error, no site is conditioned. State-dict keys stay as they are; only corrections that depend on the
+    weights add a buffer each. Condition a model after all other changes: if a layer is replaced later (when heads are
+    pruned), its conditioning is lost. Adapters (LoRA of PEFT) may be added before or after, and may be merged: their
+    update is added to the conditioned layer. The first forward of a site raises a ``RuntimeError`` if it does not call
+    the modules that the site's rule names.
 
     Args:
         model: Any torch model.
@@ -70,16 +70,16 @@ def condition(
             :func:`condattn.methods.parse`.
         include: Glob patterns over module names; a pattern that matches a module takes all sites in it. Default:
             every site.
-        exclude: Patterns of sites to leave out, likewise.
+        exclude: Glob patterns over module names, in the same way, of sites to leave out.
 
     Returns:
-        The sites that were conditioned and those that were left out. Attention that has no site
-        is named in a warning, with the reason.
+        The sites that were conditioned and those that were left out. A warning names attention that has no site, with
+        the reason.
 
     Raises:
         ValueError: If the conditioning is unknown or invalid, no site is found, a pattern matches no site, or a chosen
             site cannot be conditioned, is conditioned by the same method already, or shares a layer with another.
-        TypeError: If ``model`` is none.
+        TypeError: If ``model`` is not an ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -124,14 +124,14 @@ def condition(
 def fold(model: nn.Module) -> int:
     """Merge weight corrections into the weights, in place and exactly; preconditioners stay.
 
-    A model with spectral corrections alone has the modules, parameters and keys of the unconditioned one afterwards,
-    and computes the same as before. Fold after training: from then on the weights W + C train as one.
+    A model with only spectral corrections then has the modules, parameters and keys of the unconditioned one, and
+    computes the same as before. Fold after training, because further training would train W + C as one weight.
 
     Returns:
         The number of modules whose weights were merged.
 
     Raises:
-        ValueError: If a weight to be merged is parametrized; nothing is merged then.
+        ValueError: If a weight to be merged is parametrized; in this case nothing is merged.
     """
     foldable = [m for m in model.modules() if isinstance(m, CorrectedModule) and m.corrections]
     for module in foldable:
@@ -154,17 +154,17 @@ def fold(model: nn.Module) -> int:
 
 
 def remove(model: nn.Module) -> int:
-    """Take every conditioning of ``model`` away, in place.
+    """Remove all conditioning of ``model``, in place.
 
-    Classes, hooks and buffers are those of the unconditioned model again, and the trained weights stay as they are: a
-    model that was trained with a conditioning computes something else without it. See :func:`fold` for what keeps the
-    function.
+    Classes, hooks and buffers become those of the unconditioned model again, and the trained weights stay as they are.
+    A model that was trained with a conditioning therefore computes something else without it; :func:`fold` preserves
+    the function.
 
     Returns:
         The number of sites, and of other modules, that were conditioned.
 
     Raises:
-        NotImplementedError: If a method does not say how it is removed.
+        NotImplementedError: If a method does not define how it is removed.
     """
     conditioned = conditioned_places(model)
     for place, method in reversed(conditioned):
@@ -176,10 +176,10 @@ def remove(model: nn.Module) -> int:
 
 
 def initialize(model: nn.Module) -> None:
-    """Set again the initial weights that the conditioning of ``model`` has set, after it was initialised anew.
+    """Set the initial weights from the conditioning of ``model`` again, after the model was initialised again.
 
-    To be called by what initialises a model after it was built, as OpenMMLab's ``init_weights`` does, and never after
-    a checkpoint was loaded.
+    Call this from code that initialises a model after it was built, as OpenMMLab's ``init_weights`` does, and never
+    after a checkpoint was loaded.
     """
     with random_numbers_apart():
         for place, method in conditioned_places(model):
@@ -187,7 +187,7 @@ def initialize(model: nn.Module) -> None:
 
 
 def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
-    """How each attention site of ``model`` is conditioned.
+    """Return how each attention site of ``model`` is conditioned.
 
     Returns:
         Site name -> the methods of that site in the long form of a config; an empty list for an unconditioned site.
@@ -200,9 +200,9 @@ def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
 
 
 def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    """Whether two entries of :func:`conditioning_of`, perhaps from a file, stand for the same function.
+    """Return whether two entries of :func:`conditioning_of`, which may come from a file, stand for the same function.
 
-    Methods that change no function, such as initial weights, make no difference.
+    Methods that change no function, such as initial weights, are ignored.
     """
 
     def plain(value: Any) -> Any:
@@ -249,7 +249,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _apply(places: list[tuple[Method, Place]]) -> None:
-    """Apply all methods, or with an error none; an earlier one may have taken what a later one needs."""
+    """Apply all methods or, if there is an error, none.
+
+    Each method is checked again, because an earlier one may have changed what it needs.
+    """
     applied: list[tuple[Method, Place]] = []
     try:
         with random_numbers_apart():
@@ -265,7 +268,7 @@ def _apply(places: list[tuple[Method, Place]]) -> None:
 
 
 def conditioned_places(model: nn.Module) -> list[tuple[Place, Method]]:
-    """The places of ``model`` that are conditioned, each with its method, method by method."""
+    """Return the places of ``model`` that are conditioned, each with its method, ordered by method."""
     sites = find_sites(model)
     return [one for cls in registered_methods() for one in cls.find(model, sites)]
 
@@ -284,7 +287,7 @@ def _owners(site: AttentionSite) -> set[nn.Module]:
 
 
 def _check_adapters(model: nn.Module, sites: list[AttentionSite]) -> None:
-    """Adapters that can be around a conditioned layer are those that add to it."""
+    """Raise a ``ValueError`` if a layer to be conditioned has an adapter that does not add to its output."""
     owners = {owner for site in sites for owner in _owners(site)}
     for module in model.modules():
         if is_adapter(module) and inner(module) in owners:
@@ -292,7 +295,7 @@ def _check_adapters(model: nn.Module, sites: list[AttentionSite]) -> None:
 
 
 def _check_nothing_is_shared(sites: list[AttentionSite]) -> None:
-    """Two sites that share a layer would condition it twice, each for its own heads."""
+    """Raise a ``ValueError`` if two sites share a layer: each would condition it for its own heads."""
     users: dict[nn.Module, AttentionSite] = {}
     for site in sites:
         for owner in _owners(site):

@@ -1,6 +1,6 @@
 """Register everything with OpenMMLab: ``custom_imports = dict(imports=['condattn.registry'])`` in a config.
 
-What needs a library is registered where that library is installed.
+Modules that need an optional library are registered only if that library is installed.
 """
 
 from importlib import import_module

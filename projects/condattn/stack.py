@@ -1,6 +1,6 @@
-"""The supported sets of packages, which must not be mixed in one environment, and whose operators mmcv uses.
+"""Check that the installed packages are one of the supported sets, and describe which operators mmcv uses.
 
-``python -m condattn.stack`` checks this environment and names what is in it.
+``python -m condattn.stack`` checks this environment and prints the packages in it.
 """
 
 from importlib import metadata
@@ -10,16 +10,16 @@ from importlib.util import find_spec
 DEFAULT_STACK = ("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "onedl-mmpretrain")
 STOCK_STACK = ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation", "mmpretrain")
 OPERATORS = "condattn-mmcv-ext"
-"""The distribution of projects/mmcv_ext."""
+"""Name of the distribution that is built from projects/mmcv_ext."""
 
 
 def check_stack() -> None:
-    """Raise a ``RuntimeError`` if packages exclude each other.
+    """Raise a ``RuntimeError`` if installed packages exclude each other.
 
     The maintained forks and the stock releases both provide the modules ``mmengine``, ``mmcv``, ``mmdet``, ``mmseg``
-    and ``mmpretrain``, as mmcv and mmcv-lite do among the latter, and overwrite each other's files, so imports then
-    fail in confusing ways. So they do where our operators are left behind by an mmcv that was uninstalled: Python then
-    takes the folder for a package.
+    and ``mmpretrain``. Among the stock releases, mmcv and mmcv-lite provide the same module. Such packages overwrite
+    each other's files, and imports then fail in confusing ways. Imports also fail if condattn's operators remain after
+    mmcv was uninstalled, because Python then takes their folder for a package.
     """
     forks, stock = (_installed(names) for names in (DEFAULT_STACK, STOCK_STACK))
     if forks and stock:
@@ -41,7 +41,7 @@ def check_stack() -> None:
 
 
 def describe_operators() -> str:
-    """Whose operators mmcv uses here: compiled ones, condattn's on torchvision, or none."""
+    """Describe which operators mmcv uses here: compiled ones, condattn's on torchvision, or none."""
     package = find_spec("mmcv")
     if package is None or package.origin is None:
         return "no mmcv"

@@ -1,4 +1,4 @@
-"""Wording of messages: counted nouns, shortened lists and shortened values."""
+"""Helpers for the wording of messages: counted nouns, shortened lists and shortened values."""
 
 from collections.abc import Iterable
 from reprlib import Repr
@@ -10,27 +10,27 @@ _VALUES.maxlevel = 3
 
 
 def counted(number: int, one: str, many: str) -> str:
-    """``number`` with the words that agree with it: '1 box reaches', '2 boxes reach'."""
+    """Return ``number`` with the words that agree with it: '1 box reaches', '2 boxes reach'."""
     return f"{number} {one if number == 1 else many}"
 
 
 def some(names: Iterable[Any], number: int = 3) -> str:
-    """The first of ``names``, and how many more there are."""
+    """Return the first of ``names`` as text, and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - number} more" if len(names) > number else ""
     return ", ".join(map(str, names[:number])) + rest
 
 
 def shown(value: Any) -> str:
-    """``value`` as Python writes it, shortened if it is long."""
+    """Return the ``repr`` of ``value``, shortened if it is long."""
     return _VALUES.repr(value)
 
 
 def listed(names: Iterable[Any], number: int = 10) -> str:
-    """The first of ``names`` in quotation marks, and how many more there are."""
+    """Return the first of ``names`` in quotation marks as text, and how many more there are."""
     return some(map(shown, names), number)
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks, which names of files may have."""
+    """Return ``text`` without line breaks, which file names may contain."""
     return " ".join(text.split())

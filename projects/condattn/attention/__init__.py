@@ -1,1 +1,1 @@
-"""What attention layers there are in a model: sites, and the rules that describe them."""
+"""Find and describe the attention layers of a model: attention sites, and the rules that describe them."""

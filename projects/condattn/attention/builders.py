@@ -1,4 +1,4 @@
-"""What rules are written with: which rows of which projection are queries, keys and values."""
+"""Helpers for writing rules: they say which rows of which weight project queries, keys and values."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,25 +10,28 @@ from .site import HeadOutputs, Projection, is_transposed
 
 
 def whole(owner: nn.Module, parameter: str = "weight", num_heads: int | None = None) -> Projection:
-    """All rows of a weight as one projection; ``num_heads`` if it has fewer heads than the site."""
+    """Return all rows of a weight as one projection; pass ``num_heads`` if it differs from that of the site."""
     owner = inner(owner)
     return Projection(owner, parameter, (slice(0, _out_features(owner, parameter)),), num_heads)
 
 
 def thirds(owner: nn.Module, parameter: str = "weight") -> dict[str, Projection]:
-    """q, k and v as the three equal parts, in this order, of the rows of one fused weight."""
+    """Split the rows of one fused weight into three equal parts: q, k and v, in this order."""
     size = _out_features(inner(owner), parameter) // 3
     return split(owner, parameter, q=size, k=size, v=size)
 
 
 def halves(owner: nn.Module, first: str, second: str) -> dict[str, Projection]:
-    """Two of q, k and v as the two equal parts, in this order, of the rows of one weight."""
+    """Split the rows of one weight into two equal parts called ``first`` and ``second``; see :func:`split`."""
     size = _out_features(inner(owner), "weight") // 2
     return split(owner, "weight", **{first: size, second: size})
 
 
 def split(owner: nn.Module, parameter: str = "weight", **sizes: int) -> dict[str, Projection]:
-    """Parts of given ``sizes``, in their order, of the rows of one weight; those called q, k and v are returned."""
+    """Split the rows of one weight into consecutive parts of the given ``sizes``.
+
+    Only the parts called q, k and v are returned.
+    """
     owner, parts, start = inner(owner), {}, 0
     for name, size in sizes.items():
         parts[name] = Projection(owner, parameter, (slice(start, start + size),))
@@ -37,7 +40,7 @@ def split(owner: nn.Module, parameter: str = "weight", **sizes: int) -> dict[str
 
 
 def split_each_head(owner: nn.Module, num_heads: int, **sizes: int) -> dict[str, Projection]:
-    """Parts of given ``sizes``, in their order, of each head's rows of one weight, head after head."""
+    """Split the rows of each head in one weight into consecutive parts of the given ``sizes``."""
     step = sum(sizes.values())
     owner, parts, start = inner(owner), {}, 0
     for name, size in sizes.items():
@@ -48,15 +51,15 @@ def split_each_head(owner: nn.Module, num_heads: int, **sizes: int) -> dict[str,
 
 
 def read_by(module: nn.Module, projections: Mapping[str, Projection]) -> dict[str, Projection]:
-    """The same projections, whose weights the forward of ``module`` uses without calling their owners."""
+    """Mark projections as read by ``module``, whose forward uses their weights without calling their owners."""
     return {name: replace(projection, reader=module) for name, projection in projections.items()}
 
 
 def into(owner: nn.Module, projection: nn.Module | None = None, axis: int | None = None, **settings) -> HeadOutputs:
-    """Head outputs that are the input of ``owner``, by default the output projection itself.
+    """Describe head outputs that are the input of ``owner``.
 
-    ``axis`` is by default 1 before a two-dimensional convolution, else the last; ``settings`` are the other fields of
-    :class:`HeadOutputs`.
+    ``projection`` is the output projection, by default ``owner`` itself. ``axis`` is by default 1 for a two-dimensional
+    convolution, and the last axis otherwise. ``settings`` are the other fields of :class:`HeadOutputs`.
     """
     projection = inner(owner if projection is None else projection)
     if axis is None:

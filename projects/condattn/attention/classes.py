@@ -1,17 +1,17 @@
-"""Classes by their qualified names, so that a library need not be imported to be known."""
+"""Look up classes by their qualified names, so that recognising a class does not import its library."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def qualified_name(cls: type) -> str:
-    """The name of a class as rules give it: its module and its name there."""
+    """Return the qualified name of a class, as used in rules: the module, and the name in it."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def look_up(table: Mapping[str, Any], cls: type) -> Any:
-    """What ``table`` has for the class or, if nothing, for the nearest of its bases; None if it knows none of them."""
-    for base in cls.__mro__:  # as torch.compile can trace
+    """Return the entry of ``table`` for the class or else for its nearest base class; None if there is no entry."""
+    for base in cls.__mro__:  # a plain loop, which torch.compile can trace
         if qualified_name(base) in table:
             return table[qualified_name(base)]
     return None

@@ -17,12 +17,13 @@ _ATTENDING: set[str] = set()
 
 
 def register_rule(class_name: str, describe: Describe) -> None:
-    """Teach :func:`find_sites` a host class.
+    """Register the rule of a host class for :func:`find_sites`.
 
     Args:
         class_name: Qualified name of the class, for instance ``'mmdet.models.backbones.swin.WindowMSA'``.
-        describe: Takes an instance and returns the fields of its :class:`AttentionSite` but ``name`` and ``module``;
-            :func:`whole`, :func:`thirds`, :func:`split`, :func:`split_each_head` and :func:`into` make them.
+        describe: Takes an instance and returns the fields of its :class:`AttentionSite`, except ``name`` and
+            ``module``. :func:`whole`, :func:`thirds`, :func:`split`, :func:`split_each_head` and :func:`into` build
+            these fields.
 
     Raises:
         ValueError: If the class has a rule already.
@@ -33,12 +34,12 @@ def register_rule(class_name: str, describe: Describe) -> None:
 
 
 def register_exception(class_name: str, reason: str, attends: bool = False) -> None:
-    """Say why a class that calls itself attention has no site.
+    """Register the reason why a class that is named like attention has no site.
 
     Args:
         class_name: Qualified name of the class.
-        reason: Ends a sentence "it has no site: ...".
-        attends: Whether it is attention all the same. Then there are no sites in it either, and
+        reason: Completes the sentence "it has no site: ...".
+        attends: Whether the class computes attention nevertheless. Then no sites are searched for inside it, and
             :func:`condattn.condition` warns that it is left out.
     """
     _EXCEPTIONS[class_name] = reason
@@ -47,9 +48,9 @@ def register_exception(class_name: str, reason: str, attends: bool = False) -> N
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
-    """All attention sites of ``model`` that a rule describes, in the order of ``model.named_modules()``.
+    """Find all attention sites of ``model`` that a rule describes, in the order of ``model.named_modules()``.
 
-    Sites are found alike before and after conditioning.
+    The sites are the same before and after conditioning.
     """
     sites = []
     for name, module in _named_modules(model):
@@ -64,17 +65,18 @@ class UnsupportedAttention(Place):
     """Attention that has no site.
 
     Attributes:
-        reason: Why not, as its exception says; '' if no rule describes it.
+        reason: Why it has no site, as registered by :func:`register_exception`; '' if no rule describes it.
     """
 
     reason: str
 
 
 def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
-    """Attention of ``model`` that has no site.
+    """Find attention of ``model`` that has no site.
 
-    These are the exceptions that attend, and what neither a rule nor an exception describes but looks like attention:
-    its class says so, it has weights of its own, and no site is in it or around it.
+    There are two kinds: classes registered as exceptions with ``attends=True``, and modules that look like attention
+    but have neither a rule nor an exception. A module looks like attention if its class name says so, it has weights of
+    its own, and no site is inside or around it.
     """
     sites = [site.name for site in find_sites(model)]
     unsupported = []
@@ -93,7 +95,7 @@ def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
 
 
 def describe_unsupported(unsupported: Sequence[UnsupportedAttention]) -> str:
-    """One text for all: each class once, where it is, why it has no site, and what to do about it."""
+    """Describe unsupported attention in one text: each class once, where it is, why it has no site, and what to do."""
     places: dict[tuple[str, str], list[str]] = {}
     for one in unsupported:
         key = qualified_name(type(one.module)), one.reason or "no rule describes it"
@@ -112,21 +114,21 @@ RULE = (
     "with into and thirds of condattn; where its forward uses a weight without calling the layer, "
     "**read_by(m, thirds(m.qkv)) or out=into(m.proj, reader=m)"
 )
-"""The rule of the commonest kind, as advice."""
+"""Advice for messages: how to write the most common kind of rule."""
 
 
 def known_hosts() -> list[str]:
-    """Qualified names of the host classes that have a rule, sorted."""
+    """Return the qualified names of the host classes that have a rule, sorted."""
     return sorted(_RULES)
 
 
 def known_exceptions() -> dict[str, str]:
-    """Qualified name of each class that calls itself attention and has no site -> why not."""
+    """Return a dictionary: qualified name of each class that is named like attention -> why it has no site."""
     return dict(sorted(_EXCEPTIONS.items()))
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules but those inside attention that has no site."""
+    """Yield all modules except those inside attention that is registered as having no site."""
     excepted: list[str] = []
     for name, module in model.named_modules():
         if not any(_contains(outer, name) for outer in excepted):
@@ -136,7 +138,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _attends(cls: type) -> bool:
-    """Whether it is attention that is known to have no site."""
+    """Return whether the class is registered as attention that has no site."""
     return any(qualified_name(base) in _ATTENDING for base in cls.__mro__)
 
 

@@ -1,4 +1,4 @@
-"""An attention site: where one attention module projects queries, keys and values, and its head outputs."""
+"""The description of an attention site: its projections of queries, keys and values, and its head outputs."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,13 @@ class Projection:
     """One linear map of a site: some rows of a weight matrix.
 
     Attributes:
-        owner: The module that evaluates the map (an ``nn.Linear``, a 1 x 1 ``nn.Conv2d``, or the attention module
-            itself where it calls its projections functionally, as ``nn.MultiheadAttention`` does), inside adapters.
+        owner: The module that evaluates the map: an ``nn.Linear``, a 1 x 1 ``nn.Conv2d``, or the attention module
+            itself if it calls its projections functionally, as ``nn.MultiheadAttention`` does. If adapters wrap a
+            layer, it is the wrapped layer.
         parameter: Name of the weight in ``owner``.
         rows: The rows of that matrix that belong to the map, head after head, as slices.
-        num_heads: Number of heads of the map; fewer than the site's where keys and values are shared by groups of
-            queries. None: as the site.
+        num_heads: Number of heads of the map, which is smaller than that of the site if groups of query heads share
+            keys and values; None: the same as the site.
         reader: The module whose forward uses the weight of ``owner`` without calling ``owner``, or None.
     """
 
@@ -36,25 +37,26 @@ class Projection:
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Write the rows of the trained weight, of the shape of :attr:`weight`."""
+        """Write the rows of the trained weight in place; ``weight`` has the shape of :attr:`weight`."""
         as_matrix(self.owner, getattr(self.owner, self.parameter))[indices(self.rows)] = weight
 
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """Where the outputs of all heads of a site pass, side by side: the input of a module.
+    """Where the outputs of all heads of a site, side by side in one tensor, enter a module.
 
     Attributes:
-        owner: The module whose (first) input they are; the attention module itself if it projects them functionally.
-            Where an adapter is around a layer, it is the adapter.
-        projection: The output projection that they reach, here or behind an activation, a norm or a gate, inside
-            adapters; None if there is none.
+        owner: The module whose first input they are; the attention module itself if it projects them functionally. If
+            an adapter wraps a layer, it is the adapter.
+        projection: The output projection that they reach, either here or after an activation, a norm or a gate. If
+            adapters wrap it, it is the wrapped layer. None if there is no output projection.
         axis: The axis of that input along which the channels of the heads lie.
-        channels: The channels that are head outputs, where others lie beside them; None: all.
-        num_heads: Number of heads along the axis; None: as the site. 1 where the heads have an axis of their own.
-        interleaved: Whether channel c belongs to head c modulo the number of heads, and not to head c // head size.
-        reader: The module whose forward uses weight and bias of ``owner``, a linear layer of as many outputs as
-            inputs, without calling it, and does no more to the result than move tokens; None: ``owner`` is called.
+        channels: The channels that are head outputs, if the input also has other channels; None: all channels.
+        num_heads: Number of heads along the axis; None: the same as the site. 1 if the heads have an axis of their own.
+        interleaved: Whether channel c belongs to head c modulo the number of heads, instead of head c // head size.
+        reader: The module whose forward uses weight and bias of ``owner`` without calling it; None if ``owner`` is
+            called. ``owner`` must be a linear layer with as many outputs as inputs, and ``reader`` may only rearrange
+            tokens after it.
     """
 
     owner: nn.Module
@@ -87,15 +89,15 @@ class AttentionSite(Place):
     """Where one attention module, the host, projects q, k and v, and where its head outputs go.
 
     Attributes:
-        name: As of :class:`Place`.
+        name: See :class:`Place`.
         module: The host module.
         num_heads: Number of heads.
-        q: The query projection, or None where the queries are made elsewhere.
+        q: The query projection, or None if the queries are made elsewhere.
         k: The key projection, or None.
         v: The value projection, or None.
-        out: Where the head outputs pass, or None where no module receives them.
-        cross_covariance: Whether attention is between the channels of a head (XCiT, DaViT), not between tokens.
-        obstacle: Why a part is None, in words that end a sentence "cannot be conditioned: ...".
+        out: Where the head outputs enter a module, or None if no module receives them.
+        cross_covariance: Whether attention is between the channels of a head (XCiT, DaViT) instead of tokens.
+        obstacle: Why a part is None; completes the sentence "cannot be conditioned: ...".
     """
 
     num_heads: int
@@ -107,20 +109,20 @@ class AttentionSite(Place):
     obstacle: str = ""
 
     def heads_of(self, part: Projection | HeadOutputs) -> int:
-        """Number of heads of one of its projections, or of its head outputs."""
+        """Return the number of heads of one of the site's projections, or of its head outputs."""
         return part.num_heads or self.num_heads
 
 
 def indices(rows: tuple[slice, ...]) -> list[int]:
-    """The row numbers that slices stand for, in their order."""
+    """Return the row numbers that the slices select, in order."""
     return [row for part in rows for row in range(part.start, part.stop)]
 
 
 def is_transposed(owner: nn.Module) -> bool:
-    """Whether ``owner`` keeps its weight as (in features, out features): transformers' ``Conv1D`` (GPT-2)."""
+    """Return whether ``owner`` stores its weight as (in features, out features): transformers' ``Conv1D`` (GPT-2)."""
     return any(qualified_name(cls) == "transformers.pytorch_utils.Conv1D" for cls in type(owner).__mro__)
 
 
 def as_matrix(owner: nn.Module, weight: Tensor) -> Tensor:
-    """``weight`` of ``owner`` as a matrix (out features, in features)."""
+    """Return ``weight`` of ``owner`` as a matrix (out features, in features)."""
     return weight.T if is_transposed(owner) else weight.flatten(1)

@@ -1,1 +1,1 @@
-"""Numerical kernels: a plain reference of each, and fast paths beside it."""
+"""Numerical kernels: each has a plain reference implementation, and fast paths beside it."""

@@ -1,4 +1,4 @@
-"""The feed-forward network of a transformer block, some tokens at a time."""
+"""The feed-forward network of a transformer block, computed in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .private import gelu
 from .switch import autocast, autocast_dtype, is_plain
 
 PART = 2**21
-"""Hidden elements at a time on a CPU (8 MiB in float32): they stay in its cache between two layers."""
+"""Hidden elements per chunk on a CPU (8 MiB in float32), so that they stay in its cache between two layers."""
 LEAST = 256
-"""Tokens at a time: products of fewer are slow."""
+"""Least number of tokens per chunk; matrix products of fewer tokens are slow."""
 
 
 def feed_forward(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> Tensor:
-    """GELU(x W_in^T + b_in) W_out^T + b_out, keeping its hidden layer once.
+    """Compute GELU(x W_in^T + b_in) W_out^T + b_out, saving the hidden layer only once, before the GELU.
 
-    The backward computes the GELU again. On a CPU, in single or double precision, it never has the gradient of the
-    hidden layer whole, and without gradients the hidden layer is never whole either.
+    The backward pass recomputes the GELU. On a CPU, in single or double precision, it never holds the gradient of the
+    whole hidden layer. Without gradients, the forward pass never holds the whole hidden layer either.
 
     Args:
         x: (..., in features).
@@ -39,7 +39,7 @@ def feed_forward(
     if is_plain():
         return feed_forward_reference(x, weight_in, bias_in, weight_out, bias_out)
     tensors: tuple[Tensor | None, ...] = (x, weight_in, bias_in, weight_out, bias_out)
-    if dtype := autocast_dtype(x):  # as linear layers would
+    if dtype := autocast_dtype(x):  # as autocast does for linear layers
         tensors = tuple(one if one is None else one.to(dtype) for one in tensors)
     keep = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
     with autocast(x, None):
@@ -49,7 +49,7 @@ def feed_forward(
 def feed_forward_reference(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> Tensor:
-    """The reference of :func:`feed_forward`."""
+    """Reference implementation of :func:`feed_forward`."""
     return F.linear(F.gelu(F.linear(x, weight_in, bias_in)), weight_out, bias_out)
 
 
@@ -98,13 +98,17 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _parts(rows: Tensor, features: int) -> Iterator[slice]:
-    """Which rows are taken at a time; of no rows, once none."""
+    """Return the slices of rows that are processed one after the other; if there are no rows, one empty slice."""
     step = _step(rows, features)
     return (slice(start, start + step) for start in range(0, max(1, len(rows)), step))
 
 
 def _step(rows: Tensor, features: int) -> int:
-    """How many rows at a time: all of them where a sum over parts would round, or launch more kernels."""
+    """Return the number of rows per chunk.
+
+    It is all rows in half precision, where a sum over chunks would round, and on GPUs, where it would launch more
+    kernels.
+    """
     whole = rows.is_cuda or rows.dtype in (torch.float16, torch.bfloat16)
     return max(1, len(rows) if whole else min(len(rows), max(LEAST, PART // features)))
 

@@ -1,7 +1,7 @@
-"""Private interfaces of PyTorch: what has no public name, called here alone, each with the reason.
+"""Wrappers of private interfaces of PyTorch, which have no public equivalent and are used only here, with reasons.
 
-Tried with torch 2.5.1, 2.11.0 and 2.14.1. Where a later version has taken one away, the answer is that which leads to
-upstream's own forward.
+Tested with torch 2.5.1, 2.11.0 and 2.14.1. If a later version removes an interface, its wrapper returns the answer that
+selects upstream's own forward.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Hooks = MutableMapping[int, Callable]
 
 
 def is_watched_or_transformed() -> bool:
-    """Whether ``torch.func`` transforms, dispatch modes (FLOP counters, fake tensors) or forward-mode derivatives run.
+    """Return whether ``torch.func``, dispatch modes (FLOP counters, fake tensors) or forward-mode AD are active.
 
-    An autograd function of our own would hide its operations from them, and nothing public tells of them.
+    A custom autograd function would hide its operations from them. No public function tells whether they are active.
     """
     transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
     modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -28,10 +28,10 @@ def is_watched_or_transformed() -> bool:
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Whether someone else says how tensors are saved for the backward, or that nobody may.
+    """Return whether saved-tensor hooks are active already, or are disabled.
 
-    Hooks of ours inside those of checkpointing would save what it means to compute again. Older versions hide the
-    first.
+    Hooks of ours inside those of activation checkpointing would save tensors that it means to recompute. Older versions
+    of PyTorch do not tell whether hooks are active.
     """
     find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     is_enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: False)
@@ -39,17 +39,17 @@ def has_saved_tensors_hooks() -> bool:
 
 
 def gelu(x: Tensor, out: Tensor) -> Tensor:
-    """GELU of ``x`` into ``out``, which ``torch.nn.functional.gelu`` cannot take, without another buffer."""
+    """Compute GELU of ``x`` into ``out`` without another buffer; ``torch.nn.functional.gelu`` has no such argument."""
     return torch._C._nn.gelu(x, out=out)  # type: ignore[call-arg]  # not in its stub
 
 
 def forward_pre_hooks(module: nn.Module) -> Hooks:
-    """The forward pre-hooks of ``module``: handles cannot be found again in a copy of it."""
+    """Return the forward pre-hooks of ``module``; handles cannot be found again in a copy of a module."""
     return module._forward_pre_hooks
 
 
 def forward_hooks(module: nn.Module) -> Hooks:
-    """The forward hooks of ``module``, see :func:`forward_pre_hooks`."""
+    """Return the forward hooks of ``module``; see :func:`forward_pre_hooks`."""
     return module._forward_hooks
 
 
@@ -60,7 +60,7 @@ def remove_forward_hook(module: nn.Module, number: int) -> None:
 
 
 def has_backward_or_global_hooks(module: nn.Module) -> bool:
-    """Whether ``module`` has backward hooks, or all modules have hooks: a fast path would not call them."""
+    """Return whether ``module`` has backward hooks, or global hooks exist: fast paths do not call them."""
     every = nn.modules.module
     own = module._backward_hooks, module._backward_pre_hooks
     of_all = every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks
@@ -68,7 +68,7 @@ def has_backward_or_global_hooks(module: nn.Module) -> bool:
 
 
 def override_parameter(module: Any, name: str, value: Tensor | None) -> None:
-    """Let ``value``, perhaps no ``nn.Parameter``, be what ``module`` has under the name of a parameter."""
+    """Replace the parameter ``name`` of ``module`` by ``value``, which need not be an ``nn.Parameter``."""
     if name in module._parameters:
         module._parameters[name] = value
     else:  # a replica of nn.DataParallel has plain attributes
@@ -76,6 +76,9 @@ def override_parameter(module: Any, name: str, value: Tensor | None) -> None:
 
 
 def forget_compiled() -> None:
-    """Drop what ``torch.compile`` has made, which does not notice hooks that come or go; nothing if it was not used."""
+    """Clear the caches of ``torch.compile``, if it was used.
+
+    It does not notice hooks that are added or removed.
+    """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Row normalisation of head outputs, by itself or with the projection behind it."""
+"""Row normalisation of head outputs, alone or together with the projection that follows it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .switch import autocast_dtype, is_plain, triton_module
 def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor:
     """Divide each row by its Euclidean norm: ``x_i / max(||x_i||_2, eps)``.
 
-    The norm is taken in float32 for half precision, else in the precision of ``x``. Zero rows stay zero, with a
-    finite gradient. For the backward the result is kept, which the projection behind it keeps anyway, and not ``x``.
+    The norm is computed in float32 for half precision, and otherwise in the precision of ``x``. Zero rows stay zero,
+    with a finite gradient. The result is saved for the backward pass instead of ``x``, because the projection that
+    follows saves it anyway.
 
     Args:
-        x: Rows of shape (..., d), or lying along ``dim``.
+        x: Rows of shape (..., d), or rows along ``dim``.
         eps: Smallest divisor.
-        detach: Treat the norm as a constant in backpropagation instead of using the exact gradient.
+        detach: Treat the norm as a constant in the backward pass instead of using the exact gradient.
         dim: The axis along which a row lies.
 
     Returns:
@@ -33,15 +34,15 @@ def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor
 
 
 def normalize_rows_reference(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor:
-    """The reference of :func:`normalize_rows`."""
+    """Reference implementation of :func:`normalize_rows`."""
     return _divide_reference(x, eps, dim, detach)[0]
 
 
 def normalized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, eps: float, detach: bool) -> Tensor:
-    """Project normalised rows, ``F.linear(y, weight, bias)``, where y are those of each head in ``x``.
+    """Normalise the rows of each head in ``x`` to y, and project them: ``F.linear(y, weight, bias)``.
 
-    For the backward ``x`` is kept, which attention keeps anyway where it is fused, and y is computed again. It can be
-    differentiated once; its reference is the row norm and the linear layer one after the other.
+    ``x`` is saved for the backward pass, because fused attention saves it anyway, and y is recomputed there. The result
+    can be differentiated only once. The reference implementation is the row norm followed by the linear layer.
 
     Args:
         x: The rows of all heads side by side, (..., heads * d).
@@ -100,39 +101,39 @@ class _NormalizedLinear(torch.autograd.Function):
 
 
 def _divide(x: Tensor, eps: float, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Rows over their norms, and the norms with ``dim`` of size 1."""
+    """Return the rows divided by their norms, and the norms, in which ``dim`` has size 1."""
     kernel = _kernel(x, dim)
     return kernel.divide(x.contiguous(), eps) if kernel else _divide_reference(x, eps, dim)
 
 
 def _divide_reference(x: Tensor, eps: float, dim: int, detach: bool = False) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
+    wide = _upcast(x)
     norm = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
     if detach:
         norm = norm.detach()
-    # The backward of a product costs less than that of a quotient.
+    # The backward pass of a multiplication costs less than that of a division.
     return (wide * norm.clamp_min(eps).reciprocal()).to(x.dtype), norm
 
 
 def _divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: float, dim: int = -1) -> Tensor:
-    """The gradient of ``x``; without the rows ``y``, the norm is a constant."""
+    """Return the gradient with respect to ``x``; if ``y``, the normalised rows, is None, the norm is a constant."""
     if kernel := _kernel(gradient, dim):
         return kernel.divide_backward(gradient.contiguous(), y, norm, eps)
-    wide, factor = _wide(gradient), norm.clamp_min(eps).reciprocal()
+    wide, factor = _upcast(gradient), norm.clamp_min(eps).reciprocal()
     if y is None:
         return (wide * factor).to(gradient.dtype)
-    y = _wide(y)
+    y = _upcast(y)
     along = (wide * y).sum(dim, keepdim=True).mul_(factor).masked_fill_(norm < eps, 0.0)
     return (wide * factor).addcmul_(y, along, value=-1.0).to(gradient.dtype)
 
 
 def _kernel(x: Tensor, dim: int) -> ModuleType | None:
-    """The kernel in Triton, where it takes these rows."""
+    """Return the module of Triton kernels if it supports these rows, otherwise None."""
     if not x.is_cuda or dim not in (-1, x.dim() - 1):
         return None
     kernel = triton_module("row_norm_triton")
     return kernel if kernel and kernel.supports(x) else None
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,4 +1,4 @@
-"""Row normalisation in one read and one write, in Triton."""
+"""Triton kernels for row normalisation, with one read and one write of the rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 1024
-"""Numbers in a row."""
+"""Largest supported number of entries in a row."""
 ENTRIES = 4096
-"""Of a program."""
+"""Number of entries that one program processes."""
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the kernel takes these rows."""
+    """Return whether the kernels support these rows."""
     return x.dtype in DTYPES and 0 < x.shape[-1] <= LARGEST and x.numel() > 0
 
 
@@ -50,7 +50,10 @@ def _backward(
 
 
 def divide(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Rows of ``x``, contiguous, (..., d), over their norms, in its dtype; and the norms, (..., 1), in float32."""
+    """Divide the rows of ``x``, contiguous, (..., d), by their norms.
+
+    Returns the result in the dtype of ``x``, and the norms, (..., 1), in float32.
+    """
     y, norm = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     grid, settings = _launch(x)
     _forward[grid](x, y, norm, norm.numel(), eps, **settings)
@@ -58,16 +61,16 @@ def divide(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: float) -> Tensor:
-    """The gradient of ``x`` from a contiguous one of ``y``; without ``y``, the norm is a constant."""
+    """Return the gradient of ``x`` from a contiguous gradient of ``y``; if ``y`` is None, the norm is a constant."""
     result, detach = torch.empty_like(gradient), y is None
     grid, settings = _launch(gradient)
-    y = gradient if y is None else y.contiguous()  # not read if detached
+    y = gradient if y is None else y.contiguous()  # a placeholder, not read if detached
     _backward[grid](y, norm, gradient, result, norm.numel(), eps, DETACH=detach, **settings)
     return result
 
 
 def _launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid of programs, and the shape of a program's part."""
+    """Return the launch grid, and the block sizes of a program."""
     size = x.shape[-1]
     columns = triton.next_power_of_2(size)
     block = max(1, ENTRIES // columns)

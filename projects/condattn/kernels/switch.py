@@ -1,4 +1,4 @@
-"""Whether fast paths are taken, or their references."""
+"""Choose between fast paths and their reference implementations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from .private import is_watched_or_transformed
 
 OLDEST_TRITON = (3, 6)
-"""Triton 3.1 (of torch 2.5) does not take the kernels; none between has been tried."""
+"""Oldest version of Triton to use. 3.1 (of torch 2.5) does not compile the kernels; versions between are untested."""
 _lock, _plain = Lock(), 0
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Everything by its reference while the context lasts, in all threads."""
+    """Use the reference implementations of everything, in all threads, while the context is active."""
     global _plain
     with _lock:
         _plain += 1
@@ -34,27 +34,27 @@ def plain() -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether PyTorch's own operations are wanted: by :func:`plain`, or by what fuses or transforms them."""
+    """Return whether to use PyTorch's own operations: in :func:`plain`, or if operations are fused or transformed."""
     return is_compiling() or is_upstream()
 
 
 def is_upstream() -> bool:
-    """Whether upstream's own forward is wanted: by :func:`plain`, or by what watches or transforms its operations."""
+    """Return whether to use upstream's own forward: in :func:`plain`, or if operations are observed or transformed."""
     return _plain > 0 or (not is_compiling() and (torch.jit.is_tracing() or is_watched_or_transformed()))
 
 
 def is_compiling() -> bool:
-    """Whether ``torch.compile`` or ``torch.export`` is tracing, which fuse plain operations themselves."""
+    """Return whether ``torch.compile`` or ``torch.export``, which fuse plain operations themselves, is tracing."""
     return torch.compiler.is_compiling()
 
 
 def is_ordinary(weight: Tensor) -> bool:
-    """Whether it is a tensor of PyTorch's own class; others (quantised, distributed) know some operations only."""
+    """Return whether ``weight`` is a plain tensor; subclasses (quantised, distributed) support fewer operations."""
     return type(weight) in (Tensor, nn.Parameter)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of ``x`` in front of a linear layer; None if it leaves it."""
+    """Return the dtype to which autocast casts ``x`` before a linear layer; None if it does not cast."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -62,7 +62,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Autocast to ``dtype`` for the device of ``x``; None: no autocast."""
+    """Return a context with autocast to ``dtype`` on the device of ``x``; with None, autocast is off."""
     if not torch.amp.is_autocast_available(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, dtype, enabled=dtype is not None)
@@ -70,7 +70,7 @@ def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
 
 @cache
 def triton_module(name: str) -> ModuleType | None:
-    """A module of this package that is written in Triton; None where there is no Triton that it is known to run in."""
+    """Import a module of this package that uses Triton; return None if no supported version of Triton is installed."""
     try:
         found = tuple(int(part) for part in version("triton").split(".")[:2])
         return import_module(f".{name}", __package__) if found >= OLDEST_TRITON else None

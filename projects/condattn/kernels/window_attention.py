@@ -1,4 +1,4 @@
-"""Attention in shifted windows (Swin, arXiv 2103.14030), from projected tokens to head outputs in their order."""
+"""Attention in shifted windows (Swin, arXiv 2103.14030), from projected tokens to head outputs in token order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .windows import Windows
 
 LN2 = math.log(2.0)
 ALIGNMENT = 16
-"""Rows of what is added to logits begin at multiples of so many numbers (memory-efficient attention in PyTorch)."""
+"""PyTorch's memory-efficient attention needs an attention mask whose row stride is a multiple of this many elements."""
 
 
 def window_attention(
@@ -27,26 +27,26 @@ def window_attention(
     scale: float,
     normalize: tuple[float, bool] | None = None,
 ) -> Tensor:
-    """softmax(scale Q K^T + bias + mask) V in each window, without a map in memory between forward and backward.
+    """Compute softmax(scale Q K^T + bias + mask) V in each window, without saving attention maps for the backward pass.
 
-    Tokens are projected before they are put into windows, so that none is projected for padding; padding has queries,
-    keys and values that are ``padding``.
+    Tokens are projected before they are arranged in windows, so that padding is not projected. The queries, keys and
+    values of padding are ``padding``.
 
     Args:
         qkv: Queries, keys and values of all heads, (B, height * width, 3 * heads * d).
-        padding: Those of padding, (3 * heads * d,), such as the bias of the projection; None: zeros.
-        bias: What is added to the logits of each head, (heads, size^2, size^2).
+        padding: Queries, keys and values of padding, (3 * heads * d,), such as the bias of the projection; None: zeros.
+        bias: Added to the logits of each head, (heads, size^2, size^2).
         grid: The windows.
         heads: Number of heads.
-        scale: What q k^T is multiplied by.
-        normalize: ``eps`` and ``detach`` of :func:`condattn.kernels.row_norm.normalize_rows`, which the rows of each
-            head's output then go through; None: they do not.
+        scale: Factor of Q K^T.
+        normalize: ``eps`` and ``detach`` of :func:`condattn.kernels.row_norm.normalize_rows`, which then normalises the
+            rows of each head's output; None: no normalisation.
 
     Returns:
         (B, height * width, heads * d), in the dtype of ``qkv``.
 
     Raises:
-        ValueError: If the map has not height * width tokens.
+        ValueError: If the map does not have height * width tokens.
     """
     if qkv.shape[1] != grid.height * grid.width:
         raise ValueError(f"expected {grid.height} x {grid.width} tokens, found {qkv.shape[1]}")
@@ -78,7 +78,7 @@ def window_attention(
 def window_attention_reference(
     qkv: Tensor, padding: Tensor | None, bias: Tensor, grid: Windows, heads: int, scale: float
 ) -> Tensor:
-    """The reference of :func:`window_attention`: pad, roll, cut into windows, attend, and back."""
+    """Reference implementation of :func:`window_attention`: pad, roll, partition, attend, and reverse."""
     q, k, v = _cut(qkv, padding, grid, heads)
     logits = (q * scale) @ k.mT + bias
     if grid.shift:
@@ -89,10 +89,11 @@ def window_attention_reference(
 def window_attention_fused(
     qkv: Tensor, padding: Tensor | None, bias: Tensor, grid: Windows, heads: int, scale: float
 ) -> Tensor:
-    """The same by PyTorch's fused attention, for GPUs without the kernel in Triton, and for ``torch.compile``.
+    """Compute the same with PyTorch's fused attention, for GPUs without the Triton kernel, and for ``torch.compile``.
 
-    Bias and mask are one summand, whose rows are so far apart as memory-efficient attention wants them. Tokens are put
-    into windows by their indices, since padding, rolling and cutting maps of any size takes compilers minutes.
+    Bias and mask are summed to one attention mask, with the row stride that memory-efficient attention requires. Tokens
+    are arranged in windows by indexing, because compilers take minutes for padding, rolling and partitioning maps of
+    any size.
     """
     added = (bias + grid.mask(bias.dtype)[:, None]).flatten(0, 1) if grid.shift else bias
     added = F.pad(added.to(qkv.dtype), (0, -(grid.size**2) % ALIGNMENT))[..., : grid.size**2]
@@ -101,7 +102,7 @@ def window_attention_fused(
     if padding is not None and grid.is_padded:
         x = torch.where((tokens < qkv.shape[1])[:, None], x, padding)
     x = x.reshape(len(qkv), -1, grid.size**2, 3, heads, qkv.shape[-1] // (3 * heads)).permute(3, 0, 1, 4, 2, 5)
-    # Windows are heads where each has its own summand, else samples; no summand is copied for them.
+    # Windows become heads if each has its own mask, and samples otherwise, so that no mask is copied.
     q, k, v = (x.flatten(2, 3) if grid.shift else x.flatten(1, 2)).unbind(0)
     x = F.scaled_dot_product_attention(q, k, v, added.expand(len(q), *added.shape), scale=scale)
     x = x.reshape(len(qkv), -1, heads, *x.shape[2:]).transpose(2, 3).reshape(len(qkv), -1, heads * x.shape[-1])
@@ -109,9 +110,9 @@ def window_attention_fused(
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of (B, rows, C) by their indices, zeros for the index ``rows``; the backward is a selection, not a sum.
+    """Select rows of (B, rows, C) by index, with zeros for the index ``rows``; the backward pass selects rows as well.
 
-    Two flags say whether ``index`` and ``inverse`` have places for zeros.
+    Two flags say whether ``index`` and ``inverse`` contain the index for zeros.
     """
 
     @staticmethod
@@ -121,7 +122,8 @@ class _Rows(torch.autograd.Function):
         if not zeros:
             return x.index_select(1, index)
         rows = x.index_select(1, index.clamp_max(x.shape[1] - 1))
-        return rows.masked_fill((index == x.shape[1])[:, None], 0.0)  # in place, dynamo would lose the gradient
+        # Not in place, where TorchDynamo would lose the gradient.
+        return rows.masked_fill((index == x.shape[1])[:, None], 0.0)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -130,7 +132,7 @@ class _Rows(torch.autograd.Function):
 
 
 def _cut(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values, (B, windows, heads, size^2, d), by padding, rolling and cutting."""
+    """Return queries, keys and values, (B, windows, heads, size^2, d), by padding, rolling and partitioning the map."""
     batch, size, rows, columns = qkv.shape[0], grid.size, grid.rows, grid.columns
     x = qkv.reshape(batch, grid.height, grid.width, -1)
     if grid.is_padded:
@@ -146,7 +148,7 @@ def _cut(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int) -> tupl
 
 
 def _join(x: Tensor, grid: Windows) -> Tensor:
-    """Outputs of heads, (B, windows, heads, size^2, d), as (B, height * width, heads * d)."""
+    """Rearrange head outputs, (B, windows, heads, size^2, d), to (B, height * width, heads * d)."""
     batch, _, heads, _, _ = x.shape
     x = x.reshape(batch, grid.rows, grid.columns, heads, grid.size, grid.size, -1).permute(0, 1, 4, 2, 5, 3, 6)
     x = x.reshape(batch, grid.rows * grid.size, grid.columns * grid.size, -1)
@@ -156,12 +158,12 @@ def _join(x: Tensor, grid: Windows) -> Tensor:
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Gathers each head's rows once; the backward computes the map again from them and the normalisers of its rows."""
+    """Gathers the rows of each head once; the backward pass recomputes the map from them and its normalisers."""
 
     @staticmethod
     def forward(ctx, qkv, padding, bias, grid, heads, scale):
         q, k, v = (_gather(qkv, padding, grid, heads, part) for part in range(3))
-        # The steps of a softmax in place are faster than the whole, and leave the logarithm of its denominator.
+        # Softmax by in-place steps is faster than torch.softmax, and also gives the logarithm of its denominator.
         weights = _logits(q, k, bias, grid, heads, scale)
         largest = weights.amax(-1, keepdim=True)
         total = _exp2(weights, largest).sum(-1, keepdim=True)
@@ -201,7 +203,7 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def _gather(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int, part: int) -> Tensor:
-    """Queries (part 0), keys or values, (B * windows * heads, size^2, d)."""
+    """Gather queries (part 0), keys (1) or values (2), (B * windows * heads, size^2, d)."""
     size = qkv.shape[-1] // (3 * heads)
     rows = qkv.view(-1, size)[part * heads :].index_select(0, grid.projected_rows(heads, len(qkv)))
     if grid.is_padded:
@@ -214,7 +216,7 @@ def _gather(qkv: Tensor, padding: Tensor | None, grid: Windows, heads: int, part
 
 
 def _logits(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scale: float) -> Tensor:
-    """Those of the maps over ln 2, (B * windows * heads, size^2, size^2), in float32 for half precision."""
+    """Return logits / ln 2, (B * windows * heads, size^2, size^2), in float32 for half precision."""
     logits = _scaled(scale / LN2, q, k.mT).to(torch.promote_types(q.dtype, torch.float32))
     view = logits.view(-1, grid.rows, grid.columns, heads, *logits.shape[1:])
     view.add_(bias, alpha=1.0 / LN2)
@@ -226,10 +228,13 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor, grid: Windows, heads: int, scale
 
 
 def _exp2(logits: Tensor, largest: Tensor) -> Tensor:
-    """2^(logits - largest) in place, faster than e^; of masked logits a small number, but no slow denormal one."""
+    """Compute 2^(logits - largest) in place, which is faster than e^.
+
+    Masked logits are clamped to give small normal numbers, because denormal numbers are slow.
+    """
     return logits.sub_(largest).clamp_min_(-80.0 / LN2).exp2_()
 
 
 def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:
-    """Scale a b, of stacked matrices."""
+    """Return ``scale * a @ b`` for batches of matrices."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)

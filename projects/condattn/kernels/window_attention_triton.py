@@ -1,8 +1,9 @@
-"""Attention in shifted windows in one pass over memory, in Triton: nothing of size^2 x size^2 is written.
+"""Triton kernels for attention in shifted windows, in one pass over memory: attention maps are never written.
 
-A program has one window and head: it finds its tokens in the map by itself, so that nothing is padded, rolled or cut
-into windows. In the backward a program has one head and several windows, one after the other, and sums up their
-gradient of the bias for itself: no two programs write to the same place, and results are the same every time.
+A program of the forward pass computes one window and head. It finds its tokens in the map by itself, so that nothing is
+padded, rolled or partitioned. A program of the backward pass computes one head and several windows in sequence, and
+accumulates its own sum of their bias gradients. No two programs write to the same address, so results are
+deterministic.
 """
 
 from __future__ import annotations
@@ -20,40 +21,43 @@ from .windows import MASKED, Windows
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64, 128)
 LARGEST = 256
-"""Tokens of a window."""
+"""Largest supported number of tokens in a window."""
 BACKWARD_WARPS = 8
 PROGRAMS = 4
-"""Of the backward, for each multiprocessor."""
+"""Number of programs of the backward pass for each multiprocessor."""
 
 
 def supports(qkv: Tensor, grid: Windows, heads: int) -> bool:
-    """Whether the kernel takes these queries, keys and values, and the GPU has the shared memory that it needs."""
+    """Return whether the kernels support these tensors, and the GPU has the shared memory that they need."""
     size, places = qkv.shape[-1] // (3 * heads), _places(grid)
     if qkv.dtype not in DTYPES or size not in HEAD_SIZES or grid.size**2 > LARGEST or not len(qkv):
         return False
-    gpu: Any = torch.cuda.get_device_properties(qkv.device)  # its stub lacks an attribute
+    gpu: Any = torch.cuda.get_device_properties(qkv.device)  # the type stub lacks an attribute
     return shared_memory(places, size, qkv.element_size()) <= gpu.shared_memory_per_block_optin
 
 
 def shared_memory(places: int, size: int, bytes_each: int) -> int:
-    """What the kernels need at most, in bytes: keys, values, and rows at a time, as the compiler reports for sm_90."""
+    """Return the most shared memory that the kernels need, in bytes, as the compiler reports for sm_90.
+
+    It holds keys, values, and the rows that are processed at a time.
+    """
     rows = rows_at_a_time(places, size, bytes_each)
     return 2 * (places + rows) * size * bytes_each + 2 * rows * places * bytes_each
 
 
 def rows_at_a_time(places: int, size: int, bytes_each: int) -> int:
-    """Rows of the map that a program has at once: with more, the compiler keeps numbers in memory, not in registers."""
+    """Return the rows of the map that a program processes at a time; with more, the compiler spills registers."""
     return min(places, 64 if places <= 64 and size * bytes_each <= 128 else 16)
 
 
 def forward_warps(places: int) -> int:
-    """Warps of a program."""
+    """Return the number of warps of a program of the forward pass."""
     return 4 if places <= 64 else 8
 
 
 @triton.jit
 def _locate(window, places, HEIGHT, WIDTH, ROWS, COLUMNS, SIZE: tl.constexpr, SHIFT: tl.constexpr):
-    """Token of each place of a window, whether it is one (and not padding), and the part of the map it is from."""
+    """Return, for each place of a window, its token, whether it is one (and not padding), and its region of the map."""
     y = (window // COLUMNS) * SIZE + places // SIZE
     x = (window % COLUMNS) * SIZE + places % SIZE
     region = 3 * ((y >= ROWS * SIZE - SIZE).to(tl.int32) + (y >= ROWS * SIZE - SHIFT).to(tl.int32))
@@ -66,7 +70,7 @@ def _locate(window, places, HEIGHT, WIDTH, ROWS, COLUMNS, SIZE: tl.constexpr, SH
 
 @triton.jit
 def _load_part(qkv, padding, part: tl.constexpr, token, inside, exists, head, HEADS: tl.constexpr, D: tl.constexpr):
-    """Queries (part 0), keys or values of one head at these places, (places, d)."""
+    """Load queries (part 0), keys (1) or values (2) of one head at these places, (places, d)."""
     channel = (part * HEADS + head) * D + tl.arange(0, D)
     rows = tl.load(qkv + token[:, None] * (3 * HEADS * D) + channel[None, :], mask=inside[:, None], other=0.0)
     outside = tl.load(padding + channel)
@@ -78,7 +82,7 @@ def _softmax(
     q, k, bias, rows, columns, region, regions, scale,
     N: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the map of one window and head, (rows, columns), in float32."""
+    """Compute rows of the attention map of one window and head, (rows, columns), in float32."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     exists = (rows < N)[:, None] & (columns < N)[None, :]
     logits += tl.load(bias + rows[:, None] * N + columns[None, :], mask=exists, other=0.0)
@@ -163,7 +167,7 @@ def _backward(
             grad_logits = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None])
             if PLACES == BLOCK:
                 summed += grad_logits
-            else:  # too many for registers; the place is this program's own
+            else:  # too many for registers; only this program uses this memory
                 where = grad_bias + rows[:, None] * N + columns[None, :]
                 exists = (rows < N)[:, None] & (columns < N)[None, :]
                 before = tl.load(where, mask=exists & (number > chunk * EACH), other=0.0)
@@ -191,11 +195,11 @@ def _backward(
 
 
 class TritonWindowAttention(torch.autograd.Function):
-    """As :func:`condattn.kernels.window_attention.window_attention`, of tensors on a GPU."""
+    """:func:`condattn.kernels.window_attention.window_attention` for tensors on a GPU."""
 
     @staticmethod
     def forward(ctx, qkv, padding, bias, grid, heads, scale, eps, detach):
-        """Head outputs, (B, tokens, heads * d)."""
+        """Return the head outputs, (B, tokens, heads * d)."""
         batch, tokens, size = len(qkv), qkv.shape[1], qkv.shape[-1] // (3 * heads)
         has_padding = padding is not None
         padding = qkv.new_zeros(3 * heads * size) if padding is None else padding.contiguous()
@@ -215,7 +219,7 @@ class TritonWindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        """The gradients of ``qkv``, ``padding`` and ``bias``."""
+        """Return the gradients with respect to ``qkv``, ``padding`` and ``bias``."""
         qkv, padding, bias, out, norms = ctx.saved_tensors
         programs = PROGRAMS * _multiprocessors(qkv.device)
         each = max(1, ctx.windows * ctx.heads // programs)
@@ -235,7 +239,7 @@ class TritonWindowAttention(torch.autograd.Function):
 
 
 def _settings(qkv: Tensor, grid: Windows, heads: int, size: int, eps: float | None) -> dict:
-    """What the kernels are compiled for."""
+    """Return the compile-time constants of the kernels."""
     places = _places(grid)
     return dict(
         SIZE=grid.size,
@@ -247,7 +251,7 @@ def _settings(qkv: Tensor, grid: Windows, heads: int, size: int, eps: float | No
         NORMALIZE=eps is not None,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         MASK=MASKED,
-        num_stages=1,  # more take twice the shared memory and more
+        num_stages=1,  # more stages take at least twice the shared memory
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a map lie in shifted windows (Swin, arXiv 2103.14030)."""
+"""Indices and masks of the tokens in shifted windows (Swin, arXiv 2103.14030)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from .switch import is_compiling
 
 MASKED = -100.0
-"""What is added to the logits of tokens that are not neighbours, as in every implementation of Swin."""
+"""Value added to the logits of tokens that are not neighbours, as in every implementation of Swin."""
 
 
 @dataclass(frozen=True)
 class Windows:
     """Windows of ``size`` x ``size`` tokens on a map that is padded to whole windows and rolled by ``shift``.
 
-    The windows are in rows from top to bottom, their tokens too.
+    The windows, and the tokens in each window, are in row-major order. A place is a position of a token in a window.
 
     Attributes:
         height: Rows of the map.
         width: Columns of the map.
         size: Tokens along the side of a window.
-        shift: How far the windows are moved down and to the right; 0 if not.
-        device: Where the indices are wanted.
+        shift: How far the windows are moved down and to the right; 0 for windows that are not shifted.
+        device: Device of the index tensors.
     """
 
     height: int
@@ -36,29 +36,29 @@ class Windows:
 
     @property
     def rows(self) -> int:
-        """Windows from top to bottom."""
+        """Number of windows from top to bottom."""
         return -(-self.height // self.size)
 
     @property
     def columns(self) -> int:
-        """Windows from left to right."""
+        """Number of windows from left to right."""
         return -(-self.width // self.size)
 
     @property
     def is_padded(self) -> bool:
-        """Whether some tokens of windows are padding; when compiling, whether there may be, of other sizes as well."""
+        """Whether windows contain padding; always True while compiling, because other map sizes may need it."""
         return is_compiling() or self.height % self.size > 0 or self.width % self.size > 0
 
     @property
     def tokens(self) -> Tensor:
-        """The token at each place, (windows * size^2,); height * width at padding."""
+        """Index of the token at each place, (windows * size^2,); height * width at padding."""
         y, x = self._places()
         y, x = (y + self.shift) % (self.rows * self.size), (x + self.shift) % (self.columns * self.size)
         return torch.where((y < self.height) & (x < self.width), y * self.width + x, self.height * self.width)
 
     @property
     def places(self) -> Tensor:
-        """The place of each token, (height * width,): its window times size^2, and its place in the window."""
+        """Index of the place of each token, (height * width,): window * size^2 + index in the window."""
         token = torch.arange(self.height * self.width, device=self.device)
         y = (token // self.width - self.shift) % (self.rows * self.size)
         x = (token % self.width - self.shift) % (self.columns * self.size)
@@ -67,43 +67,50 @@ class Windows:
 
     @property
     def regions(self) -> Tensor:
-        """A number for the part of the map that each token is from, (windows, size^2): others are no neighbours."""
+        """Region of the map that each place is from, (windows, size^2); only tokens of one region are neighbours."""
         y, x = self._places()
         return (3 * self._part(y, self.rows) + self._part(x, self.columns)).view(-1, self.size**2)
 
     def exchange(self) -> tuple[Tensor, Tensor]:
-        """:attr:`tokens` and :attr:`places`, once for a map, unless they are compiled."""
+        """Return :attr:`tokens` and :attr:`places`, cached except while compiling."""
         return (self.tokens, self.places) if is_compiling() else _exchange(self)
 
     def projected_rows(self, heads: int, batch: int) -> Tensor:
-        """For each row of (B, windows, heads, size^2), the one of (B, tokens, 3, heads) that holds its query.
+        """Return, for each row of (B, windows, heads, size^2), the row of (B, tokens, 3, heads) that holds its query.
 
-        Keys and values lie ``heads`` and ``2 * heads`` rows further. Padding has the first row of its head.
+        Keys and values are ``heads`` and ``2 * heads`` rows further. Padding gets the row of the first token for its
+        head.
         """
         return _rows(self, "projected", heads, batch)
 
     def token_rows(self, heads: int, batch: int) -> Tensor:
-        """For each row of (B, windows, heads, size^2), the one of (B, tokens, heads) that it is; padding as above."""
+        """Return, for each row of (B, windows, heads, size^2), its row in (B, tokens, heads).
+
+        Padding is treated as in :meth:`projected_rows`.
+        """
         return _rows(self, "token", heads, batch)
 
     def padding_rows(self, heads: int, batch: int) -> Tensor:
-        """Which rows of (B, windows, heads, size^2) are padding, (heads * B * paddings,), head by head."""
+        """Return the rows of (B, windows, heads, size^2) that are padding, (heads * B * paddings,), head by head."""
         return _rows(self, "padding", heads, batch)
 
     def place_rows(self, heads: int, batch: int, parts: int) -> Tensor:
-        """For each row of (B, tokens, parts, heads), the one of (parts, B, windows, heads, size^2) where it is."""
+        """Return, for each row of (B, tokens, parts, heads), its row in (parts, B, windows, heads, size^2)."""
         return _rows(self, "place", heads, batch, parts)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits of each window, (windows, size^2, size^2): 0 or ``MASKED``."""
+        """Return the attention mask of each window, (windows, size^2, size^2), of 0 and ``MASKED``."""
         return _mask(self.regions, dtype)
 
     def border_masks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """:meth:`mask` of the only windows where it is not 0: the last row of them, and the last column without it."""
+        """Return :meth:`mask` of the only windows where it is not 0.
+
+        They are the last row of windows, and the last column of windows without its last one.
+        """
         return _border_masks(self, dtype)
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each place of each window on the padded and rolled map, (windows * size^2,) each."""
+        """Return row and column of each place on the padded and rolled map, (windows * size^2,) each."""
         place = torch.arange(self.rows * self.columns * self.size**2, device=self.device)
         window, inside = place // self.size**2, place % self.size**2
         y = window // self.columns * self.size + inside // self.size
@@ -114,7 +121,7 @@ class Windows:
         return (places >= last - self.size).long() + (places >= last - self.shift).long() * (self.shift > 0)
 
 
-# Caches of the last sizes of images, since what they hold takes memory.
+# The caches keep only the most recent image sizes, because the index tensors take memory.
 
 
 @lru_cache(maxsize=32)

@@ -1,1 +1,1 @@
-"""The layers that conditioning puts in the place of others; they take numbers, and know no method."""
+"""The layers and hooks that implement conditioning; they receive plain values, and do not depend on the methods."""

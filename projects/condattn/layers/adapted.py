@@ -1,8 +1,8 @@
-"""Adapters (LoRA) around conditioned layers: what they add is added to the layer as it is conditioned.
+"""Connect adapters (LoRA) to conditioned layers, so that their update is added to the layer as it is conditioned.
 
-Around an output projection W an adapter is given the normalised head outputs n(x), and the layer in it does not
-normalise them again, so that both compute (W + BA) n(x), as they do when the adapter is merged. Around an input
-projection it is (W + BA + C) x.
+An adapter around an output projection W receives the normalised head outputs n(x), and the wrapped layer does not
+normalise them again. Together they compute (W + BA) n(x), as they do when the adapter is merged. An adapter around an
+input projection and the wrapped layer compute (W + BA + C) x.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from .head_transform import HeadTransformLinear
 from .hooks import remove_hooks
 
 ADDITIVE = {"peft.tuners.lora.layer.LoraLayer": True, "mmpretrain.models.peft.lora.LoRALinear": True}
-"""Adapters that compute what their layer computes of their own input, plus something."""
+"""Adapters that compute the output of the wrapped layer for their own input, and add something to it."""
 
 
 def is_conditioned(layer: nn.Module) -> bool:
-    """Whether a method is applied to ``layer`` itself."""
+    """Return whether a method is applied to ``layer`` itself."""
     return getattr(layer, "head_transform", None) is not None or bool(getattr(layer, "corrections", None))
 
 
 def check_adapter(adapter: nn.Module, layer: nn.Module) -> None:
-    """Raise unless ``adapter`` can be around a conditioned ``layer``.
+    """Raise an error if ``adapter`` is not supported around the conditioned ``layer``.
 
     Raises:
-        ValueError: If it is no LoRA, or the layer has more than a preconditioner and corrections.
+        ValueError: If ``adapter`` is not LoRA, or ``layer`` is of a subclass of
+            :class:`.head_transform.HeadTransformLinear`.
     """
     problem = None
     if not look_up(ADDITIVE, type(adapter)):
@@ -47,12 +48,12 @@ def check_adapter(adapter: nn.Module, layer: nn.Module) -> None:
 
 
 def follow(adapter: nn.Module, layer: nn.Module) -> None:
-    """See to it that ``adapter``, around a conditioned ``layer``, computes what it would if it were merged.
+    """Make ``adapter``, around a conditioned ``layer``, compute the same as after merging.
 
-    Corrections that are made of the weights are fixed now, before anything is merged into them.
+    Corrections that depend on the weights are fixed now, before anything is merged into the weights.
 
     Raises:
-        ValueError: As :func:`check_adapter`.
+        ValueError: See :func:`check_adapter`.
     """
     check_adapter(adapter, layer)
     if isinstance(layer, CorrectedModule):
@@ -63,10 +64,10 @@ def follow(adapter: nn.Module, layer: nn.Module) -> None:
 
 
 def prepare(adapter: Any, args: tuple) -> tuple | None:
-    """As a forward pre-hook of an adapter: normalise the head outputs that an output projection is given.
+    """Transform the head outputs that reach an output projection; a forward pre-hook of its adapter.
 
     Raises:
-        RuntimeError: If a variant of LoRA that is a function of the weight (DoRA) is around a corrected layer.
+        RuntimeError: If a variant of LoRA that depends on the weight (DoRA) is around a corrected layer.
     """
     layer: Any = inner(adapter)
     if isinstance(layer, CorrectedModule) and layer.corrections:
@@ -85,14 +86,14 @@ def prepare(adapter: Any, args: tuple) -> tuple | None:
 
 
 def finish(adapter: nn.Module, args: tuple, output: object) -> None:
-    """As a forward hook of an adapter: what the layer in it is given next is not normalised."""
+    """Reset the flag that the input of the wrapped layer is transformed already; a forward hook of the adapter."""
     layer: Any = inner(adapter)
     if getattr(layer, "is_prepared", False):
         layer.is_prepared = False
 
 
 def follow_all(model: nn.Module) -> None:
-    """:func:`follow` every adapter in ``model`` that is around a conditioned layer, and leave the others."""
+    """Call :func:`follow` on every adapter around a conditioned layer, and remove its hooks from other adapters."""
     for module in model.modules():
         if is_adapter(module):
             if is_conditioned(inner(module)):
@@ -102,9 +103,9 @@ def follow_all(model: nn.Module) -> None:
 
 
 def _registered(module: nn.Module, name: str, layer: nn.Module | None) -> None:
-    """Called by PyTorch before a module becomes an attribute of another."""
+    """Connect an adapter to its layer; PyTorch calls this before a module becomes an attribute of another."""
     if is_compiling() or layer is None or name not in INSIDE.values() or not is_adapter(module):
-        return  # slices of nn.ModuleList are made while a model is compiled
+        return  # slicing an nn.ModuleList while compiling registers modules too
     if is_conditioned(inner(layer)):
         follow(module, inner(layer))
 

@@ -1,4 +1,4 @@
-"""Give a module another class, with the same parameters, buffers and hooks, and its own class back."""
+"""Change the class of a module in place, keeping its parameters, buffers and hooks, and restore its original class."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import nn
 from ..attention.classes import qualified_name
 from ..attention.site import AttentionSite
 
-# Wrappers that differ from what they wrap in versions of torch below 1.5 alone.
+# Wrappers that behave differently from the class that they wrap only in torch before 1.5.
 SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
 
 
 def check_can_swap(owner: nn.Module, layer: type[ConditionedLayer], site: AttentionSite) -> None:
-    """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer``, whose host class is ``layer.host``.
+    """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer`` by :func:`swap_class`.
 
-    It can if it is the host class in all but the name, and its parameters are its own.
+    It can if it is not parametrized, and its class is the host class, ``layer.host``, one of ``SAME``, or a subclass
+    that adds no methods except ``__init__``.
     """
     if isinstance(owner, layer):
         return
@@ -33,17 +34,17 @@ def check_can_swap(owner: nn.Module, layer: type[ConditionedLayer], site: Attent
 
 
 def leave_out(site: AttentionSite) -> str:
-    """The advice that ends a refusal to condition ``site``."""
+    """Return the advice that ends an error message about a ``site`` that cannot be conditioned."""
     return f"leave the site out with exclude=[{site.name!r}]"
 
 
 class ConditionedLayer:
-    """Mixin of the classes that layers become in place, see :func:`swap_class`; ``host`` is the class they had."""
+    """Mixin for the classes that :func:`swap_class` gives to layers; ``host`` is the class that they extend."""
 
     host: ClassVar[type[nn.Module]]
 
     def __new__(cls, *args, **kwargs) -> Any:
-        """A plain layer for who builds one more of this class, as PEFT's adapters do; copies have no arguments."""
+        """Build a plain host layer if there are arguments, as PEFT's adapters need; copying passes no arguments."""
         return cls.host(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __prepare_scriptable__(self) -> None:
@@ -51,7 +52,7 @@ class ConditionedLayer:
 
 
 def refuse_scripting() -> None:
-    """What ``torch.jit.script`` calls of a module that is conditioned.
+    """Raise an error; ``torch.jit.script`` calls this for a conditioned module.
 
     Raises:
         RuntimeError: Always.
@@ -65,7 +66,7 @@ def refuse_scripting() -> None:
 def swap_class(owner: Any, layer: type[ConditionedLayer]) -> Any:
     """Turn ``owner`` in place into an instance of ``layer``, a subclass of its class, and return it.
 
-    The object stays the same one: parameters, buffers, hooks, optimizer groups and references to it all remain.
+    The object keeps its identity: parameters, buffers, hooks, optimizer groups and references to it all remain.
     """
     if not isinstance(owner, layer):
         owner.host_class = type(owner)

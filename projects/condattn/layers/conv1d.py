@@ -1,4 +1,4 @@
-"""Transformers' ``Conv1D`` (GPT-2), corrected; imported where a model has one, because it imports transformers."""
+"""Transformers' ``Conv1D`` (GPT-2) with corrected weights; imported only on demand, as it imports transformers."""
 
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -7,7 +7,7 @@ from .corrected import CorrectedLayer
 
 
 class CorrectedConv1D(CorrectedLayer, Conv1D):
-    """An input projection with the weight W + C, kept as (in features, out features). Shape: as ``Conv1D``."""
+    """An input projection with the weight W + C, stored as (in features, out features). Shape: as ``Conv1D``."""
 
     host = Conv1D
     transposed = True

@@ -1,4 +1,4 @@
-"""Layers with W + C in place of their weight W."""
+"""Layers that use W + C in place of their weight W."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .correction import CorrectedModule
 
 
 class CorrectedLayer(ConditionedLayer, CorrectedModule):
-    """Mixin of the layers that are an input projection with the weight W + C."""
+    """Mixin for layers that are an input projection with the weight W + C."""
 
     def release(self) -> None:
-        """Become the plain layer again, once all corrections are gone."""
+        """Restore the original class of the layer if it has no more corrections."""
         if not self.corrections:
             restore_class(self)
 
     def extra_repr(self) -> str:
-        """The settings of the methods, behind those of the plain layer."""
+        """Return the settings of the plain layer, followed by those of the methods."""
         return ", ".join([super().extra_repr(), *map(str, self.corrected_by)])
 
 

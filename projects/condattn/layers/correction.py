@@ -1,6 +1,6 @@
 """Constant corrections W + C of trained weights, for any module that holds its weights as parameters.
 
-Weights count as matrices (out features, in features), whatever the layout in which their layer keeps them.
+All weights are treated as matrices (out features, in features), in whatever layout their layer stores them.
 """
 
 from abc import ABC, abstractmethod
@@ -16,23 +16,23 @@ from ..attention.site import Projection, indices
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a weight, as slices in their order, that get their own correction of size ``strength``."""
+    """Rows of a weight, as slices in order, that have one common correction of size ``strength``."""
 
     rows: tuple[slice, ...]
     strength: float
 
     @property
     def index(self) -> slice | list[int]:
-        """The rows as one index."""
+        """The rows as one slice or list, to index a tensor with."""
         return self.rows[0] if len(self.rows) == 1 else indices(self.rows)
 
 
 class Correction(ABC):
-    """How the constant C of one weight W (out features x in features) is made; a layer may have several.
+    """Base class: computes the constant C of one weight W (out features x in features). A layer may have several.
 
     Attributes:
-        name: What tells its buffers from those of other corrections of the same weight.
-        method: The settings of the method that the correction is of, for the printed layer.
+        name: Distinguishes its buffers from those of other corrections of the same weight.
+        method: The method that the correction belongs to, shown when the layer is printed.
     """
 
     name: str = ""
@@ -41,43 +41,43 @@ class Correction(ABC):
     @property
     @abstractmethod
     def rows(self) -> frozenset[int]:
-        """The rows in which C may be other than zero."""
+        """The rows in which C may be nonzero."""
 
     @property
     @abstractmethod
     def depends_on_weight(self) -> bool:
-        """Whether C is a function of the weight and so has to be kept with it."""
+        """Whether C is a function of the weight, and must therefore be saved with it."""
 
     @abstractmethod
     def compute(self, weight: Tensor) -> Tensor:
-        """C of ``weight``, in its dtype.
+        """Compute C for ``weight``, in its dtype.
 
         Returns:
-            The matrix C, (out features, in features); or, where :meth:`columns` gives columns, its one entry per row,
+            The matrix C, (out features, in features). If :meth:`columns` returns columns: the one entry of each row,
             (out features,).
         """
 
     def columns(self, weight: Tensor) -> Tensor | None:
-        """Column of each row's entry, (out features,), where every row of C has at most one; else None."""
+        """Return the column of each row's entry, (out features,), if no row of C has more than one; else None."""
         return None
 
     def buffer(self, parameter: str) -> str:
-        """The name of the buffer with C of the weight called ``parameter``."""
+        """Return the name of the buffer that holds C of the weight ``parameter``."""
         return f"{parameter}_correction" + (f"_{self.name}" if self.name else "")
 
     def columns_buffer(self, parameter: str) -> str:
-        """The name of the buffer with the columns, if there are columns."""
+        """Return the name of the buffer that holds the columns, if there are any."""
         return f"{parameter}_columns" + (f"_{self.name}" if self.name else "")
 
 
 @dataclass(frozen=True)
 class BlockCorrection(Correction):
-    """On each block of rows C is ``strength * scale * direction``; elsewhere it is zero.
+    """C is ``strength * scale * direction`` on each block of rows, and zero elsewhere.
 
     Attributes:
         blocks: The rows that are corrected; blocks do not overlap.
-        relative: The scale is the spectral norm of the block if True, 1 if False.
-        svd: The direction is U V^T of the block's thin SVD if True; the rectangular identity if False.
+        relative: If True, the scale is the spectral norm of the block; if False, it is 1.
+        svd: If True, the direction is U V^T of the block's thin SVD; if False, it is the rectangular identity.
     """
 
     blocks: tuple[Block, ...]
@@ -96,7 +96,7 @@ class BlockCorrection(Correction):
         return self.relative or self.svd
 
     def columns(self, weight: Tensor) -> Tensor | None:
-        """Column of each row's entry in the identity form: (out features,), 0 in rows that have none."""
+        """Return the column of each row's entry, (out features,), 0 in rows without one; None in the SVD form."""
         if self.svd:
             return None
         columns = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
@@ -107,10 +107,10 @@ class BlockCorrection(Correction):
 
     @torch.no_grad()
     def compute(self, weight: Tensor) -> Tensor:
-        """C of ``weight``, computed in float64 and returned in the dtype of ``weight``.
+        """Compute C for ``weight`` in float64, and return it in the dtype of ``weight``.
 
         Returns:
-            The matrix C, (out features, in features), in the SVD form; its one entry per row, (out features,), in
+            The matrix C, (out features, in features), in the SVD form; the one entry of each row, (out features,), in
             the identity form.
         """
         exact = weight.detach().double() if self.depends_on_weight else weight.detach()
@@ -127,33 +127,34 @@ class BlockCorrection(Correction):
         return constant.to(weight.dtype)
 
 
-def _whole(weight: Tensor) -> Tensor:
-    """A weight, gathered if it is sharded over processes (FSDP2)."""
+def _gathered(weight: Tensor) -> Tensor:
+    """Return a weight, gathered from all processes if it is sharded (FSDP2)."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 class CorrectedModule(nn.Module):
-    """Mixin: weights of the module enter its forward as W + C, C a constant that is never trained.
+    """Mixin for modules that use weights as W + C in their forward, where C is a constant that is never trained.
 
-    The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``:
-    it is fixed by the first forward, by a checkpoint that has it, or when an adapter (LoRA) is put around the module.
-    Until then it is NaN, so that re-initialising or loading weights in between is taken into account; loading a
-    checkpoint without it starts over from the loaded weights. A C that does not depend on the weights is not stored.
-    Several corrections of one weight add up; each is made of W alone.
-    Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace the fixing.
+    The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``.
+    It is fixed by the first forward, by a checkpoint that contains it, or when an adapter (LoRA) is put around the
+    module. Until then it is NaN, so that weights may still be initialised again or loaded. Loading a checkpoint without
+    the buffer resets it, and C is computed from the loaded weights. A C that does not depend on the weights is not
+    saved. Several corrections of one weight are added; each is computed from W alone.
+
+    Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace how C is fixed.
     """
 
     transposed = False
-    """Whether the weight is kept as (in features, out features)."""
+    """Whether the weight is stored as (in features, out features)."""
     corrections: Mapping[str, tuple[Correction, ...]] = MappingProxyType({})
     """Name of a weight -> its corrections."""
     overridden: Mapping[str, Tensor] | None = None
-    """The weights W in whose place W + C stands at the moment, see :class:`.overrides.ParameterOverride`."""
+    """The weights W that W + C replaces at the moment, see :class:`.overrides.ParameterOverride`."""
     unsettled: frozenset[str] = frozenset()
-    """The buffers of corrections that are not fixed yet."""
+    """Names of the buffers whose corrections are not fixed yet."""
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
-        """Correct the weight called ``parameter`` from now on."""
+        """Add a correction to the weight called ``parameter``."""
         before = self.corrections.get(parameter, ())
         self.corrections = {**self.corrections, parameter: (*before, correction)}
         self._register(parameter, correction)
@@ -165,8 +166,8 @@ class CorrectedModule(nn.Module):
 
     @torch.no_grad()
     def _register(self, parameter: str, correction: Correction) -> None:
-        """Make the buffers of a correction, on the weight's device: C, and where its entries are."""
-        weight = self._matrix(_whole(getattr(self, parameter)))
+        """Register the buffers of a correction, on the weight's device: C, and the columns of its entries."""
+        weight = self._matrix(_gathered(getattr(self, parameter)))
         columns = correction.columns(weight)
         name = correction.buffer(parameter)
         if correction.depends_on_weight:
@@ -179,13 +180,13 @@ class CorrectedModule(nn.Module):
             self.register_buffer(correction.columns_buffer(parameter), columns, persistent=False)
 
     def _all_corrections(self) -> Iterator[tuple[str, Correction]]:
-        """The corrections, each with the name of its weight."""
+        """Yield the corrections, each with the name of its weight."""
         for parameter, corrections in self.corrections.items():
             for correction in corrections:
                 yield parameter, correction
 
     def effective_weight(self, parameter: str = "weight") -> Tensor:
-        """W + C, or W itself if it has no correction: in the layout of W, differentiable in W."""
+        """Return W + C, or W if it has no correction, in the layout of W and differentiable with respect to W."""
         weight = (
             self.overridden[parameter] if self.overridden and parameter in self.overridden else getattr(self, parameter)
         )
@@ -206,19 +207,19 @@ class CorrectedModule(nn.Module):
         return corrected.T if self.transposed else corrected.view_as(weight)
 
     def release(self) -> None:
-        """Become the plain module again, unless something else conditions it."""
+        """Restore the original class unless something else conditions the module."""
         raise NotImplementedError
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Make W + C the weights and forget the corrections; if nothing else conditions it, become the plain module."""
+        """Make W + C the weights, remove the corrections, and restore the class unless something else conditions it."""
         for parameter in self.corrections:
             getattr(self, parameter).copy_(self.effective_weight(parameter))
         self.drop_corrections()
         self.release()
 
     def drop_corrections(self, method: type | None = None) -> None:
-        """Forget the corrections of a class of methods, or all of them; the weights stay W."""
+        """Remove the corrections of one class of methods, or all of them; the weights stay W."""
         remaining: dict[str, tuple[Correction, ...]] = {}
         for parameter, correction in self._all_corrections():
             if method is not None and type(correction.method) is not method:
@@ -236,7 +237,7 @@ class CorrectedModule(nn.Module):
 
     @torch.no_grad()
     def subtract_corrections(self) -> None:
-        """Make W - C the weights, C that of W, so that W itself is the effective weight from now on."""
+        """Make W - C the weights, with C computed from W, so that the effective weight is W from now on."""
         corrections = list(self._all_corrections())
         for parameter, correction in corrections:
             if correction.depends_on_weight:
@@ -255,7 +256,7 @@ class CorrectedModule(nn.Module):
         return weight.T if self.transposed else weight.flatten(1)
 
     def settle(self) -> None:
-        """Fix the corrections that are not yet, by the weights as they are."""
+        """Fix the corrections that are not fixed yet, by computing them from the current weights."""
         for parameter, correction in self._all_corrections():
             weight = getattr(self, parameter)
             if correction.buffer(parameter) in self.unsettled and not weight.is_meta:
@@ -273,23 +274,26 @@ class CorrectedModule(nn.Module):
             name = correction.buffer(parameter)
             key = prefix + name
             if correction.depends_on_weight and key in state_dict:
-                self.unsettled |= {name}  # the checkpoint may be older than the first forward
+                self.unsettled |= {name}  # the checkpoint may have been saved before the first forward
             elif prefix + parameter in state_dict:
-                # From the loaded weight; also where the module was built on the meta device.
+                # Compute C from the loaded weight. This also covers a module that was built on the meta device.
                 self._register(parameter, correction)
                 if key in missing:
                     missing.remove(key)
 
 
 def corrections_of(projection: Projection) -> list[Correction]:
-    """The corrections of the rows of a projection."""
+    """Return the corrections that change rows of a projection."""
     rows = set(indices(projection.rows))
     corrections = getattr(projection.owner, "corrections", {}).get(projection.parameter, ())
     return [correction for correction in corrections if rows & correction.rows]
 
 
 def subtract_corrections(model: nn.Module) -> int:
-    """:meth:`CorrectedModule.subtract_corrections` of all corrected weights in ``model``; returns their number."""
+    """Call :meth:`CorrectedModule.subtract_corrections` on all corrected modules in ``model``.
+
+    Returns the number of corrected weights.
+    """
     corrected = [module for module in model.modules() if isinstance(module, CorrectedModule) and module.corrections]
     for module in corrected:
         module.subtract_corrections()

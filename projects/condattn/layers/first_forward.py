@@ -1,4 +1,4 @@
-"""Whether the modules that a rule names are those that a site computes with, as its first forward shows."""
+"""Check in the first forward of a conditioned site that it calls the modules that its rule names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .hooks import remove_methods
 
 
 class FirstForward:
-    """Forward hooks of a conditioned site until its first forward, which must call every module that its rule names.
+    """Forward hooks of a conditioned site, which check that its first forward calls every module that its rule names.
 
-    What a forward uses without calling it counts where the rule says so. A site that does not run, or whose forward
-    fails, is not judged; nor is one that is compiled or exported.
+    Modules that the rule gives a reader need not be called. A site that does not run, whose forward fails, or that is
+    compiled or exported is not checked. The hooks remove themselves when the check has passed.
 
     Args:
-        site: The site; of two objects for one module the last counts.
+        site: The site. A new object replaces an earlier one of the same module.
     """
 
     def __init__(self, site: AttentionSite) -> None:
@@ -31,7 +31,7 @@ class FirstForward:
         module: Any = site.module
         parts = [part for part in (site.q, site.k, site.v, site.out) if part is not None and part.reader is None]
         owners = {inner(part.owner) for part in parts} - {module}
-        # The adapters around a layer come first.
+        # Where adapters wrap a layer, the path of the outermost one is used.
         paths = {inner(one): path for path, one in reversed(list(module.named_modules())) if inner(one) in owners}
         self.paths = tuple(reversed(paths.values()))
         self.uncalled: set[str] = set()
@@ -44,7 +44,7 @@ class FirstForward:
             module.register_forward_hook(self.end, always_call=True)
 
     def begin(self, module: nn.Module, args: tuple) -> None:
-        """Watch the modules that are named."""
+        """Register hooks on the named modules; a forward pre-hook of the site."""
         if is_compiling() or getattr(module, "_is_replica", False) or self.handles:
             return
         self.thread = get_ident()
@@ -54,21 +54,21 @@ class FirstForward:
         ]
 
     def note(self, path: str, module: nn.Module, args: tuple) -> None:
-        """A module that is named was called."""
+        """Record that a named module was called; a forward pre-hook of the module."""
         self.uncalled.discard(path)
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Judge, and go.
+        """Remove the hooks of the named modules, and check that all were called; a forward hook of the site.
 
         Raises:
             RuntimeError: If a module was not called.
         """
-        if not self.handles or self.thread != get_ident():  # of several threads the first judges
+        if not self.handles or self.thread != get_ident():  # only the thread that began the check ends it
             return
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        if output is None:  # it failed
+        if output is None:  # the forward failed
             return
         if self.uncalled:
             names = ", ".join(path for path in self.paths if path in self.uncalled)
@@ -81,12 +81,12 @@ class FirstForward:
 
     @classmethod
     def forget(cls, module: nn.Module) -> None:
-        """Take the hooks from ``module``."""
+        """Remove the hooks of this class from ``module``."""
         if module.__dict__.pop("first_forward", None) is not None:
             remove_methods(module, cls)
 
 
 def count_hooks(module: nn.Module) -> int:
-    """The number of forward hooks and pre-hooks of ``module`` that are not those of its first forward."""
+    """Count the forward hooks and pre-hooks of ``module``, except those of :class:`FirstForward`."""
     own = 2 * ("first_forward" in module.__dict__)
     return len(forward_hooks(module)) + len(forward_pre_hooks(module)) - own

@@ -16,8 +16,8 @@ class HeadNorm(HeadTransform):
     Args:
         site: Describes the heads.
         eps: Smallest norm that a row is divided by.
-        detach: Whether norms are constants in backpropagation.
-        over_tokens: Whether, where attention is between channels, a row is one channel over all tokens.
+        detach: Whether the norms are treated as constants in the backward pass.
+        over_tokens: Whether a row is one channel over all tokens if attention is between channels.
         method: See :class:`.head_transform.HeadTransform`.
     """
 
@@ -42,7 +42,7 @@ class HeadNorm(HeadTransform):
         return normalize_rows(x, self.eps, self.detach, dim=tokens)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``F.linear`` of the normalised rows of ``x``, (..., channels)."""
+        """Return ``F.linear`` of the normalised rows of ``x``, (..., channels)."""
         side_by_side = self.channels is None and not self.interleaved and not self.over_tokens
         if is_plain() or not side_by_side or not is_ordinary(weight):
             return super().project(x, weight, bias)

@@ -1,4 +1,4 @@
-"""Head outputs, transformed in front of the output projection."""
+"""Transforms of head outputs, applied before the output projection."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .class_swap import ConditionedLayer
 
 
 class HeadTransform(ABC):
-    """A function of the outputs of each head of a site, which lie side by side in one tensor; also a forward pre-hook.
+    """Base class of functions of the outputs of each head of a site, which lie side by side in one tensor.
 
-    Subclasses implement :meth:`transform_heads`.
+    An instance can also be registered as a forward pre-hook. Subclasses implement :meth:`transform_heads`.
 
     Args:
         site: Describes the heads.
-        method: The settings of the method that the transform is of, for the printed layer.
+        method: The method that the transform belongs to, shown when the layer is printed.
     """
 
     def __init__(self, site: AttentionSite, method: object = None) -> None:
         out = site.out
-        assert out is not None  # there is nothing to transform
+        assert out is not None  # otherwise there is nothing to transform
         self.method = method
         self.axis = out.axis
         self.channels = out.channels
         self.num_heads = site.heads_of(out)
         self.interleaved = out.interleaved
-        self.observer: Callable[[Tensor], None] | None = None  # is shown head outputs, which then stay as they are
+        self.observer: Callable[[Tensor], None] | None = None  # if set, receives the outputs; they stay untransformed
 
     @abstractmethod
     def transform_heads(self, x: Tensor, heads: int, channels: int) -> Tensor:
@@ -48,18 +48,18 @@ class HeadTransform(ABC):
         """
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        """As a forward pre-hook: transform the first argument, unless an adapter around the module has done so."""
+        """Transform the first argument, as a forward pre-hook, unless an adapter around the module has done so."""
         return args if module.is_prepared else (self.transform(args[0]), *args[1:])
 
     def transform(self, x: Tensor) -> Tensor:
-        """Transform the head outputs in ``x``, unless an observer is shown them instead."""
+        """Transform the head outputs in ``x``; if an observer is set, pass them to it instead."""
         if self.observer is not None:
             self.observer(x)
             return x
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
-        """The function of ``x``, a tensor with the channels of all heads along the site's axis."""
+        """Compute the transform of ``x``, a tensor with the channels of all heads along the site's axis."""
         if self.channels is None:
             return self._transform(x)
         before, after = self.channels.start, x.shape[self.axis] - self.channels.stop
@@ -68,11 +68,11 @@ class HeadTransform(ABC):
         return torch.cat(parts, dim=self.axis)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``F.linear`` of the transformed head outputs ``x``, (..., channels)."""
+        """Return ``F.linear`` of the transformed head outputs ``x``, (..., channels)."""
         return F.linear(self.transform(x), weight, bias)
 
     def scales(self, x: Tensor) -> Tensor:
-        """What each head's transformed outputs are to be multiplied by to be closest to its outputs in ``x``.
+        """Compute the factor of each head that brings its transformed outputs closest to its outputs in ``x``.
 
         Returns:
             The least-squares factors, (num_heads,), in float64; 0 for a head whose transformed outputs are all zero.
@@ -83,7 +83,7 @@ class HeadTransform(ABC):
         return (plain * transformed).sum((0, 2, 3)) / squares
 
     def rows(self, x: Tensor) -> Tensor:
-        """The head outputs in ``x`` as matrices: (samples, num_heads, rows, d); the samples are the first axis."""
+        """Return the head outputs in ``x``, whose axis 0 is the samples, as matrices (samples, num_heads, rows, d)."""
         part = x if self.channels is None else x.movedim(self.axis, -1)[..., self.channels].movedim(-1, self.axis)
         heads, head_axis, channel_axis = self._split(part)
         heads = heads.movedim((head_axis, channel_axis), (-2, -1))
@@ -95,7 +95,7 @@ class HeadTransform(ABC):
         return self.transform_heads(heads, head_axis, channel_axis).flatten(first, first + 1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """``x`` with the axis of all heads' channels split in two, and which are those of heads and of channels."""
+        """Split the axis of ``x`` with the channels of all heads; return the head and the channel axis as well."""
         axis = self.axis % x.dim()
         if self.interleaved:
             return x.unflatten(axis, (-1, self.num_heads)), axis + 1, axis
@@ -103,7 +103,7 @@ class HeadTransform(ABC):
 
 
 def head_transform_of(site: AttentionSite) -> HeadTransform | None:
-    """What transforms the head outputs of ``site``, or None."""
+    """Return the transform of the head outputs of ``site``, or None."""
     return None if site.out is None else getattr(inner(site.out.owner), "head_transform", None)
 
 
@@ -116,7 +116,7 @@ class HeadTransformLinear(ConditionedLayer, nn.Linear):
     host = nn.Linear
     head_transform: HeadTransform
     is_prepared: bool = False
-    """Whether an adapter around the layer has transformed the input."""
+    """Whether an adapter around the layer has already transformed the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the transformed head outputs."""
@@ -125,7 +125,7 @@ class HeadTransformLinear(ConditionedLayer, nn.Linear):
         return self.head_transform.project(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """The settings of the method, behind those of ``nn.Linear``."""
+        """Return the settings of ``nn.Linear``, followed by those of the method."""
         return f"{super().extra_repr()}, num_heads={self.head_transform.num_heads}, {self.head_transform.method}"
 
 

@@ -1,4 +1,4 @@
-"""Hooks of modules that are methods of our own objects."""
+"""Remove hooks from modules without their handles, which cannot be found again in a copy of a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from ..kernels.private import forward_hooks, forward_pre_hooks, remove_forward_h
 
 
 def remove_hooks(module: nn.Module, is_one: Callable[[Callable], bool]) -> None:
-    """Remove the forward hooks and forward pre-hooks of ``module`` that ``is_one`` accepts, wherever it was copied."""
+    """Remove the forward hooks and forward pre-hooks of ``module`` for which ``is_one`` is true.
+
+    No handles are needed, so that this works for copies of a module as well.
+    """
     before = forward_pre_hooks(module)
     for number in [number for number, hook in before.items() if is_one(hook)]:
         del before[number]
@@ -19,5 +22,5 @@ def remove_hooks(module: nn.Module, is_one: Callable[[Callable], bool]) -> None:
 
 
 def remove_methods(module: nn.Module, cls: type) -> None:
-    """Remove the hooks of ``module`` that are methods of instances of ``cls``."""
+    """Remove the hooks of ``module`` that are bound methods of instances of ``cls``."""
     remove_hooks(module, lambda hook: isinstance(getattr(hook, "__self__", None), cls))

@@ -1,4 +1,4 @@
-"""Conditioned ``nn.MultiheadAttention``, which calls its projections functionally and so needs a subclass."""
+"""A conditioned subclass of ``nn.MultiheadAttention``, needed because that calls its projections functionally."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         Raises:
             RuntimeError: If ``is_causal`` is set without ``attn_mask``, or an adapter around the output projection
                 has no effect.
-            ValueError: If a mask has another shape or dtype than it must have, or nested sequences are given for
-                anything but plain self-attention.
+            ValueError: If a mask has a wrong shape or dtype, or nested sequences are given for anything but plain
+                self-attention.
         """
         if is_at_work(self.out_proj):
             raise RuntimeError(
@@ -90,10 +90,13 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
     def _forward_corrected(
         self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
     ) -> tuple[Tensor, Tensor | None]:
-        """Upstream's own function with W + C: folding changes no bit, but where its inference kernel comes in."""
+        """Call PyTorch's own attention function with W + C.
+
+        Folding then does not change a single bit of the output, except where PyTorch uses its inference kernel.
+        """
         transposed = self.batch_first and query.dim() == 3
         if transposed:
-            # Upstream projects tensors that are one object at once.
+            # PyTorch projects query, key and value together if they are the same object.
             same_key, same_value = key is query, value is key
             query = query.transpose(0, 1)
             key = query if same_key else key.transpose(0, 1)
@@ -125,7 +128,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         return (output.transpose(0, 1) if transposed else output), weights
 
     def release(self) -> None:
-        """Become the plain module again, unless a method still conditions it."""
+        """Restore the original class unless a method still conditions the module."""
         if self.head_transform is None and not self.corrections:
             remove_hooks(self, keep_fast_path_away.__eq__)
             restore_class(self)
@@ -136,7 +139,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         return x if self.batch_first else x.transpose(0, 1)
 
     def _project(self, query: Tensor, key: Tensor | None, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v of shape (batch, tokens, embed_dim); ``key`` None: all three from ``query``."""
+        """Compute q, k and v, (batch, tokens, embed_dim); if ``key`` is None, all three from ``query``."""
         if self.in_proj_weight is not None:
             weight = self.effective_weight("in_proj_weight")
             if key is None:
@@ -157,7 +160,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
     def _additive_mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
     ) -> Tensor | None:
-        """Both masks as one float mask that broadcasts to (batch, heads, query tokens, key tokens)."""
+        """Combine both masks into one float mask that broadcasts to (batch, heads, query tokens, key tokens)."""
         batch, heads, targets, _ = q.shape
         extra = int(self.bias_k is not None) + int(self.add_zero_attn)
         sources = k.shape[2] - extra
@@ -174,7 +177,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
         return None if total is None else F.pad(total, (0, extra))
 
     def _forward_nested(self, x: Tensor) -> Tensor:
-        """Self-attention over sequences of different lengths, which nn.TransformerEncoder passes in eval mode."""
+        """Attend within sequences of different lengths, which nn.TransformerEncoder passes in eval mode."""
         lengths = torch.tensor([len(sequence) for sequence in x.unbind()], device=x.device)
         padded = x.to_padded_tensor(0.0)
         padding = torch.arange(padded.shape[1], device=x.device) >= lengths[:, None]
@@ -190,15 +193,15 @@ def swap_to_conditioned(module: nn.MultiheadAttention) -> ConditionedMultiheadAt
 
 
 def keep_fast_path_away(module: nn.Module, args: tuple) -> None:
-    """A forward pre-hook that does nothing but be there.
+    """Do nothing; a forward pre-hook whose presence disables PyTorch's inference fast path.
 
-    The inference fast path of ``nn.TransformerEncoderLayer`` reads ``in_proj_weight`` itself and would skip the
-    conditioning; it is not taken where a module has a hook.
+    The fast path of ``nn.TransformerEncoderLayer`` reads ``in_proj_weight`` itself and would skip the conditioning.
+    PyTorch does not take it if a module has a hook.
     """
 
 
 def _float_mask(name: str, mask: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
-    """``mask`` to be added to the scores: -inf where a boolean one is True."""
+    """Return ``mask`` as a float mask to be added to the scores, with -inf where a boolean mask is True."""
     if tuple(mask.shape) not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
         expected = " or ".join(map(str, shapes))
         found = f"{mask.dtype} of the shape {tuple(mask.shape)}"

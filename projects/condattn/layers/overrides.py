@@ -1,4 +1,4 @@
-"""Override the parameters of a layer while another module runs, which reads them without calling the layer."""
+"""Override parameters of a layer during the forward of a module that reads them without calling the layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .hooks import remove_hooks
 
 
 class ParameterOverride(ABC):
-    """Forward hooks of a module that reads parameters of a layer in it: they override these during its forward.
+    """Base class of forward hooks of a reader module that replace parameters of a layer in it during its forward.
 
     Args:
-        reader: The module that uses the parameters. A replica of it (``nn.DataParallel``) takes the hooks over.
-        owner: The layer, in ``reader``; perhaps inside adapters.
+        reader: The module that uses the parameters. Its replicas (``nn.DataParallel``) inherit the hooks.
+        owner: The layer in ``reader``; adapters may wrap it.
     """
 
     def __init__(self, reader: nn.Module, owner: nn.Module) -> None:
@@ -31,10 +31,10 @@ class ParameterOverride(ABC):
 
     @abstractmethod
     def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:
-        """What takes the place of the parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
+        """Return the replacements of parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
 
     def begin(self, reader: nn.Module, args: tuple) -> None:
-        """Put other tensors in the place of the parameters."""
+        """Replace the parameters; a forward pre-hook of the reader."""
         layer = reader.get_submodule(self.path)
         owner: Any = inner(layer)
         others = self.parameters(layer, owner)
@@ -46,7 +46,7 @@ class ParameterOverride(ABC):
             override_parameter(owner, name, other)
 
     def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
-        """Restore the parameters."""
+        """Restore the parameters; a forward hook of the reader."""
         owner: Any = inner(reader.get_submodule(self.path))
         for name, parameter in (getattr(owner, "overridden", None) or {}).items():
             override_parameter(owner, name, parameter)
@@ -54,7 +54,7 @@ class ParameterOverride(ABC):
 
     @classmethod
     def detach(cls, reader: nn.Module, owner: nn.Module | None = None, parameter: str | None = None) -> None:
-        """Remove the overrides of this class from ``reader``; or those of one layer, or of one parameter of it."""
+        """Remove the overrides of this class from ``reader``: all, those of one layer, or those of one parameter."""
         for override in _overrides(reader, cls):
             layer = inner(reader.get_submodule(override.path))
             if owner in (None, layer) and parameter in (None, getattr(override, "parameter", None)):
@@ -63,18 +63,18 @@ class ParameterOverride(ABC):
 
 
 def _overrides(reader: nn.Module, cls: type[ParameterOverride]) -> list[ParameterOverride]:
-    """The overrides of a class that ``reader`` has."""
+    """Return the overrides of class ``cls`` that are registered on ``reader``."""
     owners = (getattr(hook, "__self__", None) for hook in forward_hooks(reader).values())
     return [owner for owner in owners if isinstance(owner, cls)]
 
 
 class CorrectedWeightOverride(ParameterOverride):
-    """Puts W + C in the place of the weight W of a corrected layer.
+    """Replaces the weight W of a corrected layer by W + C.
 
     Args:
         reader: The module that uses the weight.
         owner: The corrected layer.
-        parameter: Its weight.
+        parameter: Name of its weight.
     """
 
     def __init__(self, reader: nn.Module, owner: nn.Module, parameter: str) -> None:
@@ -83,10 +83,10 @@ class CorrectedWeightOverride(ParameterOverride):
         self.parameter = parameter
 
     def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:
-        """W + C.
+        """Return W + C as the replacement of the weight.
 
         Raises:
-            RuntimeError: If an adapter around the layer is at work, which the reader does not call either.
+            RuntimeError: If an adapter around the layer is active, because the reader does not call it either.
         """
         if is_at_work(layer):
             raise RuntimeError(
@@ -97,18 +97,18 @@ class CorrectedWeightOverride(ParameterOverride):
 
 
 class Identity(Tensor):
-    """The identity as the weight of a linear layer: the product with it is the input itself, without computing it."""
+    """A placeholder for the identity matrix as a linear weight: ``F.linear`` returns its input, without a product."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        """What PyTorch's functions do with it.
+        """Return the input of ``F.linear``, and give access to attributes.
 
         Raises:
-            RuntimeError: For a product that is not ``F.linear``.
+            RuntimeError: For any other function.
         """
         if function is F.linear:
             return args[0]
-        if function.__name__ == "__get__":  # its shape and the like
+        if function.__name__ == "__get__":  # attributes such as the shape
             return super().__torch_function__(function, types, args, kwargs)
         raise RuntimeError(
             f"{function.__name__} was given the weight of a preconditioned projection that a rule says to be read by "
@@ -117,19 +117,20 @@ class Identity(Tensor):
 
 
 class PostponedProjection(ParameterOverride):
-    """Postpones a linear layer that a module computes itself to the end of the module's forward, and calls it there.
+    """Postpones a linear layer, whose weight a module reads, to the end of the module's forward, where it is called.
 
-    The module has the identity in its place meanwhile. Hooks, norms and adapters of the layer see its input.
+    Until then the module uses the identity as the weight. Since the layer is called, its hooks, norms and adapters
+    receive its input.
     """
 
     def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:
-        """The identity as the weight, and no bias."""
+        """Return the identity as the weight, and no bias."""
         weight = owner.weight.detach()
-        if is_plain():  # for what does not know our class
+        if is_plain():  # compilers and transforms do not know the subclass Identity
             return {"weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device), "bias": None}
         return {"weight": weight.as_subclass(Identity), "bias": None}
 
     def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
-        """Put the parameters in their places again, and call the layer."""
+        """Restore the parameters, and call the layer on the reader's output."""
         super().end(reader, args, output)
         return None if output is None else reader.get_submodule(self.path)(output)

@@ -1,4 +1,4 @@
-"""The conditioning methods, one file a method, and the classes that they derive from, one for each place they act."""
+"""The conditioning methods, one file for each, and their base classes, one for each place where methods act."""
 
 from ..layers.head_transform import HeadTransform
 from .base import Method, register_method

@@ -1,4 +1,4 @@
-"""What a method is, and the registry of methods."""
+"""The base class of all methods, and the registry of methods."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _ALIASES: dict[str, str] = {}
 
 
 class Method(ABC):
-    """One way to condition attention; a frozen dataclass whose fields are the settings.
+    """Base class of the ways to condition attention; a frozen dataclass whose fields are the settings.
 
-    Most methods derive from a class that knows where they act, and define one function:
+    Most methods derive from a subclass that knows where they act, and define one function:
     :class:`.weight.WeightMethod`, :class:`.head_output.HeadOutputMethod`, :class:`.model_input.ModelInputMethod`, or
     :class:`.initial_weights.InitialWeightsMethod`. A method is registered with :func:`register_method`.
 
     Attributes:
         alias: Short name.
-        alias_settings: Settings that the short name stands for, where they are not the defaults of the class.
-        changes_function: Whether a model with the method computes something else than one without it that has the same
-            weights. Only such methods make a checkpoint one of another model.
+        alias_settings: Settings that the short name implies, if they differ from the defaults of the class.
+        changes_function: Whether a model with the method computes something else than a model without it that has the
+            same weights. Only such methods count when a checkpoint's conditioning is compared with a model's.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -36,7 +36,7 @@ class Method(ABC):
 
     @classmethod
     def places(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> Sequence[Place]:
-        """Where the method acts in ``model``, of whose attention sites ``sites`` were chosen; by default there."""
+        """Return where the method acts in ``model``; by default at ``sites``, the chosen attention sites."""
         return sites
 
     @classmethod
@@ -46,20 +46,20 @@ class Method(ABC):
 
     @abstractmethod
     def check(self, place: Any) -> None:
-        """Raise a one-line ``ValueError`` if the method cannot act at ``place``; change nothing."""
+        """Raise a one-line ``ValueError`` if the method cannot act at ``place``; nothing is changed."""
 
     @abstractmethod
     def apply(self, place: Any) -> None:
-        """Condition ``place`` in place. :meth:`check` has passed."""
+        """Condition ``place`` in place; called after :meth:`check` has passed."""
 
     @classmethod
     @abstractmethod
     def applied_to(cls, place: Any) -> Method | None:
-        """The method of this very class that conditions ``place`` now, or None."""
+        """Return the method of exactly this class that conditions ``place`` now, or None."""
 
     @classmethod
     def find(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> list[tuple[Place, Method]]:
-        """Where methods of this class condition ``model``, whose attention sites are ``sites``."""
+        """Return the places in ``model``, with attention sites ``sites``, that methods of this class condition."""
         return [(site, method) for site in sites if (method := cls.applied_to(site)) is not None]
 
     def excludes(self, other: Method) -> str:
@@ -67,7 +67,7 @@ class Method(ABC):
         return ""
 
     def parts(self, place: Any) -> str:
-        """What of ``place`` the method conditions, for a table of sites; :meth:`check` has passed."""
+        """Return which parts of ``place`` the method conditions, for a table of sites; :meth:`check` has passed."""
         return "yes"
 
     @classmethod
@@ -75,7 +75,7 @@ class Method(ABC):
         """Undo :meth:`apply` of the method that conditions ``place`` now; the trained weights stay as they are.
 
         Raises:
-            NotImplementedError: If the method does not say how.
+            NotImplementedError: If the class does not define how.
         """
         raise NotImplementedError(f"{place}: {cls.__name__} cannot be removed: the class does not define remove")
 
@@ -83,7 +83,7 @@ class Method(ABC):
         """Set initial weights at ``place``: when it is conditioned, and after each initialisation of the model."""
 
     def __str__(self) -> str:
-        """The method as :func:`.parsing.parse` reads it back: 'pc', or 'sc(strength=3.0, relative=True)'."""
+        """Return the text that :func:`.parsing.parse` reads: 'pc', or 'sc(strength=3.0, relative=True)'."""
         default = type(self)(**self.alias_settings)
         names = [field.name for field in dataclasses.fields(self)]
         changed = [name for name in names if getattr(self, name) != getattr(default, name)]
@@ -91,12 +91,12 @@ class Method(ABC):
         return f"{self.alias}({settings})" if settings else self.alias
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings in the long form of a config: ``dict(type=..., ...)``; ``parse`` reads it back."""
+        """Return the long form of a config, ``dict(type=..., ...)``, which ``parse`` reads."""
         return {"type": type(self).__name__, **dataclasses.asdict(self)}
 
 
 def register_method(cls: type[Method]) -> type[Method]:
-    """Class decorator: make ``cls`` buildable from a config by its name and by its ``alias``.
+    """Class decorator: let configs name ``cls`` by its class name and by its ``alias``.
 
     Raises:
         ValueError: If the name or the alias is taken.
@@ -110,12 +110,12 @@ def register_method(cls: type[Method]) -> type[Method]:
 
 
 def registered_methods() -> list[type[Method]]:
-    """The registered method classes, in order of registration."""
+    """Return the registered method classes, in order of registration."""
     return list(_METHODS.values())
 
 
 def method_class(name: Any) -> type[Method]:
-    """The registered class that is called ``name``, or whose short name that is.
+    """Return the registered class with the class name or alias ``name``.
 
     Raises:
         ValueError: If there is none.
@@ -127,6 +127,6 @@ def method_class(name: Any) -> type[Method]:
 
 
 def known_methods() -> str:
-    """The names of the methods, as a sentence for messages."""
+    """Return the names of all methods, as a sentence for messages."""
     names = ", ".join(f"'{alias}' ({name})" for alias, name in _ALIASES.items())
     return f"Known: {names}, several of them joined by '+', and 'none' by itself"

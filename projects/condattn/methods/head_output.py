@@ -1,4 +1,4 @@
-"""Methods that transform the outputs of each head, where they leave the heads."""
+"""The base class of methods that transform the outputs of each head."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .base import Method
 
 
 class HeadOutputMethod(Method):
-    """A function of the outputs of each head of a site.
+    """Base class of methods that apply a function to the outputs of each head of a site.
 
-    Mostly it stands in front of the output projection; where an activation, a norm, a gate, or a residual stands
-    between the two, in front of that. Subclasses implement :meth:`head_transform`. The spectra of the transformed
-    outputs, and calibration (:func:`condattn.weights.calibrate.calibrate`), follow from that.
+    The function is applied before the output projection. If an activation, a norm, a gate, or a residual is between the
+    heads and the projection, it is applied before that. Subclasses implement :meth:`head_transform`. The spectra of the
+    transformed outputs, and calibration (:func:`condattn.weights.calibrate.calibrate`), need no further code.
     """
 
     @abstractmethod
     def head_transform(self, site: AttentionSite) -> HeadTransform:
-        """What transforms the head outputs of ``site``; made with ``method=self``."""
+        """Return a new transform of the head outputs of ``site``, made with ``method=self``."""
 
     def check(self, site: AttentionSite) -> None:
-        """Raise unless a module receives the head outputs of ``site``, and its heads divide their channels."""
+        """Raise a ``ValueError`` unless the head outputs of ``site`` can be transformed, and are not already."""
         out = site.out
         if out is None:
             raise ValueError(f"{site}: its head outputs cannot be conditioned: {site.obstacle}; {leave_out(site)}")
@@ -56,7 +56,7 @@ class HeadOutputMethod(Method):
             )
 
     def apply(self, site: AttentionSite) -> None:
-        """Put the transform in front of what receives the head outputs."""
+        """Insert the transform before the module that receives the head outputs."""
         out = site.out
         assert out is not None  # see check
         owner: Any = inner(out.owner)
@@ -74,13 +74,13 @@ class HeadOutputMethod(Method):
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> HeadOutputMethod | None:
-        """The method of this class that transforms the head outputs of ``site``, or None."""
+        """Return the method of this class that transforms the head outputs of ``site``, or None."""
         method: Any = getattr(head_transform_of(site), "method", None)
         return method if type(method) is cls else None
 
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
-        """Take the transform away, and give the layer its own class back."""
+        """Remove the transform, and restore the original class of the layer."""
         assert site.out is not None
         owner: Any = inner(site.out.owner)
         transform = owner.head_transform
@@ -97,7 +97,7 @@ class HeadOutputMethod(Method):
 
 
 def _channels(site: AttentionSite, out: HeadOutputs) -> int | None:
-    """How many channels of head outputs lie along the axis, where the layers tell."""
+    """Return the number of channels of head outputs along the axis, or None if the layers do not tell it."""
     if out.channels is not None:
         return out.channels.stop - out.channels.start
     for name in ("in_features", "in_channels"):

@@ -1,4 +1,4 @@
-"""Methods that change what a model, or a module in it, is given."""
+"""The base class of methods that transform the input of a model, or of a module in it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .base import Method
 
 
 class ModelInputMethod(Method):
-    """A function of the first argument of a module's forward; by default of the conditioned model's.
+    """Base class of methods that transform the first argument of a forward, by default that of the conditioned model.
 
-    Subclasses implement :meth:`transform`, and :meth:`places` where the module is another.
+    Subclasses implement :meth:`transform`, and override :meth:`places` to act on another module.
     """
 
     @abstractmethod
     def transform(self, x: Tensor) -> Tensor:
-        """The input in place of ``x``, of the same shape."""
+        """Return the tensor to use in place of the input ``x``, of the same shape."""
 
     def input_transform(self, place: Place) -> InputTransform:
         """The hook that applies :meth:`transform` at ``place``."""
@@ -30,11 +30,11 @@ class ModelInputMethod(Method):
 
     @classmethod
     def places(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> Sequence[Place]:
-        """The model itself."""
+        """Return the model itself."""
         return [Place("", model)]
 
     def check(self, place: Place) -> None:
-        """Raise if another method changes the same input."""
+        """Raise a ``ValueError`` if another method transforms the same input."""
         if others := _transforms(place.module):
             raise ValueError(
                 f"{place}: its input is conditioned already, by {others[0].method}; two methods cannot change it: name "
@@ -42,24 +42,24 @@ class ModelInputMethod(Method):
             )
 
     def apply(self, place: Place) -> None:
-        """Change the input from now on."""
+        """Register the forward pre-hook that transforms the input."""
         place.module.register_forward_pre_hook(self.input_transform(place), with_kwargs=True)
 
     @classmethod
     def applied_to(cls, place: Place) -> ModelInputMethod | None:
-        """The method of this class that changes the input of ``place``, or None."""
+        """Return the method of this class that transforms the input of ``place``, or None."""
         methods = (transform.method for transform in _transforms(place.module))
         return next((method for method in methods if type(method) is cls), None)
 
     @classmethod
     def find(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> list[tuple[Place, Method]]:
-        """The modules whose input is changed."""
+        """Return the modules whose input is transformed, each with its method."""
         places = (Place(name, module) for name, module in model.named_modules())
         return [(place, method) for place in places if (method := cls.applied_to(place)) is not None]
 
     @classmethod
     def remove(cls, place: Place) -> None:
-        """Leave the input as it is."""
+        """Remove the forward pre-hook, so that the input is no longer transformed."""
         remove_hooks(place.module, lambda hook: isinstance(hook, InputTransform) and type(hook.method) is cls)
 
 

@@ -1,4 +1,4 @@
-"""Read conditionings: names, texts such as 'sc(strength=3.0)+pc', and the long form of a config."""
+"""Parse conditionings: names, texts such as 'sc(strength=3.0)+pc', and the long form of a config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .base import Method, known_methods, method_class
 
 DEFAULT = "pc"
-"""The conditioning where none is named."""
+"""The conditioning that is used if none is given."""
 
 Conditioning = str | Method | Mapping[str, Any] | Sequence[Any] | None
 
@@ -67,7 +67,7 @@ def split_names(text: str) -> list[str]:
 
 
 def _read(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and settings in a text such as 'sc(strength=3.0, relative=True)+pc'."""
+    """Return the names and settings in a text such as 'sc(strength=3.0, relative=True)+pc'."""
     try:
         node, terms = ast.parse(text.strip(), mode="eval").body, list[ast.expr]()
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -90,7 +90,7 @@ def _read_term(node: ast.expr) -> tuple[str, dict[str, Any]]:
 
 
 def _instance(name: Any, settings: dict[str, Any]) -> Method:
-    """The method called ``name``; a short name stands for settings of its own."""
+    """Build the method called ``name``; an alias implies its own default settings."""
     cls = method_class(name)
     try:
         return cls(**({**cls.alias_settings, **settings} if name == cls.alias else settings))

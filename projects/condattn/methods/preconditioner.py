@@ -15,20 +15,21 @@ from .head_output import HeadOutputMethod
 @register_method
 @dataclass(frozen=True)
 class RowPreconditioner(HeadOutputMethod):
-    """Row equilibration of each head's output, where it leaves the heads.
+    """Row equilibration of each head's output: every row is divided by its norm.
 
-    Mostly that is in front of the output projection; where an activation, a norm, a gate, or a residual stands between
-    the two, it is in front of that.
+    It is applied before the output projection. If an activation, a norm, a gate, or a residual is between the heads and
+    the projection, it is applied before that.
 
     Attributes:
-        detach: If False, the gradient is that of the forward pass; if True, C is a constant in backpropagation, as
-            one unofficial source reports of the paper (its own words leave it open).
-        eps: Smallest norm that a row is divided by; the papers give none.
-        cross_covariance: What a row is where attention is between channels (XCiT, DaViT), which the paper does not
-            say: 'channels' takes each token's channels of a head, as elsewhere; 'tokens' each channel over all tokens.
+        detach: If False, the gradient is exact. If True, C is a constant in the backward pass, as one unofficial source
+            reports about the paper, whose own words leave it open.
+        eps: Smallest norm that a row is divided by; the papers give no value.
+        cross_covariance: What a row is if attention is between channels (XCiT, DaViT), which the paper does not say.
+            With 'channels', it is a token's channels of a head, as in other attention; with 'tokens', it is one channel
+            over all tokens.
 
     Raises:
-        ValueError: If a setting is not one of these.
+        ValueError: If a setting has an invalid value.
     """
 
     alias: ClassVar[str] = "pc"
@@ -46,5 +47,5 @@ class RowPreconditioner(HeadOutputMethod):
             )
 
     def head_transform(self, site: AttentionSite) -> HeadNorm:
-        """What normalises the head outputs of ``site``."""
+        """Return the transform that normalises the head outputs of ``site``."""
         return HeadNorm(site, self.eps, self.detach, self.cross_covariance == "tokens", self)

@@ -20,12 +20,12 @@ from .weight import WeightMethod
 @register_method
 @dataclass(frozen=True)
 class SpectralCorrection(WeightMethod):
-    """W + C in place of W for the query, key and value projections; W trains, C is set once.
+    """W + C in place of W in the query, key and value projections; W is trained, C is set once.
 
-    ``SpectralCorrection()`` is the form of all experiments of the paper (Thm 3.8): C = 10 I_k, ones on the main
-    diagonal. ``SpectralCorrection(form='svd')`` is the exact form (Thm 3.5): C = sigma_max(W) U V^T, with which
-    kappa(W + C) <= 2. With a pre-LayerNorm backbone (ViT, Swin) 10 I_k saturates the softmax at initialisation; a
-    strength of about 1 keeps attention alive, and ``'sc'`` stands for a strength of 1.
+    ``SpectralCorrection()`` is the form of all experiments of the paper (Thm 3.8): C = 10 I_k, where I_k has ones on
+    the main diagonal. ``SpectralCorrection(form='svd')`` is the exact form (Thm 3.5): C = sigma_max(W) U V^T, with
+    which kappa(W + C) <= 2. With a pre-LayerNorm backbone (ViT, Swin), 10 I_k saturates the softmax at initialisation.
+    A strength of about 1 avoids this, and ``'sc'`` stands for a strength of 1.
 
     Attributes:
         strength: lambda, the size of C; one number, or one per target such as ``dict(q=1.0, k=1.0, v=10.0)``.
@@ -34,12 +34,12 @@ class SpectralCorrection(WeightMethod):
             then guarantees kappa(W + C) <= (strength + 1) / (strength - 1). Default: False, and True for
             ``form='svd'``.
         targets: Which of 'q', 'k' and 'v' are corrected.
-        layout: 'fused' lays C over the whole projection of all heads, 'per_head' over each head's own rows. The
-            paper does not say which.
+        layout: 'fused' places C over the whole projection of all heads, 'per_head' over each head's own rows. The paper
+            does not say which it uses.
         form: 'identity' for lambda I_k, 'svd' for lambda U V^T.
 
     Raises:
-        ValueError: If a setting is not one of these.
+        ValueError: If a setting has an invalid value.
     """
 
     alias: ClassVar[str] = "sc"
@@ -76,7 +76,7 @@ class SpectralCorrection(WeightMethod):
         object.__setattr__(self, "relative", svd if self.relative is None else self.relative)
 
     def check(self, site: AttentionSite) -> None:
-        """Raise as other methods that change weights, and unless the heads divide the rows of every target."""
+        """Raise a ``ValueError`` if the base class does, or the heads do not divide the rows of a target."""
         super().check(site)
         for target, projection in self._projections(site).items():
             heads, rows = site.heads_of(projection), len(projection.weight)
@@ -86,7 +86,7 @@ class SpectralCorrection(WeightMethod):
                 )
 
     def constant(self, weight: Tensor, target: str, num_heads: int) -> Tensor:
-        """C of one projection, where it has a weight of its own."""
+        """Return C of one projection that has a weight of its own."""
         rows = slice(0, len(weight))
         correction = BlockCorrection(self._blocks(target, (rows,), num_heads), bool(self.relative), self.form == "svd")
         constant, columns = correction.compute(weight), correction.columns(weight)
@@ -95,7 +95,7 @@ class SpectralCorrection(WeightMethod):
         return torch.zeros_like(weight).scatter_add(1, columns[:, None], constant[:, None])
 
     def correction(self, projections: Mapping[str, Projection], site: AttentionSite) -> BlockCorrection:
-        """The correction of one weight, with one entry a row in the identity form."""
+        """Return the correction of one weight; in the identity form it stores one entry for each row."""
         blocks = [self._blocks(name, p.rows, site.heads_of(p)) for name, p in projections.items()]
         return BlockCorrection(sum(blocks, ()), bool(self.relative), self.form == "svd", self)
 

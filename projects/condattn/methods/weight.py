@@ -1,4 +1,4 @@
-"""Methods that add a constant to weights of the query, key and value projections."""
+"""The base class of methods that add a constant to weights of the query, key and value projections."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .base import Method
 
 
 class WeightMethod(Method):
-    """W + C in place of W for projections of a site; W trains, C is set once.
+    """Base class of methods that use W + C in place of W in projections of a site; W is trained, C is set once.
 
     Subclasses implement :meth:`constant`. Saving, loading, :func:`condattn.fold`, the spectra of W + C, and loading
-    weights such that the function stays (``load='effective'``) follow from that.
+    weights so that the function is preserved (``load='effective'``) need no further code.
 
     Attributes:
         targets: Which of 'q', 'k' and 'v' are changed.
-        depends_on_weight: Whether C is a function of the weight, and so is saved with it; otherwise it is computed
-            from the settings alone.
+        depends_on_weight: Whether C is a function of the weight, and is therefore saved with it. Otherwise it is
+            computed from the settings alone.
     """
 
     targets: Sequence[str] = ("q", "k", "v")
@@ -37,7 +37,7 @@ class WeightMethod(Method):
 
     @abstractmethod
     def constant(self, weight: Tensor, target: str, num_heads: int) -> Tensor:
-        """C of one projection.
+        """Return C of one projection.
 
         Args:
             weight: W in float64, (out features of the projection, in features), head after head.
@@ -49,12 +49,12 @@ class WeightMethod(Method):
         """
 
     def correction(self, projections: Mapping[str, Projection], site: AttentionSite) -> Correction:
-        """The correction of one weight, some rows of which are these projections of ``site``."""
+        """Return the correction of one weight, whose rows contain these projections of ``site``."""
         parts = tuple((name, tuple(indices(p.rows)), site.heads_of(p)) for name, p in projections.items())
         return RowsCorrection(self, parts)
 
     def check(self, site: AttentionSite) -> None:
-        """Raise unless ``site`` has some of the targets, as linear maps that no other method has changed."""
+        """Raise a ``ValueError`` unless ``site`` has targets, all linear maps that no other method corrects."""
         projections = self._projections(site)
         if not projections:
             wanted = ", ".join(self.targets)
@@ -83,22 +83,23 @@ class WeightMethod(Method):
             layer.add_correction(parameter, self.correction(projections, site))
         readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
         for (owner, parameter), reader in readers.items():
-            CorrectedWeightOverride.detach(reader, owner, parameter)  # that of another method, which is the same
+            # Another method may have registered the same override.
+            CorrectedWeightOverride.detach(reader, owner, parameter)
             CorrectedWeightOverride(reader, owner, parameter)
 
     @classmethod
     def applied_to(cls, site: AttentionSite) -> WeightMethod | None:
-        """The method of this class that changes weights of ``site``, or None."""
+        """Return the method of this class that corrects weights of ``site``, or None."""
         methods = (correction.method for p in _projections(site) for correction in corrections_of(p))
         return next((method for method in methods if type(method) is cls), None)
 
     def parts(self, site: AttentionSite) -> str:
-        """The projections that are changed."""
+        """Return the names of the projections that are corrected."""
         return ", ".join(self._projections(site))
 
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
-        """Take C away from the projections of ``site``, and give the layers their own classes back; W stays."""
+        """Remove C from the projections of ``site``, and restore the classes of the layers; W stays."""
         for projection in _projections(site):
             owner: Any = projection.owner
             if not any(type(correction.method) is cls for correction in corrections_of(projection)):
@@ -109,13 +110,13 @@ class WeightMethod(Method):
                 CorrectedWeightOverride.detach(projection.reader, owner, projection.parameter)
 
     def _projections(self, site: AttentionSite) -> dict[str, Projection]:
-        """The projections of ``site`` that are targets; those that the site does not have are left out."""
+        """Return the projections of ``site`` that are targets, without those that the site does not have."""
         return {name: getattr(site, name) for name in self.targets if getattr(site, name) is not None}
 
 
 @dataclass(frozen=True)
 class RowsCorrection(Correction):
-    """What :meth:`WeightMethod.constant` gives for some rows of a weight.
+    """The correction of some rows of a weight by :meth:`WeightMethod.constant`.
 
     Attributes:
         method: The method.
@@ -127,22 +128,22 @@ class RowsCorrection(Correction):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The short name of the method."""
+        """The alias of the method."""
         return self.method.alias
 
     @property
     def depends_on_weight(self) -> bool:
-        """As the method says."""
+        """Whether C is a function of the weight, as the method declares."""
         return self.method.depends_on_weight
 
     @property
     def rows(self) -> frozenset[int]:
-        """The rows that are changed."""
+        """The rows that are corrected."""
         return frozenset(row for _, rows, _ in self.parts for row in rows)
 
     @torch.no_grad()
     def compute(self, weight: Tensor) -> Tensor:
-        """C of ``weight``, (out features, in features)."""
+        """Compute C for ``weight``, (out features, in features)."""
         exact = weight.detach().double()
         constant = torch.zeros_like(exact)
         for target, rows, num_heads in self.parts:

@@ -1,4 +1,4 @@
-"""Condition numbers of attention, measured."""
+"""Measure the condition numbers of attention."""
 
 from .bound import Bound
 from .jacobian import Jacobian

@@ -1,4 +1,4 @@
-"""What is worth a look in a measurement, and what to try."""
+"""Find problems in measurements, and advise what to try."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from ..wording import some
 from .results import Measurement
 
 LOW_ENTROPY = 0.05
-"""Share of log(keys) below which attention counts as saturated."""
+"""Attention counts as saturated if its entropy is below this share of log(keys)."""
 SMALL = 1.05
-"""A correction is too small if it changes condition numbers of a site by no more than this factor ..."""
+"""A correction counts as too small if it changes the condition numbers of a site by at most this factor ..."""
 LOW_KAPPA = 2.0
-"""... and they are above this one."""
+"""... and they are above this value."""
 
 
 def find_warnings(measurements: Mapping[str, Measurement], trained: bool = True) -> list[str]:
-    """One line for each model and trouble: saturated attention, a preconditioner or a correction that does not help.
+    """Return one line for each model and problem.
+
+    Problems are saturated attention, and a preconditioner or a correction that does not help.
 
     Args:
         measurements: Label -> measurement; a single one has the label ''.
-        trained: Whether the models have been trained. Before that the rows of head outputs have nearly equal norms, and
-            that a preconditioner changes little, or raises a condition number, means nothing: it is not said.
+        trained: Whether the models have been trained. Before training, the rows of head outputs have nearly equal
+            norms. That a preconditioner changes little, or raises a condition number, then means nothing and is not
+            reported.
     """
     lines = []
     for label, measurement in measurements.items():

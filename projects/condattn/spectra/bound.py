@@ -1,4 +1,4 @@
-"""The bound of the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162."""
+"""The bound on the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ EPS = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Bound:
-    """The bound of the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162, and its factors.
+    """The bound on the condition number of a head's Jacobian, by Thm 3.4 of arXiv 2603.07162, and its factors.
 
-    It is a bound where X and the weights are square and none of them, nor the map, is singular. Of other factors each
-    condition number is that of the singular values that are not zero, with which products may have larger ones: there
-    it is the theorem's expression, and no guarantee. Biases and what is added to the logits are not in it.
+    It is a bound if X and the weights are square, and neither they nor the map are singular. For other factors, each
+    condition number is that of the nonzero singular values. Products of such factors may have larger condition numbers,
+    so that the value is then only the expression in the theorem, and no guarantee. Biases, and terms that are added to
+    the logits, are not included.
 
-    kappa(X)^3 kappa(Lambda) kappa(W_V) (kappa(W_Q) + kappa(W_K)) + kappa(X) kappa(map), where Lambda is the derivative
-    of the softmax: Diag(p) - p p^T for each row p of the map. That is always singular; like all others, its condition
-    number is that of its singular values that are not zero.
+    The value is kappa(X)^3 kappa(Lambda) kappa(W_V) (kappa(W_Q) + kappa(W_K)) + kappa(X) kappa(map), where Lambda is
+    the derivative of the softmax: Diag(p) - p p^T for each row p of the map. Lambda is always singular; its condition
+    number is therefore also that of its nonzero singular values.
     """
 
     tokens: float
@@ -43,10 +44,10 @@ class Bound:
 
 
 def head_bound(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> Bound:
-    """The bound of Thm 3.4 for one head and image or window.
+    """Compute the bound of Thm 3.4 for one head and one image or window.
 
     Raises:
-        ValueError: If the site is no self-attention between tokens whose tokens, map and weights are known.
+        ValueError: If the site is not self-attention between tokens, or its tokens, map and weights are not all known.
     """
     refusal = ValueError(
         f"{site}: Thm 3.4 is of heads that are softmax(X W_Q W_K^T X^T) X W_V, of tokens X that are seen"
@@ -55,7 +56,8 @@ def head_bound(site: AttentionSite, seen: Seen, head: int, sample: int = 0) -> B
         raise refusal
     weights = {name: head_weight(site, name, head) for name in ("q", "k", "v")}
     values = seen.tokens[sample] @ weights["v"].to(seen.tokens.dtype).T
-    offset = seen.outputs[sample, head] - seen.map[sample, head] @ values  # of rows that sum to one: the bias
+    # What remains is the bias, because the rows of the map sum to one.
+    offset = seen.outputs[sample, head] - seen.map[sample, head] @ values
     if not torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-3 * seen.outputs[sample, head].abs().max()):
         raise refusal
     rows = seen.map[sample, head].double()
@@ -73,7 +75,7 @@ def _kappa(matrix: Tensor, tolerance: float = 0.0) -> float:
 
 
 def _ratio(values: Tensor, tolerance: float) -> float:
-    """The largest singular value over the smallest that is not zero; NaN if all are."""
+    """Return the largest singular value divided by the smallest nonzero one; NaN if all are zero."""
     top = values.max()
     values = values[values > tolerance * top]
     return (top / values.min()).item() if len(values) else math.nan

@@ -1,7 +1,8 @@
-"""What happens at each attention site while a model runs: the attention map, its logits, the head outputs.
+"""Capture what happens at each attention site while a model runs: the attention map, its logits, the head outputs.
 
-Nothing is asked of the host's code. Fused kernels never show the map, so scaled dot-product attention runs in its plain
-form meanwhile, and the map is seen where the tensor operations of a site compute a softmax and multiply its result.
+The host's code does not have to cooperate. Fused kernels never expose the map, so scaled dot-product attention runs in
+its plain form meanwhile. The map is captured where the tensor operations of a site compute a softmax, and multiply its
+result.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..layers.head_transform import head_transform_of
 aten = torch.ops.aten
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 LARGE = 2**24
-"""A call whose maps have more entries is not computed again in float64."""
+"""A call whose maps have more entries than this is not recomputed in float64."""
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 COPIES = {aten._to_copy.default, aten.clone.default}
 PRODUCTS = {aten.bmm.default, aten.mm.default}
@@ -34,18 +35,21 @@ PRODUCTS = {aten.bmm.default, aten.mm.default}
 
 @dataclass
 class Seen:
-    """What one call of an attention site showed, computed in float64 from what went in where its module can do that.
+    """Data captured from one call of an attention site.
+
+    If the module supports float64, the data is recomputed in float64 from the inputs of the call.
 
     Attributes:
-        logits: Input of the softmax, bias and mask included, (samples, heads, N, M); None where no softmax was seen
-            whose result is multiplied with something. A sample is an image, or a window of one.
-        map: Its output, the attention map, of the same shape.
+        logits: Input of the softmax, with bias and mask, (samples, heads, N, M); None if no softmax was captured whose
+            result is multiplied by something. A sample is an image, or a window of one.
+        map: Output of the softmax, the attention map, of the same shape.
         outputs: A(X), the outputs of the heads, (samples, heads, N, d), also of attention between channels, whose map
-            is d x d; None where they could not be seen.
-        sources: 'q', 'k', 'v' -> the tokens that the projection gets, (samples, N or M, D), where they could be seen.
+            is d x d; None if they could not be captured.
+        sources: 'q', 'k', 'v' -> the tokens that the projection receives, (samples, N or M, D), if they could be
+            captured.
         args: Arguments of the call.
         kwargs: Keyword arguments of the call.
-        precision: Relative precision of what went in, whatever it is computed in.
+        precision: Relative precision of the inputs of the call, whatever precision it is recomputed in.
     """
 
     logits: Tensor | None
@@ -58,16 +62,16 @@ class Seen:
 
     @property
     def tokens(self) -> Tensor | None:
-        """X, (samples, N, D), of self-attention; None where queries and keys are made of different tokens."""
+        """X, (samples, N, D), of self-attention; None if queries and keys are made from different tokens."""
         queries = self.sources.get("q")
         return queries if queries is not None and queries is self.sources.get("k") else None
 
 
 @contextmanager
 def capture(sites: Iterable[AttentionSite], observe: Callable[[AttentionSite, Seen], None]) -> Iterator[None]:
-    """While the context lasts, show ``observe`` what each call of each site does.
+    """Call ``observe`` with the data of each call of each site while the context is active.
 
-    Runs without gradients; the model is left as it is.
+    The model runs without gradients, and is left unchanged.
     """
     operations = _Operations()
     with ExitStack() as stack:
@@ -85,7 +89,7 @@ def capture(sites: Iterable[AttentionSite], observe: Callable[[AttentionSite, Se
 
 @contextmanager
 def _slow_path() -> Iterator[None]:
-    """PyTorch's encoder layers as they are written, not as one operation."""
+    """Disable PyTorch's fast path, which runs an encoder layer as one operation."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -96,7 +100,7 @@ def _slow_path() -> Iterator[None]:
 
 @dataclass
 class _Call:
-    """A running call: its softmaxes, the products of their results with something, and what went in and out."""
+    """A call of a site that is running: its softmaxes, the products of their results, its inputs and head outputs."""
 
     site: AttentionSite
     args: tuple
@@ -108,7 +112,11 @@ class _Call:
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def seen(self) -> Seen:
-        """What it showed: the last softmax whose result was multiplied, or those of the heads, one after the other."""
+        """Return the captured data.
+
+        It is that of the last softmax whose result was multiplied; or, if each head has its own softmax, of all of
+        them.
+        """
         heads = self.site.num_heads
         parts = [(*self.maps[i], self.products[i].reshape(*self.maps[i][1].shape[:-1], -1)) for i in self.products]
         logits, weights, outputs = None, None, None
@@ -119,12 +127,15 @@ class _Call:
             logits, weights, outputs = (_by_head(tensor, heads) for tensor in parts[-1])
         if outputs is not None and self.site.cross_covariance:
             outputs = outputs.mT
-        if self.passed is not None and not (outputs is not None and self._leads_to_what_passed(outputs)):
+        if self.passed is not None and not (outputs is not None and self._matches_passed(outputs)):
             outputs = head_outputs(self.site, self.passed)
         return Seen(logits, weights, outputs, self._sources(weights, outputs), self.args, self.kwargs, self.precision)
 
-    def _leads_to_what_passed(self, product: Tensor) -> bool:
-        """Whether a product is what left the heads, but for padding that was cut off; not if something was added."""
+    def _matches_passed(self, product: Tensor) -> bool:
+        """Return whether a product is the tensor that left the heads, except for padding that was cut off.
+
+        It is not if something was added in between.
+        """
         channels = self.passed.shape[self.site.out.axis]
         if product.numel() == self.passed.numel():
             return torch.allclose(product.norm(), self.passed.norm(), rtol=1e-3)
@@ -140,7 +151,7 @@ class _Call:
             given = dict(zip(("query", "key", "value"), self.args, strict=False)) | self.kwargs
             inputs = {name[0]: given[name] for name in ("query", "key", "value")}
         counts = {"q": outputs.shape[2], "k": outputs.shape[2] if weights is None else weights.shape[-1]}
-        arranged: dict[tuple[int, int], Tensor | None] = {}  # what was one tensor stays one
+        arranged: dict[tuple[int, int], Tensor | None] = {}  # inputs that are one tensor stay one tensor
         sources = {}
         for name, x in inputs.items():
             key = id(x), counts.get(name, counts["k"])
@@ -151,7 +162,7 @@ class _Call:
         return sources
 
     def _arrange(self, name: str, x: Tensor, samples: int, count: int) -> Tensor | None:
-        """The input of a projection as (samples, tokens, channels); None if it has other tokens than these."""
+        """Return the input of a projection as (samples, tokens, channels); None if the number of tokens differs."""
         if isinstance(self.site.module, nn.MultiheadAttention):
             x = x.transpose(0, 1) if x.dim() == 3 and not self.site.module.batch_first else x
         elif isinstance(getattr(self.site, name).owner, nn.Conv2d):
@@ -160,37 +171,37 @@ class _Call:
 
 
 class _Operations(TorchDispatchMode):
-    """Watches the tensor operations of the innermost site that is running."""
+    """Records the tensor operations of the innermost site that is running."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
-        self.asleep, self.again = False, False
+        self.paused, self.recomputing = False, False
         self.seen: Seen | None = None
         self.precision = 0.0
 
     def watch(self, site: AttentionSite, observe: Callable[[AttentionSite, Seen], None]) -> list[RemovableHandle]:
-        """Hooks that begin and end the calls of a site."""
+        """Register the hooks that begin and end the calls of a site, and return their handles."""
 
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not self.asleep:
-                precision = self.precision if self.again else precision_of((args, kwargs))
+            if not self.paused:
+                precision = self.precision if self.recomputing else precision_of((args, kwargs))
                 self.calls.append(_Call(site, args, kwargs, precision))
 
         def end(module: nn.Module, args: tuple, output: object) -> None:
-            if self.asleep:
+            if self.paused:
                 return
             call = self.calls.pop()
-            if self.again:  # the same call in float64, which is the one to show
+            if self.recomputing:  # the repeated call in float64, whose data is used
                 self.seen = call.seen()
                 return
             seen = self._in_double(module, call) or call.seen()
-            self.asleep = True  # the observer may call the module again
+            self.paused = True  # the observer may call the module again
             try:
                 with _disable_current_modes():
                     observe(site, seen)
             finally:
-                self.asleep = False
+                self.paused = False
 
         def leave(module: nn.Module, args: tuple) -> None:
             if self._is_running(site):
@@ -214,29 +225,32 @@ class _Operations(TorchDispatchMode):
         return hooks
 
     def _in_double(self, module: nn.Module, call: _Call) -> Seen | None:
-        """The call in float64; None where the maps are large, or the module has weights of others or casts itself."""
+        """Repeat the call in float64, and return its data.
+
+        Returns None if the maps are too large, or the module uses weights from outside or casts by itself.
+        """
         if sum(logits.numel() for logits, _ in call.maps) > LARGE:
             return None
-        self.again, self.seen, self.precision = True, None, call.precision
+        self.recomputing, self.seen, self.precision = True, None, call.precision
         depth = len(self.calls)
         try:
             functional_call(module, doubled_state(module), doubled(call.args), doubled(without_caches(call.kwargs)))
         except RuntimeError:
             del self.calls[depth:]
         finally:
-            self.again = False
+            self.recomputing = False
         return self.seen
 
     def _is_running(self, site: AttentionSite) -> bool:
-        return not self.asleep and bool(self.calls) and self.calls[-1].site is site
+        return not self.paused and bool(self.calls) and self.calls[-1].site is site
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if self.calls:
-            self._look(self.calls[-1], function, args, result)
+            self._record(self.calls[-1], function, args, result)
         return result
 
-    def _look(self, call: _Call, function, args: tuple, result) -> None:
+    def _record(self, call: _Call, function, args: tuple, result) -> None:
         if function in SOFTMAX and args[1] in (-1, result.dim() - 1):
             call.maps.append((args[0], result))
         elif function in COPIES:
@@ -252,7 +266,7 @@ class _Operations(TorchDispatchMode):
 
 
 def doubled(values: Any) -> Any:
-    """The same with tensors of floating-point numbers in float64; what was one tensor is one."""
+    """Convert all floating-point tensors in ``values`` to float64; one tensor in several places stays one tensor."""
     done: dict[int, Tensor] = {}
 
     def double(value: Any) -> Any:
@@ -264,34 +278,40 @@ def doubled(values: Any) -> Any:
 
 
 def precision_of(values: Any) -> float:
-    """The precision of the first tensor of floating-point numbers."""
+    """Return the precision of the first floating-point tensor, or that of float64 if there is none."""
     found = [v for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point()]
     return torch.finfo(found[0].dtype if found else torch.float64).eps
 
 
 def without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of transformers' attention for a call of its own: it appends to a cache of keys each time."""
+    """Return keyword arguments of transformers' attention without caches, so that the call can be repeated.
+
+    Each call would append keys to such a cache.
+    """
     return {name: None if name in CACHES else value for name, value in kwargs.items()}
 
 
 def doubled_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module, in float64."""
+    """Return the parameters and buffers of a module in float64."""
     return doubled({**dict(module.named_parameters()), **dict(module.named_buffers())})
 
 
 def precondition(site: AttentionSite, outputs: Tensor) -> Tensor:
-    """C A(X), by what transforms the site's head outputs, or the default norm: (samples, heads, N, d)."""
+    """Return C A(X), (samples, heads, N, d), by the site's head transform, or the default norm if it has none."""
     transform = head_transform_of(site) or HeadNorm(site)
     return transform.transform_heads(outputs, outputs.dim() - 3, outputs.dim() - 1)
 
 
 def noise(seen: Seen) -> float:
-    """What counts as zero, relative to the largest singular value, for the rounding of what went in."""
+    """Return the tolerance for the rounding error of the inputs.
+
+    Singular values below this multiple of the largest one count as zero.
+    """
     return 8 * seen.precision
 
 
 def _has_rows_of(one: Tensor, other: Tensor) -> bool:
-    """Whether the rows of a matrix are those of another in memory."""
+    """Return whether the rows of two matrices are the same memory."""
     return _shares(one, other) and one.shape[-1] == other.shape[-1] and one.stride(-1) == other.stride(-1)
 
 
@@ -300,24 +320,24 @@ def _shares(one: Tensor, other: Tensor) -> bool:
 
 
 def head_outputs(site: AttentionSite, passed: Tensor) -> Tensor:
-    """What passes where ``site.out`` says, as head outputs (samples, heads, N, d)."""
+    """Return the tensor that passes at ``site.out`` as head outputs, (samples, heads, N, d)."""
     if site.out.num_heads == 1 < site.num_heads:  # the heads have an axis of their own
         return _by_head(passed, site.num_heads)
     return HeadNorm(site).rows(passed)
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor | None:
-    """A tensor (..., rows, columns) as (samples, heads, rows, columns), or None where no axis is that of the heads."""
+    """Return a tensor (..., rows, columns) as (samples, heads, rows, columns); None if no axis is that of the heads."""
     if tensor.dim() == 3 and tensor.shape[0] % heads == 0:
         return tensor.unflatten(0, (-1, heads))
     if tensor.dim() < 4:
         return None
     axes = [axis for axis in dict.fromkeys((1, tensor.dim() - 3)) if tensor.shape[axis] == heads]
-    if len(axes) == 2 and heads > 1:  # as many heads as windows
+    if len(axes) == 2 and heads > 1:  # ambiguous: as many windows as heads
         return None
     if axes:
         return tensor.movedim(axes[0], -3).flatten(0, -4)
-    if tensor.shape[1] % heads == 0:  # several maps a head
+    if tensor.shape[1] % heads == 0:  # several maps for each head
         return tensor.movedim(1, -3).flatten(0, -4)
     if tensor.shape[0] % heads == 0:
         return tensor.unflatten(0, (-1, heads)).movedim(1, -3).flatten(0, -4)

@@ -1,4 +1,8 @@
-"""Extreme singular values of Jacobians: whole where they are small, else by factors, or by products alone."""
+"""Extreme singular values of Jacobians.
+
+Small Jacobians are computed as dense matrices. For larger ones, a Gram matrix is factorised, or only matrix-vector
+products are used.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ from torch.func import jvp, vjp, vmap
 from .kronecker import RowKronecker
 
 WHOLE = 2048
-"""A Jacobian with no more rows, or no more columns, is computed whole."""
+"""A Jacobian with at most this many rows, or columns, is computed as a dense matrix."""
 DENSE = 16384
-"""A Gram matrix of no more rows is factorised; that takes 16 bytes an entry."""
+"""A Gram matrix with at most this many rows is factorised, which takes 16 bytes per entry."""
 RELIABLE = 0.1
-"""Up to this residual an extreme singular value counts as found."""
+"""An extreme singular value counts as found up to this residual."""
 STEPS = 500
-"""Of the methods that find the smallest singular value of others."""
+"""Maximum number of iterations to find the smallest singular value of a larger Jacobian."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,13 @@ class Extremes:
     """The extreme singular values of a Jacobian.
 
     Attributes:
-        sigma_max: The largest.
-        sigma_min: The smallest that is not zero; NaN where none was found.
-        rank: How many are not zero, or None where the Jacobian was not computed whole.
-        size: Its rows and columns.
-        residual: 0 where it was computed whole; else the larger of |G v - sigma^2 v| / sigma^2 of the two, with G the
-            smaller of J J^T and J^T J: some sigma^2 lies so close, relatively. Above ``RELIABLE`` it was not found.
+        sigma_max: The largest singular value.
+        sigma_min: The smallest nonzero singular value; NaN if none was found.
+        rank: Number of nonzero singular values, or None if the Jacobian was not computed as a dense matrix.
+        size: Rows and columns of the Jacobian.
+        residual: 0 if the Jacobian was computed as a dense matrix. Otherwise the larger one of |G v - sigma^2 v| /
+            sigma^2 of the two values, with G the smaller one of J J^T and J^T J: a true sigma^2 is within this relative
+            distance. Above ``RELIABLE``, the value counts as not found.
     """
 
     sigma_max: float
@@ -46,10 +51,11 @@ class Extremes:
 
     @property
     def kappa(self) -> float:
-        """sigma_max / sigma_min; NaN where sigma_min was not found, or is of a matrix of zeros.
+        """sigma_max / sigma_min; NaN if sigma_min was not found, or the matrix is zero.
 
-        What is smaller than the rounding of a model's own numbers counts as zero: of a model in float32 it is 10^6 at
-        most, in bfloat16 16. Above ``WHOLE`` what is below 10^-7 of the largest counts as zero in float64 too.
+        Values below the rounding error of a model's own numbers count as zero, so that kappa is at most 10^6 for a
+        model in float32, and 16 in bfloat16. Above ``WHOLE``, values below 10^-7 of the largest count as zero in
+        float64 too.
         """
         found = self.sigma_min and self.residual <= RELIABLE
         return self.sigma_max / self.sigma_min if found else float("nan")
@@ -57,7 +63,7 @@ class Extremes:
 
 @dataclass(frozen=True)
 class _Products:
-    """A matrix by its products: ``forward`` with a vector, ``backward`` of its transpose."""
+    """A matrix given by products: ``forward`` multiplies a vector by it, ``backward`` by its transpose."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor], Tensor]
@@ -66,34 +72,34 @@ class _Products:
     like: Tensor
 
     def gram(self, vector: np.ndarray) -> np.ndarray:
-        """Of the smaller of J J^T and J^T J."""
+        """Multiply ``vector`` by the Gram matrix, the smaller one of J J^T and J^T J."""
         first, second = (self.backward, self.forward) if self.rows <= self.columns else (self.forward, self.backward)
         direction = torch.as_tensor(vector, dtype=self.like.dtype, device=self.like.device).flatten()
         return second(first(direction)).double().cpu().numpy()
 
     def operator(self) -> LinearOperator:
-        """:meth:`gram`, for scipy."""
+        """Return :meth:`gram` as a linear operator of SciPy."""
         size = min(self.rows, self.columns)
         many = lambda block: np.stack([self.gram(one) for one in block.T], 1)  # noqa: E731
         return LinearOperator((size, size), self.gram, matmat=many, dtype=np.float64)
 
     def residual(self, value: float, vector: np.ndarray) -> float:
-        """|G v - value v| / value."""
+        """Return |G v - value v| / value."""
         return float(np.linalg.norm(self.gram(vector) - value * vector) / value)
 
     def largest(self) -> tuple[float, float]:
-        """The largest eigenvalue of the Gram matrix, and its residual."""
+        """Return the largest eigenvalue of the Gram matrix, and its residual."""
         operator = self.operator()
         start = np.random.default_rng(0).standard_normal(operator.shape[0])
         values, vectors = eigsh(operator, 1, which="LA", tol=1e-6, v0=start)
         return values[0], self.residual(values[0], vectors[:, 0])
 
     def smallest(self, top: float, null: np.ndarray | None) -> tuple[float, float]:
-        """The smallest that is not zero, off the directions ``null``, and its residual; NaN, if none was found."""
+        """Return the smallest nonzero eigenvalue, orthogonal to ``null``, and its residual; NaN if none was found."""
         operator = self.operator()
         start = np.random.default_rng(1).standard_normal((operator.shape[0], 4))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it has not converged: the residual says how far
+            warnings.simplefilter("ignore", UserWarning)  # about lack of convergence, which the residual measures
             values, vectors = lobpcg(operator, start, Y=null, largest=False, tol=1e-8 * top, maxiter=STEPS)
         zero = max(self.rows, self.columns) * np.finfo(np.float64).eps * top
         index = next((i for i in np.argsort(values) if values[i] > zero), None)
@@ -102,7 +108,7 @@ class _Products:
         )
 
     def smallest_by_factors(self, gram: Tensor, zero: float) -> tuple[float, float]:
-        """As :meth:`smallest`, above ``zero``, of the Gram matrix (which is overwritten), by its LU factors."""
+        """Return the same as :meth:`smallest`, above ``zero``, by LU factors of the Gram matrix (overwritten)."""
         gram.diagonal().sub_(zero)
         factors = torch.linalg.lu_factor(gram)
 
@@ -129,14 +135,14 @@ def jacobian_extremes(
     whole: int = WHOLE,
     tolerance: float = 0.0,
 ) -> Extremes:
-    """Extreme singular values of the Jacobian of ``function`` at ``weight``, in the precision of ``weight``.
+    """Compute extreme singular values of the Jacobian of ``function`` at ``weight``, in its precision.
 
     Args:
-        function: Differentiable in both modes; any shape to any shape.
-        weight: Where.
-        null: Orthonormal directions (n, rows) of the output in which it cannot change, where they are known.
+        function: A function from any shape to any shape, differentiable in both modes.
+        weight: The argument at which the Jacobian is taken.
+        null: Orthonormal directions (n, rows) in which the output cannot change, if they are known.
         whole: See ``WHOLE``.
-        tolerance: What counts as zero, relative to the largest singular value, if that is more than rounding.
+        tolerance: Values below this multiple of the largest singular value count as zero, if it is more than rounding.
 
     Raises:
         ValueError: If the Jacobian has values that are not finite.
@@ -166,11 +172,11 @@ def jacobian_extremes(
 def kronecker_extremes(
     jacobian: RowKronecker, tolerance: float = 0.0, whole: int = WHOLE, dense: int = DENSE
 ) -> Extremes:
-    """Extreme singular values of a Jacobian whose rows are Kronecker products.
+    """Compute extreme singular values of a Jacobian whose rows are Kronecker products.
 
     Args:
         jacobian: The Jacobian.
-        tolerance: As in :func:`jacobian_extremes`.
+        tolerance: See :func:`jacobian_extremes`.
         whole: See ``WHOLE``.
         dense: See ``DENSE``.
 

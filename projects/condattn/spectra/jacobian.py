@@ -1,8 +1,9 @@
 """The Jacobian of a head's output with respect to its W_Q, W_K or W_V.
 
-The Jacobian of an N x d output with respect to a D x d weight is (N d) x (D d). Of plain softmax attention its rows are
-Kronecker products (kronecker.py), whatever makes the logits' bias and mask; one forward-mode derivative of the host's
-own forward tells whether a head is that. Else it is taken from such derivatives, and reverse-mode ones, alone.
+The Jacobian of an N x d output with respect to a D x d weight is (N d) x (D d). For plain softmax attention, its rows
+are Kronecker products (kronecker.py), whatever bias and mask are added to the logits. One forward-mode derivative of
+the host's own forward tells whether a head computes plain softmax attention. If it does not, the Jacobian is computed
+only from forward-mode and reverse-mode derivatives of the host.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ class Jacobian:
 def head_jacobians(
     site: AttentionSite, seen: Seen, head: int, sample: int = 0
 ) -> tuple[list[Jacobian], dict[str, Exception]]:
-    """The Jacobians of A(X), and of C A(X) where the site is preconditioned, of one head and image or window.
+    """Compute the Jacobians of A(X), and if preconditioned of C A(X), of one head and image or window.
 
     Returns:
-        Those, and of what could not be had, such as 'dA(X)/dW_Q', the error: a weight or the outputs of the site cannot
-        be reached, attention is saturated, or the host cannot be differentiated in both modes.
+        The Jacobians; and a dictionary from the names of those that could not be computed, such as 'dA(X)/dW_Q', to the
+        errors: a weight or the outputs of the site cannot be reached, attention is saturated, or the host cannot be
+        differentiated in both modes.
     """
     found, failed = [], {}
     for name in ("q", "k", "v"):
@@ -73,7 +75,7 @@ def head_jacobians(
 def _head_extremes(
     site: AttentionSite, seen: Seen, name: str, head: int, sample: int, conditioned: bool
 ) -> tuple[Extremes, bool]:
-    """Of one Jacobian, and whether it is that of plain softmax attention."""
+    """Return the extremes of one Jacobian, and whether it is that of plain softmax attention."""
     function = HeadFunction(site, seen.args, seen.kwargs, name, head, sample, conditioned)
     outputs = seen.outputs[sample, head]
     outputs = precondition(site, outputs[None, None])[0, 0] if conditioned else outputs
@@ -88,11 +90,11 @@ def _head_extremes(
 
 @torch.no_grad()
 def _structured(site: AttentionSite, seen: Seen, function: HeadFunction, outputs: Tensor) -> RowKronecker | None:
-    """The Jacobian by its structure, if a derivative of the host in a random direction is the same; else None.
+    """Return the structured Jacobian if a derivative of the host in a random direction agrees with it; else None.
 
     Raises:
-        ValueError: If the function is not the head that was seen: some hosts make windows, or join heads, on the way;
-            or if attention is so saturated that its derivative is rounding.
+        ValueError: If the function does not compute the head that was captured, because the host makes windows or joins
+            heads inside; or if attention is so saturated that its derivative is only rounding error.
     """
     direction = torch.randn(function.block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     value, wanted = jvp(function, (function.block,), (direction.to(function.block),))
@@ -112,7 +114,10 @@ def _structured(site: AttentionSite, seen: Seen, function: HeadFunction, outputs
 
 
 def unchanging(outputs: Tensor) -> Tensor:
-    """Directions in which C A(X) cannot change, the lengths of its rows: orthonormal (N, N d), of outputs (N, d)."""
+    """Return the directions in which C A(X) cannot change, which are the lengths of its rows.
+
+    They are orthonormal, (N, N d), for outputs (N, d).
+    """
     rows = outputs.double()
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return torch.diag_embed(rows.T).movedim(0, -1).flatten(1)
@@ -128,10 +133,10 @@ class HeadFunction:
         name: 'q', 'k' or 'v'.
         head: Number of the head.
         sample: Which image or window.
-        conditioned: Whether the output is C A(X), with the site's preconditioner or the default one, and not A(X).
+        conditioned: Whether the output is C A(X), with the site's preconditioner or the default one, instead of A(X).
 
     Raises:
-        ValueError: If the site has no such weight of its own, or its outputs cannot be seen.
+        ValueError: If the site has no such weight of its own, or its outputs cannot be captured.
     """
 
     def __init__(
@@ -161,11 +166,11 @@ class HeadFunction:
         return as_matrix(self.owner, self.weight)[self.rows]
 
     def __call__(self, block: Tensor) -> Tensor:
-        """A(X) or C A(X), (N, d), for the weight ``block`` (d, D)."""
+        """Return A(X) or C A(X), (N, d), for the head's weight ``block``, (d, D)."""
         matrix = as_matrix(self.owner, self.weight).index_copy(0, self.rows, block)
         weight = matrix.T if is_transposed(self.owner) else matrix.view_as(self.weight)
         seen: list[Tensor] = []
-        with _watch(self.site, seen), sdpa_kernel(SDPBackend.MATH):
+        with _record_head_outputs(self.site, seen), sdpa_kernel(SDPBackend.MATH):
             functional_call(self.site.module, {**self.state, self.parameter: weight}, self.args, self.kwargs)
         outputs = head_outputs(self.site, seen[-1])
         if self.conditioned:
@@ -174,8 +179,8 @@ class HeadFunction:
 
 
 @contextmanager
-def _watch(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
-    """Collect what leaves the heads, with its derivatives."""
+def _record_head_outputs(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
+    """Append the head outputs of each call to ``seen``, with their derivatives."""
     owner = site.out.owner
     if not isinstance(owner, nn.MultiheadAttention):
         hook = owner.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=True)
@@ -187,7 +192,7 @@ def _watch(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
     plain = not isinstance(owner, ConditionedMultiheadAttention)
     before = owner.__dict__.get("head_transform")
     swap_class(owner, ConditionedMultiheadAttention)
-    owner.head_transform = _Tap(seen)
+    owner.head_transform = _Recorder(seen)
     try:
         yield
     finally:
@@ -198,8 +203,8 @@ def _watch(site: AttentionSite, seen: list[Tensor]) -> Iterator[None]:
             restore_class(owner)
 
 
-class _Tap:
-    """In the place of a head transform: notes the head outputs, and leaves them as they are."""
+class _Recorder:
+    """Replaces a head transform: records the head outputs, and leaves them unchanged."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         self.seen = seen

@@ -1,8 +1,9 @@
-"""Jacobians of softmax attention by their structure, which makes them small enough for dense matrices.
+"""Structured Jacobians of softmax attention, which are small enough for dense matrices.
 
-One row of a head's output changes with a weight as dO_i = A_i dW z_i, with A_i (d x a) and z_i (b) that no weight
-derivative is needed for: rows i of the Jacobian are the Kronecker product of A_i and z_i^T. With the map P, the
-scaling s of the logits, and the derivative of the softmax of a row, Lambda_i = Diag(p_i) - p_i p_i^T:
+A change dW of a weight changes row i of a head's output by dO_i = A_i dW z_i, where A_i (d x a) and z_i (b) are known
+without a derivative with respect to the weight. The rows of the Jacobian for token i are therefore the Kronecker
+product of A_i and z_i^T. With the map P, the scaling s of the logits, and the derivative of the softmax of a row,
+Lambda_i = Diag(p_i) - p_i p_i^T:
 
     dO_i = s (V^T Lambda_i K) dW_Q x_i,    dO_i = s (V^T Lambda_i X) dW_K^T q_i,    dO_i = dW_V (P X)_i
 """
@@ -27,8 +28,9 @@ class RowKronecker:
     Attributes:
         left: A, (N, d, a).
         right: z, (N, b).
-        transposed: Whether dW is (b, a) to others, not (a, b).
-        summands: Size of what the softmax sums up to each A_i, (N,); where attention is saturated, nearly all cancels.
+        transposed: Whether callers give dW as (b, a) instead of (a, b).
+        summands: Size of the terms that the softmax sums to each A_i, (N,); if attention is saturated, they nearly
+            cancel.
     """
 
     left: Tensor
@@ -37,41 +39,46 @@ class RowKronecker:
     summands: Tensor | None = None
 
     def is_rounding(self, direction: Tensor, product: Tensor) -> bool:
-        """Whether what is left of a product, (N, d), may be the rounding of what cancelled."""
+        """Return whether a product, (N, d), may be only the rounding error of terms that cancelled."""
         if self.summands is None:
             return False
         return bool(product.norm() < 1e-9 * (self.summands * self.right.norm(dim=1)).norm() * direction.norm())
 
     def __call__(self, direction: Tensor) -> Tensor:
-        """The product with one change of the weight: (N, d)."""
+        """Return the product with one change of the weight, (N, d)."""
         change = direction.T if self.transposed else direction
         return torch.einsum("nda,na->nd", self.left, self.right @ change.T)
 
     def scaled(self, factor: Tensor) -> RowKronecker:
-        """The same with another scaling of the logits."""
+        """Return the Jacobian for another scaling of the logits."""
         return replace(self, left=self.left * factor)
 
     def values(self) -> Tensor | None:
-        """All singular values, where every A_i is the same: those of A times those of the rows z."""
+        """Return all singular values if every A_i is the same, else None.
+
+        Each is the product of a singular value of A and one of the matrix with the rows z.
+        """
         if not torch.equal(self.left, self.left[:1].expand_as(self.left)):
             return None
         parts = torch.linalg.svdvals(self.right), torch.linalg.svdvals(self.left[0])
         return torch.outer(*parts).flatten().sort(descending=True).values
 
     def compact(self, tolerance: float) -> RowKronecker:
-        """The same singular values but for zeros, without the changes of the weight that change no output.
+        """Return a Jacobian with the same nonzero singular values, without weight changes that have no effect.
 
         Args:
-            tolerance: What counts as zero, relative to the largest.
+            tolerance: Values below this multiple of the largest count as zero.
         """
         left = _within_span(self.left.flatten(0, 1), tolerance).unflatten(0, self.left.shape[:2])
         return RowKronecker(left, _within_span(self.right, tolerance))
 
     def rows(self, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Rows (n, a) and (n, b) whose products, row by row, have the same singular values but for zeros.
+        """Return rows (n, a) and (n, b) whose Kronecker products, row by row, have the same nonzero singular values.
+
+        Directions in which no output changes are left out.
 
         Args:
-            tolerance: As of :meth:`compact`; directions in which no output changes are left out.
+            tolerance: See :meth:`compact`.
         """
         _, lengths, vh = torch.linalg.svd(self.left, full_matrices=False)
         sizes = lengths * self.right.norm(dim=1)[:, None]
@@ -79,7 +86,7 @@ class RowKronecker:
         return lengths[token, direction, None] * vh[token, direction], self.right[token]
 
     def gram(self) -> Tensor:
-        """J^T J, (a b, a b)."""
+        """Return J^T J, (a b, a b)."""
         a, b = self.left.shape[-1], self.right.shape[-1]
         lefts = self.left.mT @ self.left
         rights = (self.right[:, :, None] * self.right[:, None, :]).flatten(1)
@@ -90,7 +97,7 @@ class RowKronecker:
 
 
 def _within_span(rows: Tensor, tolerance: float) -> Tensor:
-    """Rows (n, m) as (n, r), by an orthonormal basis of what they span."""
+    """Express rows (n, m) in an orthonormal basis of their span, as (n, r)."""
     _, values, basis = torch.linalg.svd(rows, full_matrices=False)
     tolerance = max(tolerance, max(rows.shape) * torch.finfo(rows.dtype).eps)
     return rows @ basis[: int((values > tolerance * values[0]).sum())].T
@@ -99,18 +106,20 @@ def _within_span(rows: Tensor, tolerance: float) -> Tensor:
 def row_kronecker(
     site: AttentionSite, seen: Seen, name: str, head: int, sample: int, conditioned: bool
 ) -> RowKronecker | None:
-    """What the Jacobian is if the head is plain softmax attention, but for the scaling of its logits, which is 1 here.
+    """Return the Jacobian of a head, assuming that it computes plain softmax attention with a logit scaling of 1.
+
+    The caller must compare it with a derivative of the host, because the assumption is not checked here.
 
     Args:
         site: The site.
-        seen: A call of it.
+        seen: A captured call of the site.
         name: 'q', 'k' or 'v'.
         head: Number of the head.
         sample: Which image or window.
-        conditioned: Whether the output is C A(X), and not A(X).
+        conditioned: Whether the output is C A(X) instead of A(X).
 
     Returns:
-        The Jacobian; None where tokens or map could not be seen. Whether it is right, a derivative of the host tells.
+        The Jacobian; None if the tokens or the map could not be captured.
     """
     if site.cross_covariance or seen.map is None or len(seen.sources) < 3 or not (site.q and site.k and site.v):
         return None
@@ -131,7 +140,10 @@ def row_kronecker(
 
 
 def _through_softmax(weights: Tensor, values: Tensor, others: Tensor) -> Tensor:
-    """V^T Lambda_i Y for every row p_i of the map, (N, d, columns of Y): sums of what is left of the rows' means."""
+    """Return V^T Lambda_i Y for every row p_i of the map, (N, d, columns of Y).
+
+    It is computed as a weighted sum of products of deviations from the means under p_i.
+    """
     parts = []
     for rows in weights.split(max(1, LARGE // others.numel())):
         values_left, others_left = (x - (rows @ x)[:, None] for x in (values, others))

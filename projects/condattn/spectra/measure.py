@@ -1,7 +1,7 @@
 """Condition numbers of attention: of its weights, maps, outputs and Jacobians, for each site and head of any model.
 
-A(X) = softmax(X W_Q W_K^T X^T / sqrt(d)) X W_V is the output of a head, N tokens x d; kappa(M) = sigma_max / sigma_min,
-with the smallest singular value that is not zero, for a matrix that is singular has no other.
+A(X) = softmax(X W_Q W_K^T X^T / sqrt(d)) X W_V is the output of a head, N tokens x d. kappa(M) = sigma_max / sigma_min,
+where sigma_min is the smallest nonzero singular value, so that kappa is defined for singular matrices as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .results import Entropy, Measurement
 from .weights import Spectrum, spectrum, weight_spectra
 
 QUANTITIES = ("weights", "map", "outputs", "entropy")
-"""What :func:`measure` measures by default; it can also measure the 'jacobian', which takes long."""
+"""What :func:`measure` measures by default; it can also measure 'jacobian', which takes long."""
 
 
 Inputs = Tensor | Callable[[], object] | Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | None
@@ -44,24 +44,25 @@ def measure(
     max_tokens: int = 1024,
     max_heads: int | None = None,
 ) -> Measurement:
-    """Measure the attention of a model, and leave the model as it was: state, modes and random numbers.
+    """Measure the attention of a model, without changing its state, its modes or the state of random numbers.
 
     Args:
         model: Any model with attention sites, conditioned or not.
         inputs: A tensor, the model's input; an iterable of inputs (tensors, positional or keyword arguments); or a
-            function that runs the model. Only ``'weights'`` can do without.
-        quantities: Which of ``QUANTITIES``: 'weights' are the singular values of W_Q, W_K and W_V of each head, and of
-            W + C where there is a correction; 'map' those of the attention map; 'outputs' those of A(X) and C A(X);
-            'entropy' the spread of attention; 'jacobian' the extreme singular values of the Jacobians of the heads, for
-            the first image or window of each site.
+            function that runs the model. Only ``'weights'`` can be measured without inputs.
+        quantities: Which quantities to measure: 'weights' are the singular values of W_Q, W_K and W_V of each head, and
+            of W + C if there is a correction; 'map' those of the attention map; 'outputs' those of A(X) and C A(X);
+            'entropy' is the spread of attention; 'jacobian' the extreme singular values of the Jacobians of the heads,
+            for the first image or window of each site.
         sites: Names of sites to measure; default: all.
-        max_samples: Of the images or windows that one call of a site sees, so many are measured, evenly spread.
-        max_tokens: Maps with more rows are left out, their singular values would take too long; and Jacobians.
-        max_heads: Jacobians of the first heads of each site alone; None: of all.
+        max_samples: Maximum number of images or windows to measure in one call of a site; they are evenly spread.
+        max_tokens: Maps with more rows are left out, because their singular values would take too long; Jacobians as
+            well.
+        max_heads: Number of heads of each site, from the first one, whose Jacobians are measured; None: all heads.
 
     Returns:
-        The measurement. Each site computes again in float64 from the input that it got, so that condition numbers are
-        not those of rounding.
+        The measurement. Each site is recomputed in float64 from its inputs, so that condition numbers are not those of
+        rounding errors.
 
     Raises:
         ValueError: For an unknown quantity or site, a model without sites, weights or outputs that are not finite, or
@@ -100,7 +101,10 @@ def _select(model: nn.Module, names: Sequence[str] | None) -> list[AttentionSite
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards modes, random numbers, and constants that were not fixed yet are as before."""
+    """Put the model in evaluation mode while the context is active, and restore its state afterwards.
+
+    The state is modes, random numbers, caches of modules, and corrections that were not fixed yet.
+    """
     training = [(module, module.training) for module in model.modules()]
     unsettled = [(m, m.unsettled) for m in model.modules() if isinstance(m, CorrectedModule) and m.unsettled]
     waiting = [getattr(m, name) for m, names in unsettled for name in names]
@@ -145,7 +149,7 @@ def _measure_run(
         if "jacobian" in quantities and site.name not in differentiated:
             differentiated.add(site.name)
             _measure_jacobians(site, seen, measurement, max_tokens, max_heads)
-        for name, value in _look(site, seen, quantities, max_samples, max_tokens):
+        for name, value in _results_of_call(site, seen, quantities, max_samples, max_tokens):
             if isinstance(value, str):
                 measurement.left_out[site.name, name] = value
             else:
@@ -200,10 +204,10 @@ def _run(model: nn.Module, inputs: Inputs) -> None:
                 model(*([one] if isinstance(one, Tensor) else one))
 
 
-def _look(
+def _results_of_call(
     site: AttentionSite, seen: Seen, quantities: list[str], max_samples: int, max_tokens: int
 ) -> Iterator[tuple[str, Spectrum | Entropy | str]]:
-    """What one call of a site contributes: name and value, or why there is none."""
+    """Yield what one call of a site contributes: name and value, or why there is none."""
     if {"map", "entropy"} & set(quantities):
         if seen.map is None:
             for name in {"map", "entropy"} & set(quantities):
@@ -239,13 +243,13 @@ def _check_finite(site: AttentionSite, what: str, values: Tensor) -> None:
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spread."""
+    """Return at most ``most`` of the items, evenly spread."""
     most = min(len(items), most)
     return [items[i * len(items) // most] for i in range(most)]
 
 
 def _join(values: list[Spectrum] | list[Entropy]) -> list[Any]:
-    """One entry for all samples of the same size."""
+    """Join the results of all samples of the same size into one entry."""
     groups: dict[Any, list[Any]] = {}
     for one in values:
         groups.setdefault(one.size if isinstance(one, Spectrum) else one.keys, []).append(one)

@@ -1,4 +1,4 @@
-"""What was measured of one or several models, as a table, CSV, JSON, plots and one HTML page."""
+"""Report the measurements of one or several models as a table, CSV, JSON, plots and one HTML page."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ STYLES = ("-", "--", "-.", ":")
 COLORS = ("#3b6fb6", "#d1702b", "#3d8f5f", "#a3479c", "#7a7a7a", "#b5a02a")
 
 Measurements = Mapping[str, Measurement]
-"""Label, such as the name of a conditioning -> what was measured of that model."""
+"""Label, such as the name of a conditioning -> the measurement of that model."""
 Row = dict[str, Any]
 
 
 def flat_rows(measurements: Measurements) -> list[Row]:
-    """The rows of all measurements, each with its label; see :meth:`condattn.spectra.Measurement.rows`."""
+    """Return the rows of all measurements, each with its label; see :meth:`condattn.spectra.Measurement.rows`."""
     return [dict(model=label, **row) for label, measurement in measurements.items() for row in measurement.rows()]
 
 
 def summary(measurements: Measurements) -> list[Row]:
-    """One row for each model and site: medians over the heads of what it computes with.
+    """Return one row for each model and site: medians over the heads of the quantities that the model computes with.
 
-    Columns: model, site, kappa of each of ``PANELS``, relative_entropy, largest_logit (of all heads); None where it was
-    not measured. Where Jacobians were, kappa of each of ``JACOBIANS`` and the bound of Thm 3.4 as well.
+    Columns: model, site, kappa of each of ``PANELS``, relative_entropy, largest_logit (of all heads). A value is None
+    if it was not measured. If Jacobians were measured, there are also kappa of each of ``JACOBIANS`` and the bound of
+    Thm 3.4.
     """
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in flat_rows(measurements):
@@ -62,7 +63,7 @@ def summary(measurements: Measurements) -> list[Row]:
 
 
 def title_of(column: str) -> str:
-    """The heading of a column of :func:`summary`."""
+    """Return the heading of a column of :func:`summary`."""
     return (PANELS | JACOBIANS).get(column, column.replace("_", " "))
 
 
@@ -80,7 +81,7 @@ def write_report(measurements: Measurements, folder: Path, title: str) -> list[P
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    paths[1].write_text(json.dumps([_plain(row) for row in rows], indent=1, allow_nan=False))
+    paths[1].write_text(json.dumps([_json_safe(row) for row in rows], indent=1, allow_nan=False))
     pictures = {}
     for name, draw in PLOTS.items():
         figure = draw(measurements)
@@ -95,8 +96,8 @@ def write_report(measurements: Measurements, folder: Path, title: str) -> list[P
     return paths
 
 
-def _plain(row: Row) -> Row:
-    """Without numbers that JSON does not have."""
+def _json_safe(row: Row) -> Row:
+    """Replace numbers that JSON does not have (infinity, NaN) by None."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
@@ -210,7 +211,7 @@ PLOTS: dict[str, Callable[[Measurements], Figure | None]] = {
     "entropy_by_depth": plot_entropy,
     "jacobians": plot_jacobians,
 }
-"""File name -> what draws it; its docstring is the caption."""
+"""File name -> function that draws the plot; its docstring is the caption."""
 
 
 def _grid(panels) -> tuple[Figure, np.ndarray]:
@@ -227,7 +228,7 @@ def _grid(panels) -> tuple[Figure, np.ndarray]:
 
 
 def _line_with_band(axis: Axes, layers: Mapping[int, Sequence[float]], look: dict[str, str]) -> None:
-    """Medians by depth, in a band from the smallest to the largest."""
+    """Draw the medians by depth, and a band from the smallest to the largest value."""
     depths = sorted(layers)
     if depths:
         axis.plot(depths, [np.median(layers[d]) for d in depths], marker="o", markersize=3, **look)
@@ -236,13 +237,13 @@ def _line_with_band(axis: Axes, layers: Mapping[int, Sequence[float]], look: dic
 
 
 def _looks(measurements: Measurements) -> Iterator[tuple[str, Measurement, dict[str, str]]]:
-    """Each model and how its lines look; lines that lie on each other can be told apart."""
+    """Yield each model with the style of its lines, which differs so that overlapping lines can be told apart."""
     for i, (label, measurement) in enumerate(measurements.items()):
         yield label, measurement, dict(color=COLORS[i % len(COLORS)], linestyle=STYLES[i % len(STYLES)], label=label)
 
 
 def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) -> str:
-    """One HTML page that needs nothing beside it: warnings, pictures, and the table of all sites."""
+    """Return a self-contained HTML page: warnings, plots, and the table of all sites."""
     figures = [
         (str(PLOTS[name].__doc__), base64.b64encode(data).decode(), name != "entropy_by_depth")
         for name, data in pictures.items()
@@ -266,7 +267,7 @@ def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) 
 
 
 def cell(value: object) -> str:
-    """A value of :func:`summary` as text."""
+    """Format a value of :func:`summary` as text."""
     if value is None:
         return "-"
     return value if isinstance(value, str) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""What is measured, with site, head and quantity."""
+"""Results of a measurement, for each site, head and quantity."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .weights import Spectrum
 
 @dataclass(frozen=True)
 class Entropy:
-    """How far attention is spread at one site.
+    """How widely attention is spread at one site.
 
     Attributes:
         site: Name of the site.
-        values: Mean over the rows of the map of their entropy, in nats, (samples, heads); log(keys) where uniform.
+        values: Entropy of the rows of the map, in nats, averaged over the rows, (samples, heads); log(keys) if uniform.
         keys: Number of keys M.
-        largest_logit: Largest finite entry of the softmax's input, bias and mask included, (samples, heads).
+        largest_logit: Largest finite entry of the input of the softmax, with bias and mask, (samples, heads).
     """
 
     site: str
@@ -33,22 +33,22 @@ class Entropy:
 
     @property
     def relative(self) -> Tensor:
-        """The entropy as a share of log(keys), (samples, heads); NaN for one key."""
+        """The entropy divided by log(keys), (samples, heads); NaN if there is only one key."""
         return self.values / math.log(self.keys) if self.keys > 1 else torch.full_like(self.values, torch.nan)
 
 
 @dataclass
 class Measurement:
-    """What :func:`measure` found.
+    """Result of :func:`measure`.
 
     Attributes:
-        sites: Name of each measured site -> its number among the sites of the model, from 0.
-        preconditioned: Those of them that compute with C A(X).
-        spectra: Singular values.
-        entropies: Spread of attention.
+        sites: Name of each measured site -> its index among the sites of the model.
+        preconditioned: Names of the measured sites that compute with C A(X).
+        spectra: Singular values of matrices.
+        entropies: Entropies of attention.
         jacobians: Jacobians of heads.
-        bounds: (site, head) -> what Thm 3.4 bounds their condition numbers by.
-        left_out: Quantity of a site that could not be measured -> why, as ('backbone.attn', 'map').
+        bounds: (site, head) -> the bound of Thm 3.4 on the condition numbers of its Jacobians.
+        left_out: (site, quantity) that could not be measured, such as ('backbone.attn', 'map') -> the reason.
     """
 
     sites: dict[str, int]
@@ -60,19 +60,19 @@ class Measurement:
     left_out: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row for each site, head and matrix, and one for each site and head of entropy: medians of samples.
+        """Return one flat row for each site, head and matrix, and one for the entropy of each site and head.
 
-        Columns: site, depth (from 0), head, quantity; sigma_max, sigma_min, kappa, kappa_max (over the samples), rank,
-        singular (the share of singular samples), size; or entropy (nats), relative_entropy, largest_logit; samples. A
-        Jacobian is the quantity 'dA(X)/dW_Q', and has besides residual and the columns of its bound. ``used`` says
-        whether the model computes with it: with W + C, not W, where there is a correction, with C A(X) where there is a
-        preconditioner.
+        Values are medians over the samples. Columns: site, depth (from 0), head, quantity; sigma_max, sigma_min, kappa,
+        kappa_max (over the samples), rank, singular (the share of singular samples), size; or entropy (nats),
+        relative_entropy, largest_logit; samples. The quantity of a Jacobian is, for instance, 'dA(X)/dW_Q', and its row
+        also has a residual and the columns of its bound. ``used`` says whether the model computes with the matrix: with
+        W + C instead of W if there is a correction, and with C A(X) instead of A(X) if there is a preconditioner.
         """
         rows = [*self._spectrum_rows(), *self._entropy_rows(), *self._jacobian_rows()]
         return [dict(site=site, depth=self.sites[site], head=head, **row) for site, head, row in rows]
 
     def is_used(self, one: Spectrum) -> bool:
-        """Whether the model computes with the matrix, and not with its conditioned form."""
+        """Return whether the model computes with this matrix, instead of its other form."""
         if one.matrix in ("A(X)", "C A(X)"):
             return (one.matrix == "C A(X)") == (one.site in self.preconditioned)
         return not any(other.site == one.site and other.matrix == f"{one.matrix} + C" for other in self.spectra)
@@ -131,11 +131,11 @@ class Measurement:
 
 
 def _largest(values: Tensor) -> float:
-    """The largest of what is a number."""
+    """Return the largest value that is not NaN, or NaN if there is none."""
     numbers = values[~values.isnan()]
     return numbers.max().item() if len(numbers) else math.nan
 
 
 def _median(values: Tensor) -> float:
-    """The median of what is a number, of two in the middle their mean."""
+    """Return the median of the values that are not NaN; for an even number, the mean of the middle two."""
     return values.double().nanquantile(0.5).item()

@@ -1,4 +1,4 @@
-"""Singular values: of matrices, and of the weights of each head."""
+"""Singular values of matrices, and of the weights of each head."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Spectrum:
 
     Attributes:
         site: Name of the site.
-        matrix: 'W_Q', 'W_K', 'W_V' (D x d), the same '+ C', 'map' (N x M), 'A(X)' or 'C A(X)' (N x d).
-        values: (samples, heads, k) float64, in descending order. Weights have one sample; of maps and outputs a sample
-            is an image, or a window of one.
+        matrix: 'W_Q', 'W_K', 'W_V' (D x d), the same with ' + C', 'map' (N x M), 'A(X)' or 'C A(X)' (N x d).
+        values: (samples, heads, k) in float64, in descending order. Weights have one sample; for maps and outputs, a
+            sample is an image, or a window of one.
         size: Rows and columns of the matrix.
-        tolerance: What counts as zero, relative to the largest value: max(size) times the precision of the numbers.
+        tolerance: Values below this multiple of the largest one count as zero: max(size) times the relative precision
+            of the entries.
     """
 
     site: str
@@ -37,35 +38,35 @@ class Spectrum:
 
     @property
     def rank(self) -> Tensor:
-        """How many singular values are not zero, (samples, heads)."""
+        """Number of nonzero singular values, (samples, heads)."""
         return (self.values > self.tolerance * self.values[..., :1]).sum(-1)
 
     @property
     def sigma_min(self) -> Tensor:
-        """The smallest singular values that are not zero, (samples, heads); 0 of a matrix of zeros."""
+        """The smallest nonzero singular values, (samples, heads); 0 for a zero matrix."""
         last = (self.rank - 1).clamp_min(0)
         return self.values.gather(-1, last[..., None])[..., 0]
 
     @property
     def kappa(self) -> Tensor:
-        """sigma_max / sigma_min, (samples, heads); NaN of a matrix of zeros."""
+        """sigma_max / sigma_min, (samples, heads); NaN for a zero matrix."""
         return self.sigma_max / self.sigma_min
 
     @property
     def singular(self) -> Tensor:
-        """Whether the rank is less than full, (samples, heads); sigma_min and kappa leave the zeros out then."""
+        """Whether the rank is not full, (samples, heads); sigma_min and kappa then ignore the zeros."""
         return self.rank < self.values.shape[-1]
 
 
 def spectrum(site: str, matrix: str, values: Tensor, precision: float) -> Spectrum:
-    """The spectrum of matrices (samples, heads, rows, columns), whose entries have this relative precision."""
+    """Compute the spectrum of matrices (samples, heads, rows, columns), whose entries have this relative precision."""
     tolerance = max(values.shape[-2:]) * precision
     singular = torch.linalg.svdvals(values.double())
     return Spectrum(site, matrix, singular.cpu(), tuple(values.shape[-2:]), tolerance)
 
 
 def weight_spectra(site: AttentionSite) -> list[Spectrum]:
-    """Singular values of each head's W_Q, W_K and W_V, and of W + C where there is a correction.
+    """Compute the singular values of each head's W_Q, W_K and W_V, and of W + C if there is a correction.
 
     Raises:
         ValueError: If a weight is not finite.
@@ -81,17 +82,17 @@ def weight_spectra(site: AttentionSite) -> list[Spectrum]:
         for matrix, heads in weights.items():
             if not heads.isfinite().all():
                 raise ValueError(f"{site}: {matrix} has values that are not finite; is the checkpoint whole?")
-            # Their entries are exact, whatever they are stored in.
+            # Weights count as exact, whatever dtype they are stored in.
             spectra.append(spectrum(site.name, matrix, heads.mT[None], torch.finfo(torch.float64).eps))
     return spectra
 
 
 def effective_heads(site: AttentionSite, name: str) -> Tensor:
-    """W of each head that a site computes with, with its correction if there is one: (heads, d, D).
+    """Return the weight of each head that a site computes with, including any correction: (heads, d, D).
 
     Args:
         site: The site.
-        name: 'q', 'k' or 'v'; the site has it.
+        name: 'q', 'k' or 'v'; the site must have this projection.
     """
     projection = getattr(site, name)
     owner = projection.owner
@@ -103,17 +104,17 @@ def effective_heads(site: AttentionSite, name: str) -> Tensor:
 
 
 def head_weight(site: AttentionSite, name: str, head: int) -> Tensor:
-    """W, (d, D), that one head computes with; that of its group where keys and values are shared."""
+    """Return the weight, (d, D), that one head computes with; that of its group if keys and values are shared."""
     heads = effective_heads(site, name)
     return heads[head * len(heads) // site.num_heads]
 
 
 def head_bias(site: AttentionSite, name: str, head: int) -> Tensor | float:
-    """The bias, (d,), beside :func:`head_weight`; 0 where there is none beside it."""
+    """Return the bias, (d,), that belongs to :func:`head_weight`; 0 if there is none."""
     projection = getattr(site, name)
     bias = getattr(projection.owner, "bias" if projection.parameter == "weight" else "in_proj_bias", None)
     if bias is None:
-        bias = getattr(site.module, f"{name}_bias", None)  # beside weights that the module itself reads
+        bias = getattr(site.module, f"{name}_bias", None)  # where the module itself reads the weights
         return 0.0 if bias is None else bias.unflatten(0, (site.num_heads, -1))[head]
     heads = bias[indices(projection.rows)].unflatten(0, (site.heads_of(projection), -1))
     return heads[head * len(heads) // site.num_heads]

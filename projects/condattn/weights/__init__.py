@@ -1,1 +1,1 @@
-"""Files of weights: reading, loading into a conditioned model, converting names, resizing, calibrating."""
+"""Read weight files, load them into a conditioned model, convert their names, resize and calibrate weights."""

@@ -1,4 +1,4 @@
-"""Write a file completely or not at all."""
+"""Write files atomically."""
 
 import os
 import tempfile
@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
-    """Write a file under a temporary name beside it, and give it its name when it is whole and on the disk.
+    """Write a file atomically: under a temporary name beside it, and renamed when it is complete and on the disk.
 
     Args:
         path: The file.
-        write: Writes to the path that it is given.
-        overwrite: Whether a file of that name may be replaced.
+        write: Writes the file to the path that it is given.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
-        FileExistsError: If there is one and it may not.
-        OSError: If the file cannot be written; nothing is left of it then.
+        FileExistsError: If the file exists and ``overwrite`` is False.
+        OSError: If the file cannot be written; no part of it is left then.
     """
     path = Path(path).expanduser()
     if path.exists() and not overwrite:
@@ -33,7 +33,7 @@ def write_whole(path: str | Path, write: Callable[[Path], None], overwrite: bool
         os.umask(umask)
         part.chmod(0o666 & ~umask)
         part.replace(path)
-    except RuntimeError as error:  # torch's writer, of a full disk
+    except RuntimeError as error:  # raised by torch's writer if the disk is full
         raise OSError(f"{path} could not be written: {' '.join(str(error).split())[:160]}") from error
     finally:
         part.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""Make a model whose head outputs are transformed start close to the function that its weights were trained for.
+"""Calibrate a model with transformed head outputs, to start close to the function that its weights were trained for.
 
-Weights trained with plain softmax attention expect the head outputs as they are; the row preconditioner, for one, gives
-every row the norm 1. Calibration multiplies each head's columns of the output projection by the factor that brings the
-transformed outputs closest to the plain ones on real inputs: with the preconditioner that is the mean row norm of the
-head, and what is left is how the norms vary from row to row. No parameter is added.
+Weights trained with plain softmax attention expect untransformed head outputs, whereas the row preconditioner, for
+example, gives every row the norm 1. Calibration multiplies each head's columns of the output projection by the factor
+that brings the transformed outputs closest to the plain ones on real inputs. With the preconditioner, the factor is the
+mean row norm of the head, and the remaining error is the variation of the norms from row to row. No parameter is added.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,16 +23,16 @@ from ..layers.head_transform import HeadTransform, head_transform_of
 
 @dataclass
 class Calibration:
-    """What calibration did at one site.
+    """Result of calibrating one site.
 
     Attributes:
         site: Name of the site.
         scales: Factor of each head, (num_heads,), by which its columns were multiplied; see
             :meth:`~condattn.layers.head_transform.HeadTransform.scales`.
-        before: Relative error of the output projection's output, against the plain function on the same inputs, before:
-            the norm of the difference over the norm of the output.
-        after: The same, after.
-        reason: Why the site was left alone, or ''.
+        before: Relative error of the output projection's output before calibration, compared with the plain function on
+            the same inputs: the norm of the difference divided by the norm of the output.
+        after: The relative error after calibration.
+        reason: Why the site was not calibrated, or ''.
     """
 
     site: str
@@ -53,16 +53,16 @@ def calibrate(
     run: Callable[[], object],
     reduce: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> list[Calibration]:
-    """Fold a factor for each head into the output projections of sites whose head outputs are transformed, in place.
+    """Multiply a factor for each head into the output projections of sites with transformed head outputs, in place.
 
     Args:
-        model: A model conditioned so (``'pc'``), with weights that were trained without.
-        run: Runs the model on inputs that stand for its data; it is called twice and does the same each time. While it
-            runs, the transforms are off.
-        reduce: Of a distributed run, the mean of a tensor over all processes.
+        model: A model with such sites (``'pc'``), whose weights were trained without the transforms.
+        run: Runs the model on inputs that represent its data. It is called twice, and must do the same each time. The
+            transforms are disabled while it runs.
+        reduce: Averages a tensor over all processes, if the run is distributed.
 
     Returns:
-        One entry a site whose head outputs are transformed.
+        One entry for each site whose head outputs are transformed.
 
     Raises:
         ValueError: If the model has no such site, or ``run`` reaches none of them.
@@ -75,7 +75,7 @@ def calibrate(
     probes = {site.name: _Probe(site) for site in found}
     try:
         for step in ("measure", "compare"):
-            with _plain(found, {name: getattr(probe, step) for name, probe in probes.items()}):
+            with _transforms_disabled(found, {name: getattr(probe, step) for name, probe in probes.items()}):
                 run()
             if step == "measure":
                 for probe in probes.values():
@@ -89,13 +89,13 @@ def calibrate(
 
 
 @contextmanager
-def _plain(sites: list[AttentionSite], observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Switch the transforms off, and show the head outputs to observers instead."""
+def _transforms_disabled(sites: list[AttentionSite], observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Disable the transforms, and pass the head outputs to the observers instead."""
     transforms: list[HeadTransform] = [inner(site.out.owner).head_transform for site in sites]
     try:
         for site, transform in zip(sites, transforms, strict=True):
             transform.observer = observers[site.name]
-        with plain():  # fast paths transform by themselves
+        with plain():  # fast paths would apply the transforms themselves
             yield
     finally:
         for transform in transforms:
@@ -103,7 +103,7 @@ def _plain(sites: list[AttentionSite], observers: dict[str, Callable[[Tensor], N
 
 
 class _Probe:
-    """Measures one site in two passes, then folds."""
+    """Measures one site in two passes, and then calibrates it."""
 
     def __init__(self, site: AttentionSite) -> None:
         self.site, self.transform = site, inner(site.out.owner).head_transform
@@ -111,17 +111,17 @@ class _Probe:
         self.errors = torch.zeros(3, dtype=torch.float64)
 
     def measure(self, x: Tensor) -> None:
-        """First pass: the factors."""
+        """Accumulate the factors, in the first pass."""
         self.sum = self.transform.scales(x) + (0 if self.sum is None else self.sum)
         self.count += 1
 
     def settle(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Between the passes: the scales."""
+        """Average the factors, between the passes."""
         if self.count:
             self.scales = reduce(self.sum / self.count)
 
     def compare(self, x: Tensor) -> None:
-        """Second pass: the output of the projection, plain, preconditioned, and with the scales."""
+        """Accumulate the errors of the projection's output without and with the factors, in the second pass."""
         if self.reason or self.scales is None:
             return
         wide = x.double()
@@ -134,7 +134,7 @@ class _Probe:
         self.errors[2] += plain.square().sum().cpu()
 
     def fold(self) -> Calibration:
-        """Multiply the columns of the projection."""
+        """Multiply the columns of the projection by the factors."""
         if self.scales is None:
             return Calibration(self.site.name, reason="because no input reached it")
         if self.reason:
@@ -147,7 +147,7 @@ class _Probe:
 
     @property
     def reason(self) -> str:
-        """Why the scales cannot go into the projection, or ''."""
+        """Why the factors cannot be multiplied into the projection, or ''."""
         owner, projection = self.site.out.owner, self.site.out.projection
         if is_at_work(owner):
             return "because an adapter is around its output projection; merge it before"
@@ -160,7 +160,7 @@ class _Probe:
         return ""
 
     def _columns(self, scales: Tensor, channels: int) -> Tensor:
-        """The factor of each input channel of the projection."""
+        """Return the factor of each input channel of the projection."""
         inside = self.transform.channels or slice(0, channels)
         size = (inside.stop - inside.start) // len(scales)
         factors = scales.repeat(size) if self.transform.interleaved else scales.repeat_interleave(size)

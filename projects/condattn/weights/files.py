@@ -1,4 +1,4 @@
-"""Reading and writing files of weights: nothing in a file is executed, and a file is whole or not there."""
+"""Read files of weights without executing code from them."""
 
 import hashlib
 import pickle
@@ -14,45 +14,49 @@ from torch import Tensor
 
 from ..wording import some
 
-# Where the weights lie in a file, and what may stand before their names. Averages first, as timm's loader takes them;
-# but mmengine's EMAHook keeps the average in state_dict, and what was averaged in ema_state_dict.
+# Entries of a file that may hold the weights, and prefixes of their names. Averages come first, as in timm's loader.
+# However, mmengine's EMAHook saves the average in state_dict, and the weights that were averaged in ema_state_dict.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "model_state", "ema_state_dict", "ema")
 PREFIXES = ("module.", "model.", "backbone.", "encoder.")
-# The start of a SHA-256 at the end of a file's name, and what is a date there.
+# The start of a SHA-256 at the end of a file name. A date there is not taken for one.
 NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|safetensors)$")
 DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{4}|\d{6})?")
 
 
 class BadFileError(ValueError):
-    """A file is not what it should be; the message says what it is, in one line."""
+    """Raised if a file is not as expected; the message describes what it is, in one line."""
+
+
+class DamagedFileError(BadFileError):
+    """Raised if a file is empty, cut short, or of another kind."""
 
 
 class MissingFileError(BadFileError, FileNotFoundError):
-    """There is no such file."""
+    """Raised if a file does not exist."""
 
 
 class FolderError(BadFileError, IsADirectoryError):
-    """A folder is where a file is expected."""
+    """Raised if a folder is found where a file is expected."""
 
 
 class UnreadableFileError(BadFileError, PermissionError):
-    """A file may not be read."""
+    """Raised if the permissions do not allow reading a file."""
 
 
 class DownloadError(BadFileError, OSError):
-    """What an address names cannot be downloaded."""
+    """Raised if a file cannot be downloaded from its address."""
 
 
 def read_file(path: str | Path, unsafe: bool = False) -> Any:
-    """What is in a file of torch (.pth, .pt, .bin) or safetensors, on the CPU, mapped into memory where it can be.
+    """Read a file of torch (.pth, .pt, .bin) or safetensors to the CPU, mapped into memory if possible.
 
     Args:
         path: The file, or its address (http or https), from which it is downloaded once into torch's cache.
-        unsafe: Unpickle everything, which executes whatever code the file holds. Otherwise tensors and plain data are
-            read alone, and what mmengine's runner puts beside them.
+        unsafe: Unpickle everything, which executes any code in the file. Otherwise only tensors, plain data, and the
+            classes that mmengine's runner saves are read.
 
     Raises:
-        BadFileError: If the file cannot be read; an ``OSError`` as well where that of ``open`` would be.
+        BadFileError: If the file cannot be read; it is also an ``OSError`` where ``open`` would raise one.
     """
     if str(path).startswith(("http://", "https://")):
         return _read_download(str(path), unsafe)
@@ -64,7 +68,7 @@ def read_file(path: str | Path, unsafe: bool = False) -> Any:
     try:
         size = path.stat().st_size
         if not size:
-            raise BadFileError(f"{path} is empty")
+            raise DamagedFileError(f"{path} is empty")
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _read_torch(path, unsafe)
@@ -74,7 +78,7 @@ def read_file(path: str | Path, unsafe: bool = False) -> Any:
         if isinstance(error, BadFileError):
             raise
         reason = " ".join(str(error).split())[:160]
-        raise BadFileError(
+        raise DamagedFileError(
             f"{path} ({size:,} bytes) is no file of weights, or cut short: copy or download it again "
             f"({type(error).__name__}: {reason})"
         ) from error
@@ -85,16 +89,16 @@ def _read_download(address: str, unsafe: bool) -> Any:
     try:
         return read_file(path, unsafe)
     except BadFileError as error:
-        if "--unsafe" not in str(error):
-            path.unlink(missing_ok=True)  # or else the next run would read it again
-        raise BadFileError(f"{address}: {error}") from error
+        if isinstance(error, DamagedFileError):
+            path.unlink(missing_ok=True)  # otherwise the next run would read it again
+        raise type(error)(f"{address}: {error}") from error
 
 
 def _downloaded(address: str) -> Path:
     name = Path(urlparse(address).path).name
     path = Path(torch.hub.get_dir(), "checkpoints", f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # of several processes one downloads
+    with FileLock(f"{path}.lock"):  # only one of several processes downloads
         if not path.exists():
             try:
                 torch.hub.download_url_to_file(address, str(path))
@@ -104,9 +108,10 @@ def _downloaded(address: str) -> Path:
 
 
 def describe_wrong_hash(path: str | Path) -> str:
-    """Whether a file is another than its name says, as text; or ''.
+    """Describe how the SHA-256 of a file differs from the one in its name; return '' if it does not.
 
-    Names of published files end with the start of their SHA-256, as in ``swin-0a1b2c3d.pth``; a date is none.
+    Names of published files end with the start of their SHA-256, as in ``swin-0a1b2c3d.pth``; a date is not taken for
+    one.
 
     Args:
         path: The file, or the address that it was downloaded from.
@@ -157,7 +162,7 @@ def _read_torch(path: Path, unsafe: bool) -> Any:
 
 
 def _plain_data() -> list[Any]:
-    """What mmengine's runner saves besides tensors: numpy numbers and the histories of its logs."""
+    """Return the classes that mmengine's runner saves besides tensors: numpy numbers and the histories of its logs."""
     try:
         import numpy
         from numpy.dtypes import BoolDType, Float32DType, Float64DType, Int32DType, Int64DType, StrDType, UInt8DType
@@ -176,19 +181,19 @@ def _plain_data() -> list[Any]:
             raise pickle.UnpicklingError(f"GLOBAL getattr({cls!r}, {name!r}) is not allowed")
         return getattr(cls, name)
 
-    # Its methods are pickled as getattr(HistoryBuffer, name). The real getattr would open the way to any code.
+    # Its methods are pickled as getattr(HistoryBuffer, name). The real getattr would allow any code.
     statistic.__module__, statistic.__name__, statistic.__qualname__ = "builtins", "getattr", "getattr"
     return [*plain, HistoryBuffer, statistic]
 
 
 def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, Tensor], list[str], str]:
-    """The weights in what was read from a file, without wrappers and common prefixes.
+    """Extract the weights from the content of a file, without wrappers and common prefixes.
 
     Returns:
-        Names and tensors; the names of tensors that were beside the backbone; and where the weights lay, as text.
+        Names and tensors; the names of tensors outside the backbone; and a text that says where the weights were.
 
     Raises:
-        BadFileError: If there are none.
+        BadFileError: If there are no weights.
     """
     entries: list[str] = []
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):

@@ -1,4 +1,4 @@
-"""Load pretrained weights into a model, whoever named them, and say what became of each."""
+"""Load pretrained weights in any known naming scheme into a model, and report what happened to each weight."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,25 +14,25 @@ from .files import read_file, weights_of
 from .names import recognize, translate
 from .resize import resize_bias_table, resize_positions
 
-# A weight of a transformer block, or of what leads from one stage to the next.
+# Matches weights of transformer blocks, and of the layers between two stages.
 BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers|stages|cls_attn_blocks)\.[0-9]+\.")
 POSITIONS = re.compile(r"(?:^|\.)(?:absolute_)?pos_embed$")
 
 
 class ConversionError(ValueError):
-    """Weights do not fit a model; the message says why, in one line."""
+    """Raised if weights do not fit a model; the message says why, in one line."""
 
 
 @dataclass
 class LoadReport:
-    """What became of the weights of a file.
+    """What happened to the weights of a file.
 
     Attributes:
-        path: The file, and the entry of it that the weights lay in.
-        recognized: Its format, in words.
+        path: The file, and its entry that held the weights.
+        recognized: Its format, as text.
         loaded: Names, in the model, of the weights that were loaded.
-        interpolated: Those of them that were interpolated, each with its sizes.
-        left_out: Names, in the file, of weights that the model has no place for.
+        interpolated: The names of those that were interpolated, each with the old and the new size.
+        left_out: Names, in the file, of weights that have no counterpart in the model.
         missing: Names, in the model, of weights that are not in the file and keep their values.
     """
 
@@ -60,22 +60,25 @@ def load_pretrained(
 ) -> LoadReport:
     """Load the weights of a file into ``model``, in place.
 
-    The file may have the names of another release of the same family, see :mod:`condattn.weights.names`, and tables
-    of positions for another image or window size. Buffers that the model computes itself are not loaded.
+    The file may have the names of another release of the same family, see :mod:`condattn.weights.names`, and position
+    tables for another image or window size. Buffers that the model computes itself are not loaded.
 
     Args:
         model: A backbone, conditioned or not.
-        path: The file: .pth, .pt, .bin or .safetensors; wrapped as training scripts wrap them.
-        load: 'raw' loads W. 'effective', of weights trained without spectral correction, loads W - C, so that W + C is
-            the weight of the file: the function is preserved, and only the centre of the weight decay moves, to C.
+        path: The file: .pth, .pt, .bin or .safetensors. Dictionaries in which training scripts wrap weights are
+            unwrapped.
+        load: 'raw' loads the weights as W. 'effective', for weights trained without spectral correction, loads W - C,
+            so that W + C is the weight of the file. The function is preserved, and only the centre of the weight decay
+            moves, to C.
         unsafe: See :func:`condattn.weights.files.read_file`.
-        known: Names of weights that the model could have but does not (pruned layers); they are left out in silence.
+        known: Names of weights that the model could have but does not (pruned layers); they are not reported as left
+            out.
 
     Raises:
         BadFileError: If the file cannot be read, or holds no weights.
         ConversionError: If no weight fits, a block of the model is not in the file, a block of the file is not in the
-            model, shapes differ, or values are not finite; the model is untouched then.
-        ValueError: If ``load`` is neither.
+            model, shapes differ, or values are not finite; the model is unchanged in these cases.
+        ValueError: If ``load`` is neither 'raw' nor 'effective'.
     """
     weights, beside, where = weights_of(read_file(path, unsafe), path)
     report = load_weights(model, weights, str(path), load, known)
@@ -101,7 +104,7 @@ def load_weights(
 def fit(
     weights: Mapping[str, Tensor], model: nn.Module, path: str, known: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The weights under the model's names and in its sizes; see :func:`load_pretrained`."""
+    """Return the weights with the names and sizes of the model, and a report; see :func:`load_pretrained`."""
     expected = model.state_dict()
     source, target = recognize(weights), recognize(expected)
     translated, unplaced = dict(weights), []
@@ -162,7 +165,7 @@ def _resized(value: Tensor, expected: Tensor, name: str, model: nn.Module) -> Te
 
 
 def _grid(model: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns of patches, as timm's and mmseg's models tell them."""
+    """Return the rows and columns of patches, if a model of timm or mmseg reports them."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None and isinstance(getattr(model, "img_size", None), tuple) and hasattr(model, "patch_size"):
         grid = tuple(side // model.patch_size for side in model.img_size)

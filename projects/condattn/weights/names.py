@@ -1,10 +1,10 @@
-"""How the releases of Swin, ViT, XCiT and DaViT name their weights, and how one naming becomes another.
+"""The names of weights in the releases of Swin, ViT, XCiT and DaViT, and the conversion between naming schemes.
 
-Each family has one common naming, its own release's or timm's; a :class:`Format` is a list of rules that pair another
-naming with it. Names in rules are templates: ``{i}`` stands for a number, ``{i+1}`` for the number after it, ``{p}``
-for one part of a name, ``{rest}`` for everything to its end.
+Each family has one common naming scheme, that of its own release or of timm. A :class:`Format` is a list of rules that
+map another naming scheme to it. Names in rules are templates: ``{i}`` stands for a number, ``{i+1}`` for the number
+after it, ``{p}`` for one part of a name, ``{rest}`` for everything to the end of the name.
 
-Sources of the namings: the state dicts of timm 1.0, mmdet 3, mmseg 1 and mmpretrain 1; the releases of
+Sources of the naming schemes: the state dicts of timm 1.0, mmdet 3, mmseg 1 and mmpretrain 1; the releases of
 microsoft/Swin-Transformer, facebookresearch/xcit and dingmyu/davit as timm's and mmdet's own converters read them.
 """
 
@@ -25,12 +25,12 @@ def _same(tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Rule:
-    """Names that belong together: ``theirs`` in a format, ``common`` in the family's common naming.
+    """Corresponding names: ``theirs`` in a format, and ``common`` in the common naming scheme of the family.
 
     Attributes:
         theirs: One or more templates.
         common: One or more templates.
-        to_common: Makes the tensors of ``common`` of those of ``theirs``.
+        to_common: Converts the tensors of ``theirs`` to those of ``common``.
         from_common: The inverse.
     """
 
@@ -42,15 +42,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Format:
-    """One naming of a family.
+    """One naming scheme of a family.
 
     Attributes:
         family: 'Swin', 'ViT', 'XCiT' or 'DaViT'.
-        names: Who uses it, for instance ``('mmdet', 'mmseg')``.
-        rules: In the order in which they are tried.
-        marks: Templates that some name of such weights matches, each.
-        strangers: Templates that no name of such weights matches.
-        prefix: What stands before the names in files of its users.
+        names: Libraries or releases that use it, for instance ``('mmdet', 'mmseg')``.
+        rules: The rules, in the order in which they are tried.
+        marks: Templates that each match at least one name in weights of this format.
+        strangers: Templates that match no name in weights of this format.
+        prefix: Prefix of all names in the files of its users.
     """
 
     family: str
@@ -64,24 +64,24 @@ class Format:
         return f"{self.family} of {' and '.join(self.names)}"
 
     def describes(self, keys: Iterable[str]) -> bool:
-        """Whether weights with these names are of this format."""
+        """Return whether weights with these names are in this format."""
         keys = list(keys)
         has = [any(_pattern(template).fullmatch(key) for key in keys) for template in self.marks + self.strangers]
         return all(has[: len(self.marks)]) and not any(has[len(self.marks) :])
 
 
 def recognize(keys: Iterable[str]) -> Format | None:
-    """The format of weights with these names, or None."""
+    """Return the format of weights with these names, or None."""
     keys = list(keys)
     return next((format for format in FORMATS if format.describes(keys)), None)
 
 
 def translate(weights: Mapping[str, Tensor], source: Format, target: Format) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of one format under the names of another of the same family.
+    """Convert weights from one format to another format of the same family.
 
     Returns:
-        The weights, and the names that the other format has no counterpart for (classifiers, decoders, and buffers
-        that a model computes itself).
+        The weights, and the names that have no counterpart in the other format (classifiers, decoders, and buffers that
+        a model computes itself).
     """
     if source == target:
         return dict(weights), []
@@ -123,7 +123,7 @@ _PARTS = {"p": r"[a-z_]+", "rest": r".+"}
 
 @cache
 def _pattern(template: str) -> re.Pattern:
-    """A regular expression with a group for each field; of ``{i+1}`` it holds the number as it stands in the name."""
+    """Return a regular expression with a group for each field; that of ``{i+1}`` matches the number in the name."""
     pieces = _FIELD.split(template)
     pattern = re.escape(pieces[0])
     for name, offset, text in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
@@ -147,22 +147,22 @@ def _render(template: str, found: re.Match) -> str:
 
 
 def same(*templates: str) -> tuple[Rule, ...]:
-    """Rules for names that the common naming has too."""
+    """Return rules for names that are the same in the common naming scheme."""
     return tuple(Rule((template,), (template,)) for template in templates)
 
 
 def renamed(pairs: Mapping[str, str]) -> tuple[Rule, ...]:
-    """Rules for tensors that have another name alone."""
+    """Return rules for tensors that differ only in their names."""
     return tuple(Rule((theirs,), (common,)) for theirs, common in pairs.items())
 
 
 def _official_order(tensors: Tensors) -> Tensors:
-    """Patch merging's four neighbours from ``nn.Unfold``'s order (channel by channel, rows first) to Swin's own."""
+    """Reorder patch merging's neighbours from ``nn.Unfold`` (channel by channel, rows first) to Swin's own order."""
     return tuple(t.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).movedim(-3, -1).flatten(-3) for t in tensors)
 
 
 def _unfold_order(tensors: Tensors) -> Tensors:
-    """The inverse of :func:`_official_order`."""
+    """Apply the inverse of :func:`_official_order`."""
     return tuple(t.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3) for t in tensors)
 
 
@@ -302,4 +302,4 @@ FORMATS = (
         }.items()
     ),
 )
-"""All formats; of those that describe some weights, the first is meant."""
+"""All formats; if several describe some weights, the first one is used."""

@@ -1,4 +1,4 @@
-"""Weights of models of another image or window size: tables of positions are interpolated."""
+"""Resize the position tables in weights of a model with another image or window size, by interpolation."""
 
 import math
 
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 def resize_bias_table(table: Tensor, length: int) -> Tensor:
-    """Relative position biases ((2 w - 1)^2, heads) of another window, by bicubic interpolation.
+    """Resize relative position biases ((2 w - 1)^2, heads) to another window, by bicubic interpolation.
 
-    Three rows behind them, those of a class token (BEiT), stay as they are.
+    Three rows at the end, those of a class token (BEiT), are kept unchanged.
 
     Raises:
         ValueError: If one of the tables is not that of a square window.
@@ -26,18 +26,19 @@ def resize_bias_table(table: Tensor, length: int) -> Tensor:
 def resize_positions(
     positions: Tensor, length: int, grid: tuple[int, int] | None = None, front: int | None = None
 ) -> Tensor:
-    """Position embeddings (1, tokens, channels) of another image size, by bicubic interpolation.
+    """Resize position embeddings (1, tokens, channels) to another image size, by bicubic interpolation.
 
-    Tokens in front of the patches (class, distillation) keep theirs; of more than there will be, the first are kept.
+    Tokens in front of the patches (class, distillation) keep their embeddings. If the model has fewer of them, the
+    first ones are kept.
 
     Args:
-        positions: The embeddings, of a square grid of patches and tokens in front of them.
-        length: Number of tokens that there will be.
-        grid: Rows and columns of patches that there will be; default: the largest square.
-        front: Number of tokens in front of them that the model has, where it tells; up to two are known besides.
+        positions: The embeddings of tokens in front, and of a square grid of patches after them.
+        length: Number of tokens in the result.
+        grid: Rows and columns of patches in the result; default: the largest square.
+        front: Number of tokens in front of the patches, if the model reports it; 0, 1 and 2 are accepted in any case.
 
     Raises:
-        ValueError: If the sizes are no such grids.
+        ValueError: If the sizes do not belong to such grids.
     """
     old = math.isqrt(positions.shape[1])
     extra = positions.shape[1] - old * old

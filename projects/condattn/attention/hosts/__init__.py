@@ -1,4 +1,4 @@
-"""Rules that describe the attention classes of other libraries, one file a library; none is imported."""
+"""Rules for the attention classes of other libraries, one file for each library; the libraries are not imported."""
 
 from . import openmmlab, timm, tokens, torch, torchvision, transformers
 

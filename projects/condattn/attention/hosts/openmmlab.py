@@ -1,4 +1,4 @@
-"""OpenMMLab: the attention of mmcv, mmdet, mmseg and mmpretrain.
+"""Rules for OpenMMLab: the attention of mmcv, mmdet, mmseg and mmpretrain.
 
 mmcv's ``MultiheadAttention`` (the DETR family, mmseg's ViT) and the spatial-reduction attention of PVT, MiT and Twins
 wrap ``nn.MultiheadAttention`` and need no rule.
@@ -35,7 +35,7 @@ register_rule("mmpretrain.models.utils.attention.CrossMultiheadAttention", lambd
 
 
 def _read(module: Any, described: dict[str, Any]) -> dict[str, Any]:
-    """The forward computes with the weights of the projections itself, because it makes their bias."""
+    """Mark q, k and v as read by the host, whose forward uses their weights itself because it builds the bias."""
     return described | read_by(module, {name: described[name] for name in "qkv"})
 
 
@@ -54,7 +54,7 @@ register_rule("mmpretrain.models.backbones.davit.ChannelAttention", davit_channe
 
 
 def _sized_heads(module: Any) -> dict[str, Any]:
-    """LeViT and its relatives: q, k and v of a head lie together, and a head's values are wider than its keys."""
+    """Describe LeViT and its relatives: a head's rows of q, k and v are adjacent, and values are wider than keys."""
     linear = getattr(module.qkv, "linear", module.qkv)
     each = split_each_head(linear, module.num_heads, q=module.key_dim, k=module.key_dim, v=module.d)
     return dict(num_heads=module.num_heads, out=_levit_out(module), **each)
@@ -66,7 +66,7 @@ def _levit_downsample(module: Any) -> dict[str, Any]:
 
 
 def _levit_out(module: Any):
-    """Its output projection is behind an activation."""
+    """Describe the head outputs of LeViT, whose output projection may follow an activation."""
     projection = module.proj
     return into(projection, module.proj[1].linear if isinstance(projection, nn.Sequential) else None)
 
@@ -83,13 +83,13 @@ def _deformable(module: Any) -> dict[str, Any]:
 
 
 def _conditional(module: Any) -> dict[str, Any]:
-    """Conditional DETR: content and position have projections of their own; the content's are q and k."""
+    """Describe Conditional DETR: content and position have separate projections; q and k are those of the content."""
     q, k, v = (whole(layer) for layer in (module.qcontent_proj, module.kcontent_proj, module.v_proj))
     return dict(num_heads=module.num_heads, q=q, k=k, v=v, out=into(module.out_proj))
 
 
 def _non_local(module: Any) -> dict[str, Any]:
-    """One head between the pixels of a map; its layers may be followed by pooling."""
+    """Describe non-local attention: one head between the pixels of a map, whose layers may be followed by pooling."""
     projections: dict[str, Any] = dict(v=whole(_conv(module.g, 0)))
     if module.mode == "gaussian":
         projections["obstacle"] = "it attends without q and k"
@@ -99,7 +99,10 @@ def _non_local(module: Any) -> dict[str, Any]:
 
 
 def _self_attention_block(module: Any) -> dict[str, Any]:
-    """OCRNet, ANN, ISA and DANet: one head, each projection one or more convolutions, of which the last makes it."""
+    """Describe the attention of OCRNet, ANN, ISA and DANet, which has one head.
+
+    Each projection is a sequence of one or more convolutions. The last one computes q, k or v.
+    """
     q, k, v = (whole(_conv(getattr(module, f"{name}_project"), -1)) for name in ("query", "key", "value"))
     projections = dict(q=q, v=v) if module.share_key_query else dict(q=q, k=k, v=v)
     output = module.out_project or getattr(module, "output_project", None) or getattr(module, "gamma", None)

@@ -1,8 +1,8 @@
-"""timm: every attention class whose heads have outputs of their own.
+"""Rules for timm: every attention class whose heads have separate outputs.
 
-Where something stands between the heads and the output projection, head outputs are taken in front of it. Two classes
-count a residual as part of a head's output, as their papers do: the pooled queries of MViT v2 and the local values of
-EfficientFormer v2.
+If another module is between the heads and the output projection, the head outputs are taken before that module. Two
+classes count a residual as part of a head's output, as their papers do: the pooled queries of MViT v2 and the local
+values of EfficientFormer v2.
 """
 
 from dataclasses import replace
@@ -61,7 +61,7 @@ for name in ("beit.Attention", "swin_transformer_v2.WindowAttention"):
 
 
 def _normed(module: Any) -> dict[str, Any]:
-    """With a norm (or nothing) and perhaps a gate behind the heads, and q, k, v fused or not."""
+    """Describe attention with fused or separate q, k and v, and an optional norm and gate after the heads."""
     if module.qkv is None:
         groups = getattr(module, "num_kv_heads", module.num_heads)
         k, v = (whole(layer, num_heads=groups) for layer in (module.k_proj, module.v_proj))
@@ -79,7 +79,7 @@ for name in ("layers.attention.Attention", "layers.attention.AttentionRope", "mo
 
 
 def _differential(module: Any) -> dict[str, Any]:
-    """Each head is the difference of two attention maps, with the values of one."""
+    """Describe differential attention: a head applies the difference of two attention maps to one set of values."""
     parts = thirds(module.qkv) if hasattr(module, "qkv") else split(module.in_proj, "weight", **_in_split(module))
     parts |= {name: replace(parts[name], num_heads=2 * module.num_heads) for name in "qk"}
     projection = module.proj if hasattr(module, "proj") else module.out_proj
@@ -104,7 +104,7 @@ register_rule("timm.models.vision_transformer.ParallelScalingBlock", _parallel)
 
 
 def _pool(module: Any) -> dict[str, Any]:
-    """Attention pooling; the dropout between the heads and the projection is always there, the projection not."""
+    """Describe attention pooling, in which dropout always follows the heads, and the output projection is optional."""
     projections = thirds(module.qkv) if module.qkv is not None else {n: whole(getattr(module, n)) for n in "qkv"}
     return dict(num_heads=module.num_heads, out=into(module.drop, module.proj), **projections)
 
@@ -124,7 +124,7 @@ register_rule(
 
 
 def _sized_heads(module: Any) -> dict[str, Any]:
-    """LeViT and its relatives: q, k and v of a head lie together, and a head's values are wider than its keys."""
+    """Describe LeViT and its relatives: a head's rows of q, k and v are adjacent, and values are wider than keys."""
     sizes = dict(q=module.key_dim, k=module.key_dim, v=module.val_dim)
     return dict(
         num_heads=module.num_heads, out=into(module.proj), **split_each_head(module.qkv, module.num_heads, **sizes)
@@ -210,7 +210,7 @@ def _halo(module: Any) -> dict[str, Any]:
 
 
 def _linear_attention(module: Any) -> dict[str, Any]:
-    """EfficientViT: ReLU attention at several scales, whose heads lie side by side."""
+    """Describe EfficientViT: ReLU attention at several scales, whose heads lie side by side."""
     projection, each = module.proj.conv, dict.fromkeys("qkv", module.dim)
     heads = module.qkv.conv.out_channels // (3 * module.dim)
     parts = split_each_head(module.qkv.conv, heads, **each)
@@ -219,13 +219,13 @@ def _linear_attention(module: Any) -> dict[str, Any]:
 
 
 def _single_head(module: Any) -> dict[str, Any]:
-    """SHViT: one head on some of the channels; the others bypass it to the output projection."""
+    """Describe SHViT: one head uses some of the channels; the other channels bypass it to the output projection."""
     out = into(module.proj, module.proj[1].c, channels=slice(0, module.pdim))
     return dict(num_heads=1, out=out, **split(module.qkv.c, q=module.qk_dim, k=module.qk_dim, v=module.pdim))
 
 
 def _modulated(module: Any) -> dict[str, Any]:
-    """iFormer: one head, multiplied by a gate in the forward itself."""
+    """Describe iFormer: one head, whose output the forward itself multiplies by a gate."""
     projections = dict(q=whole(module.q.c), k=whole(module.k.c), **halves(module.v_gate.c, "v", "gate"))
     return dict(num_heads=1, obstacle="a gate multiplies its head output before any module receives it", **projections)
 

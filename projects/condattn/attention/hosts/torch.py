@@ -1,4 +1,4 @@
-"""PyTorch: ``nn.MultiheadAttention``, and with it everything that wraps it (mmcv's ``MultiheadAttention``)."""
+"""The rule for PyTorch's ``nn.MultiheadAttention``, and so for every module that wraps it (as mmcv's does)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""torchvision: Swin v1 and v2, and MaxViT; its ViT has ``nn.MultiheadAttention``."""
+"""Rules for torchvision: Swin v1 and v2, and MaxViT. Its ViT uses ``nn.MultiheadAttention``."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ..rules import register_rule
 
 
 def _shifted_window(module: Any) -> dict[str, Any]:
-    """Swin v1, and v2, which is a subclass: a function computes it all, with the weights of both layers."""
+    """Describe Swin v1, and its subclass v2: one function computes all, with the weights of both layers."""
     projections = read_by(module, thirds(module.qkv))
     if module.dropout:
         reason = "its forward has dropout behind an output projection that it computes itself"

@@ -1,6 +1,7 @@
-"""Hugging Face transformers: whichever attention implementation (eager, sdpa, flash) the model runs.
+"""Rules for Hugging Face transformers, for every attention implementation (eager, sdpa, flash).
 
-Its classes follow two conventions, and version 5 moves some from the first to the second under the same name.
+Its classes follow two conventions, see :func:`_conventional`. Version 5 moves some classes from the first convention
+to the second under the same name.
 """
 
 from typing import Any
@@ -11,9 +12,11 @@ from .common import fused
 
 
 def _conventional(module: Any) -> dict[str, Any]:
-    """``query``, ``key`` and ``value`` in an inner module, ``output.dense`` beside it; or four ``*_proj`` in one.
+    """Describe attention that follows one of two conventions.
 
-    Heads are counted by their size, because keys and values may have fewer than the queries (grouped heads).
+    First convention: ``query``, ``key`` and ``value`` are in an inner module, and ``output.dense`` is beside it. Second
+    convention: one module has four layers called ``*_proj``. The number of heads of each projection follows from the
+    head size, because there may be fewer heads of keys and values than of queries (grouped-query attention).
     """
     if hasattr(module, "q_proj"):
         layers, size = (module.q_proj, module.k_proj, module.v_proj), module.head_dim
