@@ -92,6 +92,13 @@ def test_weights_that_are_kept_transposed():
         torch.testing.assert_close(head @ head.T, torch.eye(8), rtol=0, atol=1e-6)
 
 
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = vit()
+        assert len(condattn.condition(model, "ci+pc").conditioned) == 2
+    assert model.blocks[0].attn.qkv.weight.is_meta
+
+
 def test_it_is_done_once_and_reproducible():
     models = []
     for _ in range(2):

@@ -26,7 +26,7 @@ def random_numbers_apart() -> Iterator[None]:
     PyTorch's CPU generator.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, ())) ^ APART)
+        torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) ^ APART)
         yield
 
 

@@ -80,7 +80,7 @@ class ConditionedInitialization(InitialWeightsMethod):
 
 def semi_orthogonal(like: Tensor) -> Tensor:
     """U V^T of a Gaussian matrix of the shape, dtype and device of ``like``; its singular values are all 1."""
-    u, _, vh = torch.linalg.svd(torch.randn(like.shape, dtype=torch.float64), full_matrices=False)
+    u, _, vh = torch.linalg.svd(torch.randn(like.shape, dtype=torch.float64, device="cpu"), full_matrices=False)
     return (u @ vh).to(like)
 
 
