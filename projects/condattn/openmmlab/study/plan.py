@@ -209,7 +209,7 @@ def rates_on_grid(study: Study, scores: Scores, grid: Sequence[float]) -> dict[s
     best mean score. A variant gets its own best rate instead if that is better than the common one by more than
     ``MARGIN`` standard errors. Without this threshold, equal variants would often get different rates by chance, and
     the effect of the rates would be mistaken for an effect of the variants: in simulated families without any effect,
-    up to 22 % showed one instead of 5 %. The cost is that a variant whose best rate differs, but is better by less than
+    up to 23 % showed one instead of 5 %. The cost is that a variant whose best rate differs, but is better by less than
     the threshold, is trained at a rate that is slightly worse for it.
     """
     cells = {}
