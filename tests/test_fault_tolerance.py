@@ -1,5 +1,6 @@
 """Resumed runs end with the same weights as uninterrupted ones; bad files and non-finite losses stop a run."""
 
+import json
 import os
 import random
 import signal
@@ -114,6 +115,37 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, workers, small, scenes, tm
         resumed = weights(work_dir / last)
         assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
         assert any(not torch.equal(whole[key], value) for key, value in weights(stopped).items())
+
+
+def validated(folder):
+    """Position -> metrics of the validations that the runs in a work directory have logged."""
+    lines = [json.loads(line) for path in folder.glob("*/vis_data/scalars.json") for line in path.open()]
+    return {line["step"]: {key: line[key] for key in ("mIoU", "mAcc")} for line in lines if "mIoU" in line}
+
+
+@forwarded
+def test_a_validation_that_was_cut_off_is_made_up_for(small, scenes, tmp_path):
+    """Its checkpoint is there, as after a kill in the validation: iteration 6 saves before it, 9 is the last."""
+    command = [*training("iter", small, scenes, tmp_path, 0), "default_hooks.checkpoint.save_best=None"]
+    whole = run(*command, "--work-dir", tmp_path / "whole", cwd=tmp_path)
+    results = validated(tmp_path / "whole")
+    assert set(results) == {3, 6, 9} and "follows now" not in whole.stdout + whole.stderr
+    for position, expected in ((6, {6, 9}), (9, {9}), (8, {9})):
+        work_dir = tmp_path / f"from {position}"
+        stopped = tmp_path / "whole" / f"iter_{position}.pth"
+        resumed = run(*command, "--work-dir", work_dir, "--resume", stopped, cwd=tmp_path)
+        assert validated(work_dir) == {one: results[one] for one in expected}
+        message = f"saved before the validation of iteration {position}, which follows now"
+        assert (message in resumed.stdout + resumed.stderr) == (position != 8)
+
+
+@forwarded
+def test_a_validation_that_is_in_the_checkpoint_is_not_repeated(small, scenes, tmp_path):
+    """The checkpoint was saved again after it, because the model was the best."""
+    command = training("iter", small, scenes, tmp_path, 0)
+    run(*command, "--work-dir", tmp_path / "whole", cwd=tmp_path)
+    run(*command, "--work-dir", tmp_path / "resumed", "--resume", tmp_path / "whole" / "iter_3.pth", cwd=tmp_path)
+    assert set(validated(tmp_path / "resumed")) == {6, 9}
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from ...weights.atomic import write_whole
 from ..errors import UserError
 
 LAST = "last_checkpoint"
+VALIDATED = "validated"
+"""Entry of a checkpoint's ``meta``: whether it was saved after the validation of its position."""
 
 
 class WholeFileBackend(LocalBackend):
@@ -41,6 +43,7 @@ class WholeCheckpointHook(CheckpointHook):
     def __init__(self, *args, backend_args: dict | None = None, **kwargs) -> None:
         super().__init__(*args, backend_args=backend_args or {"backend": "whole_file"}, **kwargs)
         self._meta: dict[str, int] = {}
+        self._after_validation = False
 
     def before_train(self, runner: Runner) -> None:
         """Prepare as upstream does, restore the path of the last checkpoint, and delete partial files of a killed run.
@@ -56,6 +59,7 @@ class WholeCheckpointHook(CheckpointHook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Set epoch and iteration in the checkpoint: ``FlexibleRunner``'s are one too large after a validation."""
         checkpoint["meta"].update(self._meta)
+        checkpoint["meta"][VALIDATED] = bool(self._after_validation)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         surplus = None
@@ -100,6 +104,7 @@ class WholeCheckpointHook(CheckpointHook):
         backend = self.file_backend
         remove, rmtree = backend.remove, backend.rmtree
         self._meta = {"epoch": runner.epoch, "iter": runner.iter}
+        self._after_validation = True
         backend.remove = lambda path: surplus.append((remove, path))
         backend.rmtree = lambda path: surplus.append((rmtree, path))
         try:
@@ -112,5 +117,6 @@ class WholeCheckpointHook(CheckpointHook):
         finally:
             del backend.remove, backend.rmtree
             self._meta = {}
+            self._after_validation = False
         for delete, path in surplus:
             delete(path)

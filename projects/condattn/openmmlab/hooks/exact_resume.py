@@ -11,6 +11,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from .atomic_checkpoint import VALIDATED
+from .schedule import is_validated
+
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
@@ -19,12 +22,42 @@ class ExactResumeHook(Hook):
     Python, numpy, torch and the data loader's workers are seeded anew before each epoch, or in an iteration-based run
     after each checkpoint, with a number computed from the seed of the run, the rank and the position. Iteration-based
     runs need a sampler that can skip ahead, as ``InfiniteSampler`` of the default stack can; others are not reseeded.
+
+    A checkpoint is saved before the validation of its position, and mmengine skips this validation in a run that
+    resumes from it. This hook makes up for it, so that no result is missing from the log, from the choice of the best
+    checkpoint, and from schedules that depend on results.
+
+    Args:
+        validate: Whether a resumed run begins with the validation of its position, unless the checkpoint was saved
+            after it.
     """
 
     priority = "LOWEST"
 
-    def __init__(self) -> None:
+    def __init__(self, validate: bool = True) -> None:
+        self.validate = validate
         self._newest: str | None = None
+        self._validation_missing = False
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note whether a run resumes from a checkpoint that was saved before a validation."""
+        resumed = getattr(runner, "_resume", False)
+        self._validation_missing = resumed and not checkpoint.get("meta", {}).get(VALIDATED, False)
+
+    def before_train(self, runner: Runner) -> None:
+        """Do the validation that the checkpoint was saved before."""
+        loop = runner.train_loop
+        in_epochs = isinstance(loop, EpochBasedTrainLoop)
+        position, last = (loop.epoch, loop.max_epochs) if in_epochs else (loop.iter, loop.max_iters)
+        missing, self._validation_missing = self._validation_missing, False
+        if not (self.validate and missing and position > 0 and runner.val_loop is not None):
+            return
+        if is_validated(loop, position, last):
+            unit = "epoch" if in_epochs else "iteration"
+            runner.logger.info(
+                f"the checkpoint was saved before the validation of {unit} {position}, which follows now"
+            )
+            runner.val_loop.run()
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Reseed at the start of an epoch, or of an iteration-based run, new or resumed."""

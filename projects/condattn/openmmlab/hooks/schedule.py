@@ -196,7 +196,7 @@ def _step_to_position(schedulers: list[_ParamScheduler], runner: Runner, checkpo
         for position in range(1, checkpoint["meta"]["epoch" if in_epochs else "iter"] + 1):
             for scheduler in each_iteration * length + each_epoch:
                 scheduler.step()
-            if _is_validated(loop, position, last):
+            if is_validated(loop, position, last):
                 for scheduler, history in metrics:
                     if (found := next(history, None)) is not None:
                         scheduler.step(found)
@@ -213,7 +213,7 @@ def _metrics_of(scheduler: _ParamScheduler, checkpoint: dict) -> Iterator[dict[s
     return iter([{scheduler.monitor: float(value)} for value in values])
 
 
-def _is_validated(loop: Any, position: int, last: int) -> bool:
+def is_validated(loop: Any, position: int, last: int) -> bool:
     """Whether a training loop of mmengine validates after ``position`` of ``last`` epochs or iterations."""
     interval = loop.dynamic_intervals[bisect(loop.dynamic_milestones, position + 1) - 1]
     return position >= loop.val_begin and (position % interval == 0 or position == last)
