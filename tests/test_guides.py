@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -33,3 +34,16 @@ def test_the_blocks_of_a_guide(guide):
     assert len(lines) == len(comments)
     for line, comment in zip(lines, comments, strict=True):
         assert matches(line, comment), (line, comment)
+
+
+def test_the_tour():
+    """Run the code of the notebook, cell by cell."""
+    pytest.importorskip("timm")
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 6 and not any(cell.get("outputs") for cell in cells)
+    names, printed = {"__name__": "__main__"}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for number, source in enumerate(code):
+            exec(compile(source, f"tour.ipynb, cell {number}", "exec"), names)
+    assert "conditioned 4 of 4 attention sites: sc+pc" in printed.getvalue()
