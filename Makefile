@@ -115,7 +115,7 @@ $(DOCS)/.installed: requirements/docs.txt
 	@touch $@
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build --quiet --strict
+	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 	@echo "the site is in site/; open site/index.html"
 
 benchmark: setup

@@ -3,7 +3,9 @@
 The options are those of the tools' own parsers; the scripts of the shell are described by their first comment.
 """
 
+import contextlib
 import importlib.util
+import os
 import re
 from argparse import SUPPRESS, ArgumentParser, _HelpAction
 from pathlib import Path
@@ -30,7 +32,9 @@ def parser_of(tool: Path) -> ArgumentParser:
 
     spec = importlib.util.spec_from_file_location(f"condattn_documented_{tool.stem}", tool)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Toolboxes print which optional packages are missing.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        spec.loader.exec_module(module)
     with mock.patch.object(ArgumentParser, "parse_args", capture):
         try:
             module.parse_args()
