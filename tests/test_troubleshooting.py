@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: its messages are those of the source, and those that the tests of bad input expect are in it."""
+"""docs/troubleshooting.md has messages of the source, and all that the tests of bad input expect."""
 
 import ast
 import re
@@ -66,11 +66,12 @@ def constants(node):
 def expectations(tree):
     """What the tests of a file expect of messages, each as texts of which one message has all."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.keyword) and node.arg in ("match", "parts"):
+        name = node.arg if isinstance(node, ast.keyword) else ""
+        if isinstance(node, ast.Assign):
+            name = getattr(node.targets[0], "id", "")
+        if name in ("match", "parts", "message"):
             yield constants(node.value)
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("parts", "message"):
-            yield constants(node.value)
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("FILES", "CHECKPOINTS"):
+        elif name in ("FILES", "CHECKPOINTS"):
             for value in node.value.values:
                 yield constants(value)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_refused":

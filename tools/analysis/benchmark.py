@@ -76,8 +76,15 @@ def parse_args() -> argparse.Namespace:
         help=f"square images of {STEP}, {2 * STEP}, ... up to --size (default: {LARGEST}), and a plot",
     )
     parser.add_argument("--batch", type=int, default=1, help="images a batch (default: %(default)s)")
-    parser.add_argument("--mode", choices=["train", "infer"], default="train", help="a training step or a forward pass (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="half precision is by autocast (default: %(default)s)")
+    parser.add_argument(
+        "--mode",
+        choices=["train", "infer"],
+        default="train",
+        help="a training step or a forward pass (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="half precision is by autocast (default: %(default)s)"
+    )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each variant (default: %(default)s)")
     parser.add_argument(
