@@ -114,8 +114,9 @@ $(DOCS)/.installed: requirements/docs.txt
 	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@touch $@
 
+# Without --quiet, with which mkdocs would not count warnings.
 docs: $(DOCS)/.installed
-	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "the site is in site/; open site/index.html"
 
 benchmark: setup

@@ -33,31 +33,31 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_) -> str:
     """Replace the links of a page that leave ``docs/``."""
-    folder = Path(page.file.abs_src_path).parent
-    return LINK.sub(lambda match: replace_link(match[1], folder, Path(config.docs_dir), config.repo_url), markdown)
+    path = Path(page.file.abs_src_path)
+    return LINK.sub(lambda match: replace_link(match[1], path, Path(config.docs_dir), config.repo_url), markdown)
 
 
-def replace_link(link: str, folder: Path, docs: Path, repository: str) -> str:
+def replace_link(link: str, page: Path, docs: Path, repository: str) -> str:
     """Return what takes the place of a relative link of a page.
 
     Args:
         link: The path in the link.
-        folder: The folder of the page.
+        page: The file of the page.
         docs: The folder of all pages.
         repository: The address of the repository.
 
     Returns:
         The link itself if it stays in ``docs``; the picture's place in the site; or an address in the repository.
     """
-    path = Path(os.path.normpath(folder / link))
+    path = Path(os.path.normpath(page.parent / link))
     if path.is_relative_to(docs):
         return link
     if not path.exists() or not path.is_relative_to(ROOT):
-        log.warning("a page of %s links to '%s', which does not exist", folder, link)
+        log.warning("%s links to '%s', which does not exist", page, link)
         return link
     name = path.relative_to(ROOT).as_posix()
     if path.suffix in PICTURES:
-        return os.path.relpath(docs / name, folder)
+        return os.path.relpath(docs / name, page.parent)
     return f"{repository}/{'tree' if path.is_dir() else 'blob'}/main/{name}"
 
 
