@@ -1,8 +1,9 @@
-# make demo | test | test-fast | test-all | test-stock | test-newest | test-transformers | lint | operators | benchmark.  PYTHON=python3.11 chooses the interpreter.
+# make demo | test | test-fast | test-all | test-stock | test-newest | test-transformers | lint | docs | operators | benchmark.  PYTHON=python3.11 chooses the interpreter.
 SHELL := bash -o pipefail
 VENV := .venv
 STOCK := .venv-stock
 NEWEST := .venv-newest
+DOCS := .venv-docs
 TRANSFORMERS := $(VENV)/newest-transformers
 PY := $(VENV)/bin/python
 DEMO := configs/demo/mask_rcnn_swin_pc.py
@@ -13,9 +14,10 @@ TABLES := work_dirs/benchmark
 # Run test files in parallel processes, each with one thread.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
-REQUIREMENTS := pyproject.toml $(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*)
+REQUIREMENTS := pyproject.toml $(filter-out requirements/docs.txt,$(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*))
 
-.PHONY: help setup demo test test-fast test-slow test-all test-stock test-newest test-transformers lint operators test-operators benchmark
+.PHONY: help setup demo test test-fast test-slow test-all test-stock test-newest test-transformers lint docs operators \
+    test-operators benchmark
 
 help:
 	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
@@ -26,9 +28,10 @@ help:
 	@echo "make test-newest  core tests and short trainings on the newest torch that pip offers, in an environment of their own"
 	@echo "make test-transformers  the tests of Hugging Face models, with the newest release of them"
 	@echo "make lint        ruff, the types of the core, and the directions of imports"
+	@echo "make docs        the documentation as a site, in site/; a broken link or reference is an error"
 	@echo "make test-operators  compile mmcv's operators, and compare those on torchvision with them"
 	@echo "make operators   compile mmcv's operators, 15 to 20 minutes on two cores; not needed for anything here"
-	@echo "make benchmark   every table of docs/performance.md, for an idle machine; DTYPE=bfloat16 for a GPU"
+	@echo "make benchmark   the tables of results/benchmark anew, in $(TABLES), for an idle machine; DTYPE=bfloat16 for a GPU"
 
 setup: $(VENV)/.installed
 
@@ -106,6 +109,16 @@ lint: setup
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
 
+$(DOCS)/.installed: requirements/docs.txt
+	"$${PYTHON:-python3}" -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	@touch $@
+
+# Without --quiet, with which mkdocs would not count warnings.
+docs: $(DOCS)/.installed
+	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "the site is in site/; open site/index.html"
+
 benchmark: setup
 	mkdir -p $(TABLES)
 	$(BENCHMARK) --models upstream,none:plain,none,pc,sc,sc+pc --out $(TABLES)/train.json
@@ -116,3 +129,4 @@ benchmark: setup
 	$(BENCHMARK) --models upstream,pc --network vit-b --repeats 3 --out $(TABLES)/vit.json
 	$(BENCHMARK) --models upstream,pc --network vit-b --mode infer --repeats 3 --out $(TABLES)/vit_infer.json
 	$(BENCHMARK) --models upstream,none,pc --network attention --out $(TABLES)/attention.json
+	@echo "the tables are in $(TABLES)"

@@ -1,17 +1,27 @@
 """The guides in docs/: their Python blocks run in order, and print what the comments after print() say."""
 
 import contextlib
+import functools
 import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from registrations import registrations_undone
 
 ROOT = Path(__file__).parents[1]
-GUIDES = {"adding_an_attention_class.md": (7, 3), "adding_a_method.md": (5, 3), "methods.md": (3, 1)}
+GUIDES = {
+    "adding_an_attention_class.md": (7, 3),
+    "adding_a_method.md": (5, 3),
+    "methods.md": (3, 1),
+    "getting_started/torch.md": (5, 5),
+    "deployment.md": (5, 2),
+    "measuring.md": (3, 2),
+}
 """The numbers of blocks and of printed lines."""
+NEEDED = {"deployment.md": ("peft", "onnxruntime", "onnxscript")}
 
 
 def matches(line, comment):
@@ -20,7 +30,12 @@ def matches(line, comment):
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_blocks_of_a_guide(guide):
+def test_the_blocks_of_a_guide(guide, monkeypatch, tmp_path):
+    for package in ("timm", *NEEDED.get(guide, ())):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    # TorchInductor needs a compiler and takes long; tests/test_hosts.py uses it.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     text = (ROOT / "docs" / guide).read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     comments = re.findall(r"^ *print\(.*\)  # (.*)$", "".join(blocks), re.MULTILINE)

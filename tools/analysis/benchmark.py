@@ -75,12 +75,23 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help=f"square images of {STEP}, {2 * STEP}, ... up to --size (default: {LARGEST}), and a plot",
     )
-    parser.add_argument("--batch", type=int, default=1, help="images a batch")
-    parser.add_argument("--mode", choices=["train", "infer"], default="train", help="a training step or a forward pass")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="half precision is by autocast")
+    parser.add_argument("--batch", type=int, default=1, help="images a batch (default: %(default)s)")
+    parser.add_argument(
+        "--mode",
+        choices=["train", "infer"],
+        default="train",
+        help="a training step or a forward pass (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="half precision is by autocast (default: %(default)s)"
+    )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each variant")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: the GPU, if there is one)",
+    )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file as well, and the plot beside it")
     return parser.parse_args()
 

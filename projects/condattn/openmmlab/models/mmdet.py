@@ -12,7 +12,8 @@ from .swin import ConditionedSwin, make_fast_classes
 class ConditionedSwinTransformer(ConditionedSwin, swin.SwinTransformer):
     """mmdet's ``SwinTransformer``, conditioned.
 
-    Shape: images (B, 3, H, W) of any size; one feature map (B, embed_dims * 2**i, H / 4 / 2**i, W / 4 / 2**i),
+    Shape: images (B, 3, H, W) of any size; one feature map
+    (B, ``embed_dims * 2**i``, ``H / 4 / 2**i``, ``W / 4 / 2**i``),
     rounded up, for each i of ``out_indices``.
     """
 
