@@ -195,8 +195,6 @@ def _load(leaf: dict[str, Any], name: str) -> Findings:
         reason = str(error) or type(error).__name__
         advice = "put the data there, or set data_root to where it is" if isinstance(error, OSError) else "correct it"
         return Findings(errors=[f"the data set {name} cannot be loaded: {reason}; {advice}"])
-    if not samples:
-        return Findings(errors=[f"the data set {name} has no samples; correct its settings"])
     return Findings(summary=f"{name}, {counted(samples, 'sample', 'samples')}")
 
 
