@@ -1,7 +1,7 @@
 """DaViT-B, preconditioned attention (the default), ImageNet-1k, 300 epochs.
 
 Reference: mmpretrain's davit/davit-base_4xb256_in1k.py, which mmpretrain wrote for the evaluation of converted
-weights: its training settings are those of Swin, which DaViT's authors follow too.
+weights: its training settings are those of Swin.
 """
 
 _base_ = "mmpretrain::davit/davit-base_4xb256_in1k.py"
