@@ -236,6 +236,39 @@ def test_xcit_and_davit(name, settings, official, tmp_path):
         assert torch.equal(ours, map)
 
 
+@torch.no_grad()
+def test_xcit_of_mmpretrain():
+    settings = dict(embed_dims=32, depth=2, num_heads=2, mlp_ratio=4, layer_scale_init_value=1, tokens_norm=True)
+    source = build("mmpretrain", type="XCiT", patch_size=16, out_type="cls_token", **settings)
+    target = randomized(timm.create_model("xcit_tiny_12_p16_224", depth=2, embed_dim=32, num_heads=2))
+    fitted, report = fit(source.state_dict(), target, "xcit.pth")
+    assert (report.recognized, report.missing) == ("XCiT of mmpretrain", ["head.weight", "head.bias"])
+    assert (len(fitted), report.left_out) == (len(source.state_dict()), [])
+    target.load_state_dict(fitted, strict=False)
+    wanted = target.forward_head(target.forward_features(IMAGE), pre_logits=True)
+    torch.testing.assert_close(source(IMAGE)[0], wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_davit_of_mmpretrain():
+    arch = dict(embed_dims=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8])
+    source = build("mmpretrain", type="DaViT", arch=arch, out_indices=(3,), norm_cfg=dict(type="LN", eps=1e-5))
+    for name, value in source.norm3.named_parameters():
+        value.fill_(name == "weight")  # in front of the outputs, which timm's model has not
+    settings = dict(depths=(1, 1, 2, 1), embed_dims=(8, 16, 32, 64), num_heads=(1, 2, 4, 8))
+    target = randomized(timm.create_model("davit_tiny", **settings))
+    fitted, report = fit(source.state_dict(), target, "davit.pth")
+    assert report.recognized == "DaViT of mmpretrain"
+    assert report.missing == ["head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"]
+    assert report.left_out == ["norm3.weight", "norm3.bias"]
+    target.load_state_dict(fitted, strict=False)
+    # mmpretrain's stem begins one pixel in front of the image, timm's three pixels.
+    image = nn.functional.pad(IMAGE.double()[..., 2:, 2:], (2, 0, 2, 0))
+    moved = nn.functional.pad(image[..., 2:, 2:], (0, 2, 0, 2))
+    maps = target.double().forward_intermediates(moved, norm=False, intermediates_only=True)
+    torch.testing.assert_close(source.double()(image)[0], normed(maps)[-1], rtol=0, atol=1e-5)
+
+
 def test_windows_and_images_of_another_size():
     swin = mm_swin("mmdet", window_size=8)
     fitted, report = fit(timm_swin().state_dict(), swin, "swin.pth")

@@ -175,6 +175,7 @@ def _join(tensors: Tensors) -> Tensors:
 
 
 TABLE = "layers.{i}.blocks.{j}.attn.relative_position_bias_table"
+FEED_FORWARD = {"ffn.layers.0.0.{p}": "mlp.fc1.{p}", "ffn.layers.1.{p}": "mlp.fc2.{p}"}
 SWIN = same("patch_embed.{rest}", "absolute_pos_embed", "layers.{i}.blocks.{rest}", "norm.{p}")
 MERGING = ("layers.{i}.downsample.reduction.weight", "layers.{i}.downsample.norm.{p}")
 
@@ -241,6 +242,40 @@ FORMATS = (
         marks=("blocks.{i}.local_mp.conv1.weight",),
     ),
     Format(
+        "XCiT",
+        ("mmpretrain",),
+        renamed(
+            {
+                "cls_token": "cls_token",
+                **{
+                    f"patch_embed.proj.{i}.{layer}.{{p}}": f"patch_embed.proj.{2 * i}.{place}.{{p}}"
+                    for i in range(4)
+                    for place, layer in enumerate(("conv", "bn"))
+                },
+                "pos_embed.token_projection.conv.{p}": "pos_embed.token_projection.{p}",
+                "xca_layers.{i}.local_mp.conv{n}.conv.{p}": "blocks.{i}.local_mp.conv{n}.{p}",
+                "xca_layers.{i}.local_mp.conv1.bn.{p}": "blocks.{i}.local_mp.bn.{p}",
+                **{
+                    f"{theirs}.{{i}}.{part}": f"{common}.{{i}}.{place}"
+                    for theirs, common in (("xca_layers", "blocks"), ("ca_layers", "cls_attn_blocks"))
+                    for part, place in {
+                        "gamma{n}": "gamma{n}",
+                        "norm{n}.{p}": "norm{n}.{p}",
+                        **FEED_FORWARD,
+                    }.items()
+                },
+                "xca_layers.{i}.attn.{rest}": "blocks.{i}.attn.{rest}",
+                **{
+                    f"ca_layers.{{i}}.attn.{name}.{{p}}": f"cls_attn_blocks.{{i}}.attn.{name}.{{p}}"
+                    for name in ("q", "k", "v", "proj")
+                },
+                "norm.{p}": "norm.{p}",
+            }
+        ),
+        marks=("xca_layers.{i}.local_mp.conv1.conv.weight",),
+        prefix="backbone.",
+    ),
+    Format(
         "DaViT",
         ("timm",),
         same("stem.{rest}", "stages.{i}.downsample.{rest}", "stages.{i}.blocks.{rest}", "head.norm.{p}", "head.fc.{p}"),
@@ -263,6 +298,31 @@ FORMATS = (
             }
         ),
         marks=("main_blocks.{i}.{j}.{k}.cpe.0.proj.weight",),
+    ),
+    Format(
+        "DaViT",
+        ("mmpretrain",),
+        renamed(
+            {
+                "patch_embed.projection.{p}": "stem.conv.{p}",
+                "patch_embed.norm.{p}": "stem.norm.{p}",
+                "stages.{i}.downsample.projection.{p}": "stages.{i+1}.downsample.conv.{p}",
+                "stages.{i}.downsample.norm.{p}": "stages.{i+1}.downsample.norm.{p}",
+                "stages.{i}.blocks.{j}.spatial_block.attn.w_msa.{rest}": "stages.{i}.blocks.{j}.0.attn.{rest}",
+                "stages.{i}.blocks.{j}.channel_block.attn.{rest}": "stages.{i}.blocks.{j}.1.attn.{rest}",
+                **{
+                    f"stages.{{i}}.blocks.{{j}}.{block}.{part}": f"stages.{{i}}.blocks.{{j}}.{k}.{place}"
+                    for k, block in enumerate(("spatial_block", "channel_block"))
+                    for part, place in {
+                        "cpe{n}.{rest}": "cpe{n}.{rest}",
+                        "norm{n}.{p}": "norm{n}.{p}",
+                        **FEED_FORWARD,
+                    }.items()
+                },
+            }
+        ),
+        marks=("stages.{i}.blocks.{j}.spatial_block.cpe1.proj.weight",),
+        prefix="backbone.",
     ),
     Format(
         "ViT",

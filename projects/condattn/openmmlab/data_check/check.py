@@ -25,6 +25,8 @@ from .transforms import PLAIN, loads_annotations, options, reads_plain_annotatio
 from .usage import CocoUse
 
 AS_ANNOTATED = "condattn.openmmlab.data_check.orientation.LoadImageAsAnnotated"
+LOADED = ("mmpretrain", "mmengine")
+"""Scopes of data sets that are loaded to see whether they can be, because nothing else is known of them."""
 PATIENCE = 60
 """Seconds for which the other processes wait for the first one to report the errors and end the run."""
 
@@ -147,6 +149,8 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     if _class(leaf) is None:
         return Findings(errors=[f"no data set {name} is registered; import its module with custom_imports"])
     kind = _kind(leaf)
+    if kind is None and is_local(leaf) and cfg.get("default_scope") in LOADED:
+        return _load(leaf, name)
     if kind is None or not is_local(leaf):
         return Findings(
             summary=f"{name}, not read by this check, which knows local files of CocoDataset and BaseSegDataset"
@@ -172,6 +176,26 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     findings = check(dataset, leaf, cfg, loader, evaluated, read_all)
     findings.warnings = doubtful + findings.warnings
     return findings
+
+
+def _load(leaf: dict[str, Any], name: str) -> Findings:
+    """Load a data set, without its transforms."""
+    try:
+        samples = len(DATASETS.build({**leaf, "pipeline": []} if "pipeline" in leaf else leaf))
+    except (
+        UserError,
+        OSError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
+        reason = str(error) or type(error).__name__
+        advice = "put the data there, or set data_root to where it is" if isinstance(error, OSError) else "correct it"
+        return Findings(errors=[f"the data set {name} cannot be loaded: {reason}; {advice}"])
+    return Findings(summary=f"{name}, {counted(samples, 'sample', 'samples')}")
 
 
 def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:

@@ -8,6 +8,7 @@ inferencers, pass this metadata to each module. The state dict of a model in mem
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from ...condition import conditioning_of, same_conditioning
 from ...methods.base import registered_methods
 from ...methods.weight import WeightMethod
+from ...weights.files import weights_of
+from ...weights.names import recognize, translate
 from ...wording import some
 from ..errors import UserError
 from .wrapping import unwrapped
@@ -65,7 +68,7 @@ def check_start(checkpoint: Any, path: str, model: nn.Module, load: str) -> None
             f"{path} was trained with corrected weights ({', '.join(found)}); load='effective' is for weights that "
             "were not"
         )
-    if problem := difference(record, model, f"{path} is"):
+    if problem := difference(_in_names_of(model, record, checkpoint), model, f"{path} is"):
         raise ValueError(f"{problem}, or load it all the same with other_conditioning=True in the init_cfg")
 
 
@@ -134,6 +137,28 @@ def _prefix(record: Record, own: Record) -> str:
             if name and key.endswith(f".{name}"):
                 return key.removesuffix(name)
     return ""
+
+
+def _in_names_of(model: nn.Module, record: Record, checkpoint: Any) -> Record:
+    """The record of ``checkpoint``, which may be of another library's model, with the names that ``model`` has."""
+    weights, _, _ = weights_of(checkpoint)
+    source, target = recognize(weights), recognize(model.state_dict())
+    if not source or not target or source == target or source.family != target.family:
+        return record
+    renamed = {}
+    for key, methods in record.items():
+        parts = key.split(".")
+        names = (
+            ".".join(parts[start:]) for start in range(len(parts))
+        )  # the record has the prefixes of the whole model
+        inside = next(
+            (found for name in names if (found := {w: v for w, v in weights.items() if w.startswith(f"{name}.")})), {}
+        )
+        translated, _ = translate(inside, source, target)
+        levels = zip(*(name.split(".")[:-1] for name in translated), strict=False)
+        common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+        renamed[".".join(common) or key] = methods
+    return renamed
 
 
 def _as_setting(methods: list[dict[str, Any]]) -> str:

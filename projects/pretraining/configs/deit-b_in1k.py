@@ -1,0 +1,8 @@
+"""DeiT-B/16, preconditioned attention (the default), ImageNet-1k, 300 epochs.
+
+Reference: mmpretrain's deit/deit-base_16xb64_in1k.py.
+"""
+
+_base_ = "mmpretrain::deit/deit-base_16xb64_in1k.py"
+custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
+model = dict(backbone=dict(_delete_=True, type="Conditioned", module={{_base_.model.backbone}}, conditioning="pc"))
