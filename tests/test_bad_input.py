@@ -111,6 +111,11 @@ def test_missing_configuration(refuse):
     [
         ("model = dict(", "was never closed"),
         ("_base_ = 'no.py'", "no.py"),
+        ("model = dict(type=nowhere)", "nowhere"),
+        (
+            f"_base_ = {str(DEMO / 'mask_rcnn_swin_pc.py')!r}\nmodel = dict(backbone=dict(embed_dims=dict(a=1)))",
+            "TypeError: embed_dims",
+        ),
         ("model = dict()", "default_scope"),
         ("default_scope = 'mmpose'", "mmdet, mmseg, mmpretrain"),
         ("custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)", "no_such_module"),

@@ -10,7 +10,7 @@ from .digit_scenes import CLASSES, PALETTE, ensure_digit_scenes
 
 @DATASETS.register_module()
 class DigitScenesDetection(CocoDataset):
-    """The digit scenes with boxes and instance masks; written to `data_root` when they are missing.
+    """The digit scenes with boxes and instance masks; written to `data_root` when they are loaded and missing.
 
     Args:
         split: 'training' or 'validation'.
@@ -26,8 +26,13 @@ class DigitScenesDetection(CocoDataset):
 
     def __init__(self, split: str, data_root: str = "data/digit_scenes", **kwargs):
         super().__init__(
-            data_root=str(ensure_digit_scenes(data_root)),
+            data_root=data_root,
             ann_file=f"annotations/instances_{split}.json",
             data_prefix={"img": f"images/{split}"},
             **kwargs,
         )
+
+    def load_data_list(self) -> list[dict]:
+        """Write the scenes if they are missing, and list them as upstream does."""
+        ensure_digit_scenes(self.data_root)
+        return super().load_data_list()

@@ -10,7 +10,7 @@ from .digit_scenes import CLASSES, PALETTE, ensure_digit_scenes
 
 @DATASETS.register_module()
 class DigitScenesSegmentation(BaseSegDataset):
-    """The digit scenes with semantic maps: background and ten digits; written to `data_root` when missing.
+    """The digit scenes with semantic maps: background and ten digits; written to `data_root` when loaded and missing.
 
     Args:
         split: 'training' or 'validation'.
@@ -26,7 +26,12 @@ class DigitScenesSegmentation(BaseSegDataset):
 
     def __init__(self, split: str, data_root: str = "data/digit_scenes", **kwargs):
         super().__init__(
-            data_root=str(ensure_digit_scenes(data_root)),
+            data_root=data_root,
             data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
             **kwargs,
         )
+
+    def load_data_list(self) -> list[dict]:
+        """Write the scenes if they are missing, and list them as upstream does."""
+        ensure_digit_scenes(self.data_root)
+        return super().load_data_list()

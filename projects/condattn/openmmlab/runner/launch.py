@@ -97,8 +97,10 @@ def load_config(path: str, options: dict | None = None) -> Config:
     try:
         with redirect_stdout(sys.stderr):  # toolboxes print which optional packages are missing
             cfg = Config.fromfile(path)
-    except (FileNotFoundError, ImportError, SyntaxError, AssertionError) as error:  # toolboxes assert versions
-        raise UserError(f"cannot read the configuration {path}: {error}") from error
+    except Exception as error:  # the code of the file, and of those that it inherits, may raise anything
+        reason = " ".join(str(error).split())
+        kind = "" if isinstance(error, FileNotFoundError | ImportError | SyntaxError) else f"{type(error).__name__}: "
+        raise UserError(f"cannot read the configuration {path}: {kind}{reason}") from error
     try:
         cfg.merge_from_dict(options or {})
     except (TypeError, KeyError, IndexError, AttributeError) as error:
