@@ -45,10 +45,12 @@ def BertEncoder(**settings: Any) -> BertForMaskedLM:
 def _configuration(kind: type[PretrainedConfig], settings: dict[str, Any], **fixed: Any) -> PretrainedConfig:
     """The configuration with ``settings``, of which transformers itself would accept unknown ones."""
     fixed["vocab_size"] = VOCABULARY
-    known = kind().to_dict().keys() | kind.attribute_map.keys()
+    known = kind().to_dict().keys() | kind.attribute_map.keys() | {"attn_implementation"}
     for name in settings:
         if name not in known:
-            raise ValueError(f"{kind.__name__} has no setting {name!r}; its settings are in transformers' documentation")
+            raise ValueError(
+                f"{kind.__name__} has no setting {name!r}; its settings are in transformers' documentation"
+            )
         if name in fixed:
             raise ValueError(f"{name} is given by the bytes, and cannot be set")
     return kind(**settings, **fixed)
@@ -90,14 +92,16 @@ class ByteModel(BaseModel):
         positions = self.network.config.max_position_embeddings
         if inputs.shape[1] > positions:
             raise UserError(
-                f"the sequences have {inputs.shape[1]} tokens, and the network has {positions} positions; use a smaller "
-                "length of the data set, or more positions (n_positions of GPT-2, max_position_embeddings of BERT)"
+                f"the sequences have {inputs.shape[1]} tokens, and the network has {positions} positions; use a "
+                "smaller length of the data set, or more positions (n_positions of GPT-2, max_position_embeddings of BERT)"
             )
         logits = self.network(inputs).logits
         if mode == "tensor":
             return logits
         if mode == "loss":
-            return dict(loss=F.cross_entropy(logits.flatten(0, 1).float(), data_samples.flatten(), ignore_index=UNSCORED))
+            return dict(
+                loss=F.cross_entropy(logits.flatten(0, 1).float(), data_samples.flatten(), ignore_index=UNSCORED)
+            )
         nats = F.cross_entropy(
             logits.flatten(0, 1).float(), data_samples.flatten(), ignore_index=UNSCORED, reduction="none"
         )

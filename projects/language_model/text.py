@@ -65,8 +65,8 @@ def builtin_text() -> bytes:
         topics = import_module(BUILTIN).topics
     except ImportError as error:
         raise UserError(
-            f"this Python does not include the module {BUILTIN}, which the built-in text is made of; use a text file of "
-            "your own"
+            f"this Python does not include the module {BUILTIN}, which the built-in text is made of; use a text "
+            "file of your own"
         ) from error
     paragraphs: dict[str, str] = {}
     for key in sorted(topics):

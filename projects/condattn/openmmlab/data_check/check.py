@@ -146,6 +146,8 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     name = leaf["type"] if isinstance(leaf["type"], str) else leaf["type"].__name__
     if _class(leaf) is None:
         return Findings(errors=[f"no data set {name} is registered; import its module with custom_imports"])
+    if getattr(_class(leaf), "checks_its_data", False):
+        return _check_itself(leaf, name)
     kind = _kind(leaf)
     if kind is None or not is_local(leaf):
         return Findings(
@@ -172,6 +174,18 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     findings = check(dataset, leaf, cfg, loader, evaluated, read_all)
     findings.warnings = doubtful + findings.warnings
     return findings
+
+
+def _check_itself(leaf: dict[str, Any], name: str) -> Findings:
+    """Build a data set whose class declares, by ``checks_its_data``, that this reads and checks all of its files."""
+    try:
+        dataset = DATASETS.build(leaf)
+    except UserError as error:
+        return Findings(errors=[str(error)])
+    except (TypeError, ValueError, KeyError, OSError) as error:
+        reason = " ".join(map(str, error.args)) or type(error).__name__
+        return Findings(errors=[f"the data set {name} cannot be built: {reason}; correct its settings"])
+    return Findings(summary=f"{counted(len(dataset), 'sample', 'samples')} of {name}")
 
 
 def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:

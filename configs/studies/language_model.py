@@ -1,0 +1,25 @@
+"""Exploratory: a small GPT-2 style decoder on the built-in text of projects/language_model."""
+
+config = "../../projects/language_model/configs/gpt2.py"
+title = "Exploratory: does conditioning the attention of a small GPT-2 style decoder help it to predict the next byte?"
+builtin = "pydoc_data.topics"
+options = {f"{loader}_dataloader.dataset.path": builtin for loader in ("train", "val", "test")}
+del builtin
+# Of a study, the higher score is the better one, and a failed run counts with its last score, or 0. The accuracy of the
+# next byte, in percent, fits this; bits per byte, where less is better, are recorded beside it.
+metric = "next_byte/accuracy"
+unit = "points of accuracy"
+difference = 0.5
+
+key = "model.network.conditioning"
+variants = {
+    "none": {key: "none"},
+    "pc": {key: "pc"},
+    "sc": {key: dict(type="SpectralCorrection", strength=1.0)},
+}
+del key
+baseline = "none"
+families = dict(methods=[("pc", "none"), ("sc", "none")])
+pilot_seeds = [201, 202]
+tuning = dict(option="optim_wrapper.optimizer.lr", grid=[1e-3, 2e-3, 4e-3], seeds=[101, 102])
+seeds = list(range(5))
