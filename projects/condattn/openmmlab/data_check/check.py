@@ -88,7 +88,8 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
     """Check the data of ``loaders``; nothing is printed or changed.
 
     Raises:
-        UserError: If a file or folder is missing, or the settings of a loader have no data set.
+        UserError: If a file or folder is missing, the settings of a loader have no data set, or a data set that checks
+            its own files refuses them.
     """
     there = [loader for loader in loaders if cfg.get(f"{loader}_dataloader")]
     for loader in there:
@@ -177,11 +178,13 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
 
 
 def _check_itself(leaf: dict[str, Any], name: str) -> Findings:
-    """Build a data set whose class declares, by ``checks_its_data``, that this reads and checks all of its files."""
+    """Build a data set whose class declares, by ``checks_its_data``, that this reads and checks all of its files.
+
+    Raises:
+        UserError: By the class, for what is wrong with them.
+    """
     try:
         dataset = DATASETS.build(leaf)
-    except UserError as error:
-        return Findings(errors=[str(error)])
     except (TypeError, ValueError, KeyError, OSError) as error:
         reason = " ".join(map(str, error.args)) or type(error).__name__
         return Findings(errors=[f"the data set {name} cannot be built: {reason}; correct its settings"])

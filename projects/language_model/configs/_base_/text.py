@@ -32,7 +32,7 @@ test_dataloader = dict(
     dataset=dict(type="ByteSequences", part="test", path=path, length=length, test_mode=True),
 )
 
-iterations = 2000
+iterations = 1200
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations // 10)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
