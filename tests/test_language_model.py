@@ -207,7 +207,7 @@ def test_loss_and_metric_by_an_independent_formula():
     found = metric.evaluate(3)
     frequencies = [scored.count(byte) / 17 for byte in set(scored)]
     expected = dict(
-        loss=mean,
+        nats_per_byte=mean,
         bits_per_byte=mean / math.log(2),
         accuracy=100 * hits / 17,
         unigram_bits_per_byte=-sum(p * math.log2(p) for p in frequencies),
@@ -323,7 +323,9 @@ def test_commands_of_the_readme(text, call, tmp_path, monkeypatch):
         status, _, errors = call(Path(tool).stem, *full)
         assert not status, errors
         newest = max((tmp_path / config.stem).glob("*/*.log"), key=lambda path: path.stat().st_mtime_ns)
-        assert re.search(r"(next|masked)_byte/bits_per_byte: \d", newest.read_text())
+        values = re.findall(r"(?:next|masked)_byte/(nats|bits)_per_byte: ([\d.]+)", newest.read_text())[-2:]
+        (_, nats), (_, bits) = values
+        assert float(bits) == pytest.approx(float(nats) / math.log(2), rel=1e-3)
     assert sorted(done) == sorted(
         [("tools/train.py", False)] * 3
         + [("tools/test.py", False)] * 2

@@ -23,3 +23,11 @@ families = dict(methods=[("pc", "none"), ("sc", "none")])
 pilot_seeds = [201, 202]
 tuning = dict(option="optim_wrapper.optimizer.lr", grid=[1e-3, 2e-3, 4e-3], seeds=[101, 102])
 seeds = list(range(5))
+sizes = dict(
+    cpu={},
+    gpu={
+        **{f"model.network.module.{name}": value for name, value in dict(n_embd=256, n_layer=6, n_head=8).items()},
+        "train_cfg.max_iters": 3000,
+        "param_scheduler.1.T_max": 3000,
+    },
+)

@@ -12,9 +12,9 @@ from mmengine.registry import METRICS
 class ByteLoss(BaseMetric):
     """Cross entropy and accuracy over all predicted bytes of a data set.
 
-    ``loss`` is the mean cross entropy in nats per predicted byte, ``bits_per_byte`` the same in bits, and ``accuracy``
-    the share in percent of the predicted bytes that have the largest logit. ``unigram_bits_per_byte`` is the entropy of
-    the frequencies of the predicted bytes: what the best prediction would reach that does not look at other bytes. The
+    ``nats_per_byte`` is the mean cross entropy of the predicted bytes, ``bits_per_byte`` the same in bits, and
+    ``accuracy`` the share in percent of the predicted bytes that have the largest logit. ``unigram_bits_per_byte`` is
+    the entropy of the frequencies of the predicted bytes: the least that a prediction without context can reach. The
     names have ``prefix`` and a slash in front; for a masked language model, all are per masked byte.
 
     Args:
@@ -29,11 +29,12 @@ class ByteLoss(BaseMetric):
         """The four numbers."""
         counts = np.sum([result["bytes"] for result in results], axis=0)
         total = int(counts.sum())
-        loss = math.fsum(result["nats"] for result in results) / total
+        # No name has 'loss' in it: of such values, mmengine logs the mean over the last validations.
+        nats = math.fsum(result["nats"] for result in results) / total
         frequencies = counts[counts > 0] / total
         return dict(
-            loss=loss,
-            bits_per_byte=loss / math.log(2),
+            nats_per_byte=nats,
+            bits_per_byte=nats / math.log(2),
             accuracy=100 * sum(result["correct"] for result in results) / total,
             unigram_bits_per_byte=float(-(frequencies * np.log2(frequencies)).sum()),
         )

@@ -93,7 +93,8 @@ class ByteModel(BaseModel):
         if inputs.shape[1] > positions:
             raise UserError(
                 f"the sequences have {inputs.shape[1]} tokens, and the network has {positions} positions; use a "
-                "smaller length of the data set, or more positions (n_positions of GPT-2, max_position_embeddings of BERT)"
+                "smaller length of the data set, or more positions (n_positions of GPT-2, max_position_embeddings of "
+                "BERT)"
             )
         logits = self.network(inputs).logits
         if mode == "tensor":
