@@ -1,10 +1,7 @@
 """Exploratory: a small GPT-2 style decoder on the built-in text of projects/language_model."""
 
-config = "../../projects/language_model/configs/gpt2.py"
+config = "_base_/gpt2_text.py"
 title = "Exploratory: does conditioning the attention of a small GPT-2 style decoder help it to predict the next byte?"
-builtin = "pydoc_data.topics"
-options = {f"{loader}_dataloader.dataset.path": builtin for loader in ("train", "val", "test")}
-del builtin
 # Of a study, the higher score is the better one, and a failed run counts with its last score, or 0. The accuracy of the
 # next byte, in percent, fits this; bits per byte, where less is better, are recorded beside it.
 metric = "next_byte/accuracy"
