@@ -1,4 +1,4 @@
-"""The small GPT-2 style decoder of projects/language_model, on the built-in text whatever text the environment names."""
+"""The small GPT-2 style decoder of projects/language_model, on its built-in text whatever text is set."""
 
 _base_ = "../../../projects/language_model/configs/gpt2.py"
 
