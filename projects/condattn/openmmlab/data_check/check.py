@@ -136,7 +136,11 @@ def report(checked: list[Checked]) -> None:
             print(f"{entry.label}: {entry.findings.summary}")
         for warning in entry.findings.warnings:
             print(f"warning: {entry.label}: {warning}", file=sys.stderr)
-    errors = [f"{entry.label}: {error}" for entry in checked for error in entry.findings.errors]
+    places: dict[str, list[str]] = {}
+    for entry in checked:
+        for error in entry.findings.errors:
+            places.setdefault(error, []).append(entry.label)
+    errors = [f"{', '.join(labels)}: {error}" for error, labels in places.items()]
     for error in errors[:-1]:
         print("error:", error, file=sys.stderr)
     if errors:
@@ -179,19 +183,12 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
 
 
 def _load(leaf: dict[str, Any], name: str) -> Findings:
-    """Load a data set, without its transforms."""
+    """Load a data set without its transforms, and report how many samples it has."""
     try:
         samples = len(DATASETS.build({**leaf, "pipeline": []} if "pipeline" in leaf else leaf))
-    except (
-        UserError,
-        OSError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        RuntimeError,
-    ) as error:
+    except UserError as error:
+        return Findings(errors=[str(error)])
+    except Exception as error:  # whatever the class raises of its settings and files
         reason = str(error) or type(error).__name__
         advice = "put the data there, or set data_root to where it is" if isinstance(error, OSError) else "correct it"
         return Findings(errors=[f"the data set {name} cannot be loaded: {reason}; {advice}"])
