@@ -147,6 +147,8 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     if _class(leaf) is None:
         return Findings(errors=[f"no data set {name} is registered; import its module with custom_imports"])
     kind = _kind(leaf)
+    if kind is None and is_local(leaf) and cfg.get("default_scope") == "mmengine":
+        return _load(leaf, name)
     if kind is None or not is_local(leaf):
         return Findings(
             summary=f"{name}, not read by this check, which knows local files of CocoDataset and BaseSegDataset"
@@ -172,6 +174,24 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     findings = check(dataset, leaf, cfg, loader, evaluated, read_all)
     findings.warnings = doubtful + findings.warnings
     return findings
+
+
+def _load(leaf: dict[str, Any], name: str) -> Findings:
+    """Load a data set, of which nothing else is known, to see whether that can be done.
+
+    Raises:
+        UserError: Where the data set itself says what is wrong.
+    """
+    try:
+        samples = len(DATASETS.build(leaf))
+    except UserError:
+        raise
+    except (OSError, TypeError, ValueError, LookupError) as error:
+        reason = str(error) or type(error).__name__
+        return Findings(errors=[f"the data set {name} cannot be loaded: {reason}; correct its settings"])
+    if not samples:
+        return Findings(errors=[f"the data set {name} has no samples; correct its settings"])
+    return Findings(summary=f"{name}, {counted(samples, 'sample', 'samples')}")
 
 
 def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:
