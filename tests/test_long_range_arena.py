@@ -574,6 +574,18 @@ def test_too_long_expressions(refuse, monkeypatch, tmp_path):
     refuse("train", config, "--cfg-options", *options, parts=("basic_train.tsv, line ", "the model has 20 positions"))
 
 
+def test_data_without_samples_or_with_wrong_settings(refuse, monkeypatch, tmp_path):
+    """Of a configuration of mmengine's scope, whose data sets are loaded before the run."""
+    (tmp_path / "basic_train.tsv").write_text("Source\tTarget\n")
+    (tmp_path / "basic_val.tsv").write_text("Source\tTarget\n1\t1\n")
+    monkeypatch.setenv("LISTOPS_SMALL", str(tmp_path))
+    config = PROJECT / "configs" / "listops_small.py"
+    refuse("train", config, parts=("train: the data set ListOps has no samples",))
+    (tmp_path / "basic_train.tsv").write_text("Source\tTarget\n1\t1\n")
+    options = ("--cfg-options", "train_dataloader.dataset.lenght=128")
+    refuse("train", config, *options, parts=("train: the data set ListOps cannot be loaded", "'lenght'"))
+
+
 def blocks():
     """The commands of the README, without comments."""
     text = (PROJECT / "README.md").read_text()
@@ -604,11 +616,11 @@ def test_a_training(tmp_path, call):
     (testing,) = (command for command in commands if command[1] == "tools/test.py")
     checkpoint = Path(testing[-1]).with_name("iter_4.pth")  # in the folder that the README names
     command = ("test", ROOT / testing[2], checkpoint, "--work-dir", "test", "--cfg-options")
-    status, output, errors = call(*command, "model.encoder.conditioning=pc")
+    status, _, errors = call(*command, "model.encoder.conditioning=pc")
     assert not status, errors
     (scores,) = (tmp_path / "test").glob("*/*.json")
     assert 0 <= json.loads(scores.read_text())["accuracy/top1"] <= 100
-    status, output, errors = call(*command, "model.encoder.conditioning=none")
+    status, _, errors = call(*command, "model.encoder.conditioning=none")
     assert status == 2 and "with conditioning=dict(type='RowPreconditioner'" in error_lines(errors)[0]
 
 
