@@ -30,7 +30,7 @@ class AanPairs(SequenceDataset):
         """The file of the split."""
         return [root / f"new_aan_pairs.{PARTS[self.split]}.tsv"]
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def list_samples(self) -> list[dict[str, Any]]:
         """Note where each pair begins."""
         (path,) = self.needed(Path(self.data_root))
         found, begin = [], 0

@@ -51,8 +51,23 @@ class SequenceDataset(BaseDataset):
         """Files and folders in ``root`` that must be there."""
 
     @abstractmethod
+    def list_samples(self) -> list[dict[str, Any]]:
+        """Information about each sample of the split."""
+
+    @abstractmethod
     def sequences(self, info: Mapping[str, Any]) -> list[np.ndarray]:
         """The sequences of a sample: numbers of tokens, which are at most ``length``, without padding."""
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """The same, unless there is none.
+
+        Raises:
+            DataError: If there is none, or the data are not in the expected format.
+        """
+        found = self.list_samples()
+        if not found:
+            raise DataError(f"{self.data_root}: no samples for split {self.split!r}; {self.SOURCE}")
+        return found
 
     def prepare_data(self, idx: int) -> dict[str, Any]:
         """Make the sample with the number ``idx``."""

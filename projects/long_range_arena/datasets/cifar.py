@@ -37,7 +37,7 @@ class GreyCifar10(SequenceDataset):
         """The files of the split."""
         return [root / name for name in (["test_batch"] if self.split == "test" else TRAINING)]
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def list_samples(self) -> list[dict[str, Any]]:
         """Read the images."""
         found = []
         for path in self.needed(Path(self.data_root)):

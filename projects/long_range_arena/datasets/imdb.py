@@ -31,7 +31,7 @@ class ImdbReviews(SequenceDataset):
         """The folders of both classes."""
         return [root / self._part() / name for name in ("neg", "pos")]
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def list_samples(self) -> list[dict[str, Any]]:
         """List the reviews; they are read when they are needed."""
         found = []
         for label, folder in enumerate(self.needed(Path(self.data_root))):

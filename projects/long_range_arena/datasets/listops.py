@@ -35,7 +35,7 @@ class ListOps(SequenceDataset):
         """The file of the split."""
         return [root / f"basic_{self.split}.tsv"]
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def list_samples(self) -> list[dict[str, Any]]:
         """Read the expressions."""
         (path,) = self.needed(Path(self.data_root))
         with path.open(newline="") as file:

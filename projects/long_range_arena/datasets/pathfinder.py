@@ -51,11 +51,9 @@ class Pathfinder32(SequenceDataset):
         """The folders of images and lists."""
         return [root / self.difficulty / name for name in ("imgs", "metadata")]
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def list_samples(self) -> list[dict[str, Any]]:
         """List the images; they are read when they are needed."""
         found = list(self._listed())
-        if not found:
-            raise DataError(f"no images are listed in {self.data_root}/{self.difficulty}/metadata; {self.SOURCE}")
         order = np.random.default_rng(0).permutation(len(found))
         begin, end = (len(found) * tenths // 10 for tenths in TENTHS[self.split])
         return [found[i] for i in order[begin:end]]

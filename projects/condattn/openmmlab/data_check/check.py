@@ -189,8 +189,6 @@ def _load(leaf: dict[str, Any], name: str) -> Findings:
     except (OSError, TypeError, ValueError, LookupError) as error:
         reason = str(error) or type(error).__name__
         return Findings(errors=[f"the data set {name} cannot be loaded: {reason}; correct its settings"])
-    if not samples:
-        return Findings(errors=[f"the data set {name} has no samples; correct its settings"])
     return Findings(summary=f"{name}, {counted(samples, 'sample', 'samples')}")
 
 
