@@ -2,7 +2,7 @@
 
 The settings are those of the Nystromformer authors' Long Range Arena: 2 layers of 64 channels, 2 heads, 128 hidden
 channels, a convolution of 35 tokens, dropout of 0.1, AdamW with a learning rate of 1e-4 without weight decay, linear
-warm-up from a 25th and linear decay. They report 32 to 256 landmarks; 128 are our choice, as are clipped gradients and
+warm-up from a 25th and linear decay. They configure 32 to 256 landmarks; our choice are 128, clipped gradients and
 evaluations at every twentieth part of the training. Hugging Face's model normalises behind its residual connections,
 theirs in front of them.
 """
