@@ -411,7 +411,7 @@ def test_the_tool(coco, tmp_path, call):
     status, _, errors = call("dataset/check", config, "--images")
     assert status == 2
     (line,) = error_lines(errors)
-    assert line.startswith("error: train, test: ")
+    assert line.startswith("error: train, ")
 
 
 def test_the_tool_on_label_maps(label_maps, tmp_path, call):

@@ -40,6 +40,7 @@ MORE_THAN_A_PRODUCT = (
     "mvitv2.MultiScaleAttention",
     "multi_scale_deform_attn.MultiScaleDeformableAttention",
     "mvit.MultiScaleAttention",
+    "modeling_nystromformer.NystromformerAttention",
     "volo.OutlookAttention",
 )
 # Classes that change the map after the softmax.

@@ -11,6 +11,7 @@ IMAGE, LARGER = (
     for n in (32, 96)
 )
 TEXT = dict(input_ids=torch.arange(14).reshape(2, 7), attention_mask=torch.tensor([[1] * 7, [1] * 5 + [0] * 2]))
+WORDS = dict(input_ids=torch.arange(16).reshape(2, 8), attention_mask=torch.tensor([[1] * 8, [1] * 5 + [0] * 3]))
 PATCHES = dict(WIDTHS, image_size=32, patch_size=8)
 STAGES = dict(depths=[2, 2], num_heads=[2, 3], embed_dim=12, window_size=4, image_size=32, patch_size=2)
 GROUPED = dict(WIDTHS, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=20)
@@ -81,6 +82,12 @@ MODELS = {
     ),
     "BERT": ("BertConfig", dict(WIDTHS, vocab_size=20), "BertModel", TEXT),
     "RoBERTa": ("RobertaConfig", dict(WIDTHS, vocab_size=20), "RobertaModel", TEXT),
+    "Nystromformer": (
+        "NystromformerConfig",
+        dict(WIDTHS, vocab_size=20, segment_means_seq_len=8, num_landmarks=4, conv_kernel_size=3),
+        "NystromformerModel",
+        WORDS,
+    ),
     "GPT-2": ("GPT2Config", dict(n_embd=24, n_layer=2, n_head=3, vocab_size=20), "GPT2Model", TEXT),
     "GPT-2 with cross attention": (
         "GPT2Config",

@@ -38,12 +38,19 @@ register_token_rule("timm.models.davit.DaVit", lambda m: _first_of_stages(m) | d
 
 
 def _encoder(module: Any) -> dict[str, Any]:
-    """BERT and its relatives, which are causal as decoders."""
+    """BERT and its relatives, which are causal as decoders.
+
+    In Nystromformer padding takes part in the means that are its landmarks, whatever is done here; it takes no part in
+    the correction.
+    """
     obstacle = CAUSAL if module.config.is_decoder else ""
     return dict(module=module.encoder.layer[0], mask="attention_mask", obstacle=obstacle)
 
 
-for name in ("bert.modeling_bert.BertModel", "roberta.modeling_roberta.RobertaModel"):
+for name in (
+    *("bert.modeling_bert.BertModel", "roberta.modeling_roberta.RobertaModel"),
+    "nystromformer.modeling_nystromformer.NystromformerModel",
+):
     register_token_rule(f"transformers.models.{name}", _encoder)
 for name in ("vit.modeling_vit.ViTModel", "deit.modeling_deit.DeiTModel"):
     register_token_rule(f"transformers.models.{name}", lambda m: dict(module=m.encoder.layer[0]))

@@ -43,6 +43,9 @@ for name in (
     *("bert.modeling_bert.BertAttention", "roberta.modeling_roberta.RobertaAttention"),
     *("llama.modeling_llama.LlamaAttention", "mistral.modeling_mistral.MistralAttention"),
     "qwen2.modeling_qwen2.Qwen2Attention",
+    # Its head outputs are the attention by landmarks and, added to it, a depthwise convolution of the values. The sum
+    # is what reaches the output projection, and what preconditioned attention normalises.
+    "nystromformer.modeling_nystromformer.NystromformerAttention",
 ):
     register_rule(f"transformers.models.{name}", _conventional)
 

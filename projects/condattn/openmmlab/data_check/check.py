@@ -183,11 +183,15 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
 
 
 def _load(leaf: dict[str, Any], name: str) -> Findings:
-    """Load a data set without its transforms, and report how many samples it has."""
+    """Load a data set without its transforms, and report how many samples it has.
+
+    Raises:
+        UserError: As the class of the data set does, whose message says all.
+    """
     try:
         samples = len(DATASETS.build({**leaf, "pipeline": []} if "pipeline" in leaf else leaf))
-    except UserError as error:
-        return Findings(errors=[str(error)])
+    except UserError:
+        raise
     except Exception as error:  # whatever the class raises of its settings and files
         reason = str(error) or type(error).__name__
         advice = "put the data there, or set data_root to where it is" if isinstance(error, OSError) else "correct it"
