@@ -4,37 +4,31 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...wording import counted, shown
 from ..errors import UserError
 from .annotations import Annotations
-from .boxes import check_boxes
 from .findings import Findings, write_cached
 from .images import check_images
-from .masks import check_masks
+from .shapes import check_boxes, check_masks
 from .usage import CocoUse, Usage
 
 
 def check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
     """Check annotations and images.
 
+    The garbage collector is disabled meanwhile: it takes a third of the time for a large file, whose objects form no
+    cycles.
+
     Returns:
         The findings, and the files and folders that were read.
     """
-    with no_collection():
-        return _check_coco(use)
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Disable the garbage collector: it takes a third of the time for a large file, whose objects form no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        return _check_coco(use)
     finally:
         if enabled:
             gc.enable()
@@ -42,7 +36,7 @@ def no_collection() -> Iterator[None]:
 
 def _check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
     findings = Findings(with_masks=use.with_masks)
-    read = [use.ann_file]
+    read = [use.ann_file, *use.data_files]
     try:
         content, repairs = read_annotations(use.ann_file, needs_objects=use.needs_objects)
         table = Annotations(content, use.ann_file, use.classes)
@@ -50,20 +44,38 @@ def _check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
         usage = Usage(table, use)
         if use.with_masks:
             findings.warnings += check_masks(table, usage.masked)
-        usage.summarize(findings)
+        if use.data_files:
+            _compare_images(table, use)
+        else:
+            usage.summarize(findings)
     except UserError as error:
         findings.errors.append(str(error))
         return findings, read
-    paths = [os.path.join(use.folder, table.images[i]["file_name"]) for i in usage.kept]
-    sizes = [(int(table.widths[i]), int(table.heights[i])) for i in usage.kept]
-    report = check_images(paths, sizes, use.read_all, look=use.plain_images)
-    findings.errors += report.errors
-    findings.warnings += report.warnings
-    findings.as_annotated = report.as_annotated
-    read += report.read
+    if not use.data_files:
+        paths = [os.path.join(use.folder, table.images[i]["file_name"]) for i in usage.kept]
+        sizes = [(int(table.widths[i]), int(table.heights[i])) for i in usage.kept]
+        read += check_images(findings, paths, sizes, use.read_all, look=use.plain_images)
     if not findings.errors:
         read += repair(findings, use.ann_file, content, [*repairs, *table.repairs])
     return findings, read
+
+
+def _compare_images(table: Annotations, use: CocoUse) -> None:
+    """Raise a UserError unless the images are those of one data set or those of all data sets together."""
+    every = set()
+    for path in use.data_files:
+        content, _ = read_annotations(path, needs_objects=False)
+        ids = set(Annotations({**content, "annotations": []}, path, use.classes).places)
+        if ids == set(table.places):
+            return
+        every |= ids
+    more, fewer = set(table.places) - every, every - set(table.places)
+    if more or fewer:
+        table.fail(
+            f"{counted(len(more), 'image is')} not in the data that are evaluated, and {len(fewer)} of theirs not "
+            f"here, such as image {shown(next(iter(more or fewer)))}; the evaluator expects the images of "
+            f"{Path(use.data_files[0])}: set its ann_file to that"
+        )
 
 
 def read_annotations(path: str, needs_objects: bool = True) -> tuple[dict[str, Any], list[str]]:

@@ -31,45 +31,51 @@ def misshapen(dataset: Any, where: str) -> Iterator[str]:
 
 def slips(leaf: dict[str, Any]) -> Iterator[str]:
     """Yield mistakes in the settings of a data set that reads files."""
-    if not isinstance(leaf.get("data_root") or "", str):
-        yield f"data_root: expected the path of a folder, found {shown(leaf['data_root'])}; name the folder of the data"
-    if not isinstance(leaf.get("ann_file") or "", str):
-        yield f"ann_file: expected the path of a file, found {shown(leaf['ann_file'])}; name the annotation file"
-    if "data_prefix" in leaf:
-        prefix = leaf["data_prefix"]
-        if not isinstance(prefix, dict) or not all(isinstance(path, str | None) for path in prefix.values()):
-            yield f"data_prefix: expected dict(img='folder') or dict(img_path='folder', ...), found {shown(prefix)}"
-    metainfo = leaf.get("metainfo")
-    if metainfo is not None and not isinstance(metainfo, dict):
-        yield f"metainfo: expected dict(classes=('name', ...)), found {shown(metainfo)}; write it so"
-    else:
-        yield from _slips_in_classes((metainfo or {}).get("classes"))
-    if not isinstance(leaf.get("backend_args") or {}, dict):
-        yield f"backend_args: expected dict(backend='local'), found {shown(leaf['backend_args'])}; write it so"
-    filters = leaf.get("filter_cfg")
-    if filters is not None and not isinstance(filters, dict):
-        yield f"filter_cfg: expected dict(filter_empty_gt=..., min_size=...), found {shown(filters)}; write it so"
-    elif filters and type(filters.get("min_size", 0)) not in (int, float):
-        yield f"filter_cfg.min_size: expected a number of pixels, found {shown(filters['min_size'])}; write a number"
-    indices = leaf.get("indices")
-    is_integer_list = isinstance(indices, list | tuple | range) and all(type(i) is int for i in indices)
-    if indices is not None and type(indices) is not int and not is_integer_list:
-        yield f"indices: expected a whole number or a list of them, found {shown(indices)}; write it so"
+    for key, is_valid, expected, advice in EXPECTED:
+        holder, _, name = key.rpartition(".")
+        settings = leaf.get(holder) if holder else leaf
+        if isinstance(settings, dict) and name in settings and not is_valid(settings[name]):
+            yield f"{key}: expected {expected}, found {shown(settings[name])}{advice}"
+    if isinstance(leaf.get("metainfo"), dict):
+        yield from _slips_in_classes(leaf["metainfo"].get("classes"))
+
+
+def _is_dict_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_prefix(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(path, str | None) for path in value.values())
+
+
+def _is_indices(value: Any) -> bool:
+    several = isinstance(value, list | tuple | range) and all(type(i) is int for i in value)
+    return several or value is None or type(value) is int
+
+
+EXPECTED = (
+    ("data_root", lambda v: isinstance(v or "", str), "the path of a folder", "; name the folder of the data"),
+    ("ann_file", lambda v: isinstance(v or "", str), "the path of a file", "; name the annotation file"),
+    ("data_prefix", _is_prefix, "dict(img='folder') or dict(img_path='folder', ...)", ""),
+    ("metainfo", _is_dict_or_none, "dict(classes=('name', ...))", "; write it so"),
+    ("backend_args", lambda v: isinstance(v or {}, dict), "dict(backend='local')", "; write it so"),
+    ("filter_cfg", _is_dict_or_none, "dict(filter_empty_gt=..., min_size=...)", "; write it so"),
+    ("filter_cfg.min_size", lambda v: type(v) in (int, float), "a number of pixels", "; write a number"),
+    ("indices", _is_indices, "a whole number or a list of them", "; write it so"),
+)
+"""Settings of a data set: the key, whether a value is valid, what is expected, and what to do."""
 
 
 def _slips_in_classes(classes: Any) -> Iterator[str]:
-    if classes is None:
-        return
     if isinstance(classes, str):
         if not Path(classes).is_file():  # mmengine reads the names from a file
             yield (
                 f"classes is the text {classes!r}, each letter of which would be a class; write classes = "
                 f"({classes!r},)"
             )
-    elif not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+    elif classes is not None and not (isinstance(classes, list | tuple) and all(isinstance(n, str) for n in classes)):
         yield f"classes: expected names, ('cat', 'dog'), found {shown(classes)}; write them so"
-    elif not classes:
+    elif classes is not None and not classes:
         yield "classes is empty; name the classes, such as classes = ('cat', 'dog')"
     elif twice := [name for name, number in Counter(classes).items() if number > 1]:
-        number = Counter(classes)[twice[0]]
-        yield f"classes has {listed(twice)} {number} times; name each class once"
+        yield f"classes has {listed(twice)} {classes.count(twice[0])} times; name each class once"

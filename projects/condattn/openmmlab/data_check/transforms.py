@@ -1,25 +1,47 @@
-"""Look up the classes of transforms, which a configuration gives as a name, with or without scope, or as a class."""
+"""Look up the classes of transforms and metrics, which a configuration gives as a name or as a class."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
-from mmengine.registry import TRANSFORMS
+from mmengine.config import Config
+from mmengine.registry import METRICS, TRANSFORMS, Registry
 
 from .orientation import LoadImageAsAnnotated
+from .paths import as_list
 
 PLAIN = (LoadImageFromFile, LoadImageAsAnnotated)
 """The image loaders that the data check supports."""
 
 
+def class_of(settings: dict[str, Any], registry: Registry) -> Any:
+    """The class that ``type`` of ``settings`` names, in their scope, or is; None if none is registered."""
+    with registry.switch_scope_and_registry(settings.get("_scope_")) as scope:
+        kind = settings.get("type")
+        return scope.get(kind) if isinstance(kind, str) else kind
+
+
 def transform_class(transform: Any) -> type | None:
     """The class of a transform of a pipeline; None if nothing is registered under its name."""
-    kind = transform.get("type") if isinstance(transform, dict) else type(transform)
-    if not isinstance(kind, str):
-        return kind if isinstance(kind, type) else None
-    with TRANSFORMS.switch_scope_and_registry(transform.get("_scope_")) as registry:
-        found = registry.get(kind)
-    return found if isinstance(found, type) else None
+    kind = class_of(transform, TRANSFORMS) if isinstance(transform, dict) else type(transform)
+    return kind if isinstance(kind, type) else None
+
+
+def metrics(cfg: Config, loader: str) -> list[dict]:
+    """The settings of the metrics of ``loader``, including those in an evaluator of several data sets."""
+    return list(_metrics(cfg.get(f"{loader}_evaluator"))) if loader != "train" else []
+
+
+def _metrics(node: Any) -> Iterator[dict]:
+    for entry in as_list(node):
+        if isinstance(entry, dict):
+            yield from _metrics(entry["metrics"]) if "metrics" in entry else [entry]
+
+
+def reads_coco(metric: dict[str, Any]) -> bool:
+    """Whether a metric is mmdet's ``CocoMetric`` or a subclass of it."""
+    kind = class_of(metric, METRICS)
+    return isinstance(kind, type) and any(base.__name__ == "CocoMetric" for base in kind.__mro__)
 
 
 def image_loader(pipeline: Any) -> Any:
@@ -33,8 +55,8 @@ def reads_plain_images(pipeline: Any) -> bool:
     return not pipeline or (
         bool(loaders)
         and all(isinstance(entry, dict) and transform_class(entry) in PLAIN for entry in loaders)
-        and all(entry.get("color_type", "color") == "color" for entry in loaders)
-        and all(entry.get("imdecode_backend", "cv2") == "cv2" for entry in loaders)
+        and set(options([loaders], "color_type")) <= {"color"}
+        and set(options([loaders], "imdecode_backend")) <= {"cv2"}
     )
 
 
@@ -52,12 +74,10 @@ def loads_annotations(pipeline: Any) -> bool:
     return any("LoadAnnotations" in _name(entry) for entry in pipeline or [])
 
 
-def options(pipelines: list[Any], name: str) -> Iterator[Any]:
+def options(pipelines: list[Any], name: str) -> list[Any]:
     """Values of the option ``name`` in the transforms of ``pipelines``."""
-    for pipeline in pipelines:
-        for entry in pipeline or []:
-            if isinstance(entry, dict) and name in entry:
-                yield entry[name]
+    entries = (entry for pipeline in pipelines for entry in pipeline or [])
+    return [entry[name] for entry in entries if isinstance(entry, dict) and name in entry]
 
 
 def _loads_images(transform: Any) -> bool:

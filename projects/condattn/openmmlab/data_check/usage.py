@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...wording import counted, listed, some
+from ..errors import UserError
 from .annotations import Annotations
 from .findings import ClassCount, Findings
 from .sampling import sample
@@ -34,18 +35,37 @@ class CocoUse:
         indices: mmengine's setting of this name, which selects images.
         read_all: Read every image instead of a sample.
         plain_images: Whether images are loaded as mmcv does by default; if not, only their existence is checked.
+        data_files: Annotation files of the evaluated data sets, if a metric reads ``ann_file`` in place of them.
     """
 
     ann_file: str
     folder: str
     classes: Sequence[str]
     with_masks: bool
-    training: bool
-    needs_objects: bool
-    filter_cfg: dict[str, Any] | None
-    indices: int | Sequence[int] | None
+    training: bool = False
+    needs_objects: bool = True
+    filter_cfg: dict[str, Any] | None = None
+    indices: int | Sequence[int] | None = None
     read_all: bool = False
     plain_images: bool = True
+    data_files: Sequence[str] = ()
+
+
+def choose(number: int, indices: int | Sequence[int] | None) -> Sequence[int]:
+    """Return the positions that mmengine's ``indices`` select of ``number`` images.
+
+    Raises:
+        UserError: If there are too few images.
+    """
+    places = range(number)
+    if indices is None:
+        return places
+    if isinstance(indices, int):
+        return places[:indices] if indices >= 0 else places[indices:]
+    if beyond := [i for i in indices if not -number <= i < number]:
+        there = counted(number, "image is")
+        raise UserError(f"indices has {some(beyond)}, and {there} there; give indices below {number}")
+    return [places[i] for i in indices]
 
 
 class Usage:
@@ -87,44 +107,28 @@ class Usage:
         table, use = self.table, self.use
         filters = (use.filter_cfg or {}) if use.training else {}
         small = np.minimum(table.widths, table.heights) < filters.get("min_size", 0)
-        kept, bare = ~small, np.ones(len(table.images), dtype=bool)
-        bare[with_objects] = False
-        if small.any():
-            images = counted(small.sum(), "image", "images")
-            self._left_out.append(f"{images} smaller than {filters['min_size']} pixels left out")
-        if filters.get("filter_empty_gt"):
-            if (bare & kept).any():
-                self._left_out.append(f"{counted((bare & kept).sum(), 'image', 'images')} without objects left out")
-            kept = kept & ~bare
-        places = np.flatnonzero(kept)
-        chosen = self._choose(places)
-        if len(chosen) < len(places):
-            images = counted(len(places) - len(chosen), "image", "images")
-            self._left_out.append(f"{images} left out by 'indices'")
-        if not len(chosen) and use.needs_objects and not table.objects:
+        bare = ~np.isin(np.arange(len(table.images)), with_objects) & ~small & bool(filters.get("filter_empty_gt"))
+        places = np.flatnonzero(~small & ~bare)
+        try:
+            kept = [int(places[i]) for i in choose(len(places), use.indices)]
+        except UserError as error:
+            table.fail(str(error))
+        for number, why in (
+            (small.sum(), f"smaller than {filters.get('min_size')} pixels left out"),
+            (bare.sum(), "without objects left out"),
+            (len(places) - len(kept), "left out by 'indices'"),
+        ):
+            if number > 0:
+                self._left_out.append(f"{counted(number, 'image')} {why}")
+        if not kept and use.needs_objects and not table.objects:
             table.fail(BARE)
-        if not len(chosen):
+        if not kept:
             table.fail(
                 f"none of the {len(table.images)} images is left; "
                 f"{'; '.join(self._left_out) or 'indices choose none'}: "
                 "change filter_cfg or indices, or add images with objects"
             )
-        return chosen.tolist()
-
-    def _choose(self, places: np.ndarray) -> np.ndarray:
-        """Return those of ``places`` that mmengine's ``indices`` select."""
-        indices = self.use.indices
-        if indices is None:
-            return places
-        if isinstance(indices, int):
-            return places[:indices] if indices >= 0 else places[indices:]
-        beyond = [i for i in indices if not -len(places) <= i < len(places)]
-        if beyond:
-            self.table.fail(
-                f"indices has {some(beyond)}, and {counted(len(places), 'image is', 'images are')} there; give indices "
-                f"below {len(places)}"
-            )
-        return places[list(indices)]
+        return kept
 
     def summarize(self, findings: Findings) -> None:
         """Write into ``findings`` what is used, and what is left out."""
@@ -140,64 +144,49 @@ class Usage:
             findings.warnings.append(f"no object of class {listed(none)}")
         self._warn_of_unused_objects(findings)
         if crowds:
-            self._left_out.append(f"{counted(crowds, 'crowd', 'crowds')} (iscrowd) neither trained nor counted")
-        images, objects = (
-            counted(len(entries), *words)
-            for entries, *words in ((table.images, "image", "images"), (table.objects, "object", "objects"))
-        )
-        findings.summary = "; ".join(
-            [
-                f"{len(self.kept)} of {images}, {left.sum()} of {objects} "
-                f"({some((f'{name} {count}' for name, count in counts), 10)})",
-                *self._left_out,
-            ]
-        )
+            self._left_out.append(f"{counted(crowds, 'crowd')} (iscrowd) neither trained nor counted")
+        images, objects = counted(len(table.images), "image"), counted(len(table.objects), "object")
+        classes = some((f"{name} {count}" for name, count in counts), 10)
+        used = f"{len(self.kept)} of {images}, {left.sum()} of {objects} ({classes})"
+        findings.summary = "; ".join([used, *self._left_out])
 
     def _warn_of_unused_objects(self, findings: Findings) -> None:
         table = self.table
         if self._others.any():
             names = {category["id"]: category["name"] for category in table.categories}
             categories = Counter(names[table.category_ids[i]] for i in np.flatnonzero(self._others)).most_common()
-            objects = counted(
-                self._others.sum(), "object is of a category that is", "objects are of categories that are"
-            )
+            one, many = "object is of a category that is", "objects are of categories that are"
+            objects = counted(self._others.sum(), one, many)
             findings.warnings.append(
                 f"{objects} not among classes: {some((f'{name} {count}' for name, count in categories), 10)}; left out"
             )
-        for one, many, chosen in (
-            (
-                "object is smaller than a pixel, or outside its image",
-                "objects are smaller than a pixel, or outside their images",
-                self._empty & self._chosen,
-            ),
-            ("object is marked 'ignore'", "objects are marked 'ignore'", table.ignored & self._chosen),
+        ones, several = (
+            "object is smaller than a pixel, or outside its image",
+            "objects are smaller than a pixel, or outside their images",
+        )
+        for chosen, one, many in (
+            (self._empty & self._chosen, ones, several),
+            (table.ignored & self._chosen, "object is marked 'ignore'", "objects are marked 'ignore'"),
         ):
             if chosen.any():
-                lost = counted(chosen.sum(), one, many)
-                findings.warnings.append(f"{lost}: {table.names(np.flatnonzero(chosen))}; left out")
+                findings.warnings.append(f"{table.counted(chosen, one, many)}; left out")
 
     def _explain_no_objects(self, crowds: int) -> str:
         table = self.table
         if not table.objects:
             return f"{table.path}: {BARE}"
-        reasons = [
-            f"{number} {what}"
-            for number, what in (
-                (crowds, "crowds (iscrowd)"),
-                ((table.ignored & self._chosen).sum(), "marked 'ignore'"),
-                ((self._empty & self._chosen & ~table.ignored).sum(), "smaller than a pixel, or outside their images"),
-                (self._others.sum(), "of other categories"),
-                ((table.image_of < 0).sum(), "of images that are not in the file"),
-            )
-            if number
-        ]
-        reasons += (
-            [f"{len(table.images) - len(self.kept)} images left out"] if len(self.kept) < len(table.images) else []
-        )
-        of = counted(len(table.objects), "object", "objects")
+        reasons = {
+            "crowds (iscrowd)": crowds,
+            "marked 'ignore'": (table.ignored & self._chosen).sum(),
+            "smaller than a pixel, or outside their images": (self._empty & self._chosen & ~table.ignored).sum(),
+            "of other categories": self._others.sum(),
+            "of images that are not in the file": (table.image_of < 0).sum(),
+            "images left out": len(table.images) - len(self.kept),
+        }
+        why = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number > 0)
         return (
-            f"{table.path}: no object of the classes {listed(self.use.classes)} is left of {of}: {', '.join(reasons)}; "
-            "annotate some, or choose other classes"
+            f"{table.path}: no object of the classes {listed(self.use.classes)} is left of "
+            f"{counted(len(table.objects), 'object')}: {why}; annotate some, or choose other classes"
         )
 
     def _count(self, name: str, objects: np.ndarray) -> ClassCount:
