@@ -26,8 +26,8 @@ from condattn.openmmlab.data_check import check as check_module
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.data_check import coco as coco_check
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
-from condattn.openmmlab.data_check.paths import leaves, named_paths
 from condattn.openmmlab.data_check.sampling import sample
+from condattn.openmmlab.data_check.settings import leaves, named_paths
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.launch import load_config
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,24 @@ from mmengine.registry import DATASETS
 from ...wording import counted, one_line
 from ..errors import UserError
 from ..processes import local_rank
-from .coco import check_coco
+from . import transforms
+from .coco import CocoUse, check_coco
 from .findings import Findings, remember
 from .heads import check_heads
 from .label_maps import MapUse, check_label_maps
-from .paths import as_list, check_paths, is_local, leaves, named_paths
-from .settings import misshapen, slips
-from .transforms import (
-    PLAIN,
+from .sampling import choose
+from .settings import (
+    as_list,
+    check_paths,
     class_of,
-    loads_annotations,
+    is_local,
+    leaves,
     metrics,
-    options,
+    misshapen,
+    named_paths,
     reads_coco,
-    reads_plain_annotations,
-    reads_plain_images,
-    transform_class,
+    slips,
 )
-from .usage import CocoUse, choose
 
 AS_ANNOTATED = "condattn.openmmlab.data_check.orientation.LoadImageAsAnnotated"
 KINDS = (
@@ -110,7 +111,7 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
         dataset = settings.get("dataset") if isinstance(settings, dict) else None
         for problem in misshapen(dataset, f"{loader}_dataloader.dataset"):
             raise UserError(problem)
-        check_paths(cfg, loader, metrics(cfg, loader))
+        check_paths(cfg, loader)
     checked, heads = [], set()
     for loader in there:
         settings = list(leaves(cfg[f"{loader}_dataloader"]["dataset"]))
@@ -199,7 +200,7 @@ def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
     from mmdet.datasets.transforms import LoadAnnotations
 
     pipelines = _pipelines(cfg[f"{loader}_dataloader"]["dataset"], leaf)
-    loads_masks = any(options(pipelines, "with_mask")) and reads_plain_annotations(
+    loads_masks = any(transforms.options(pipelines, "with_mask")) and transforms.reads_plain_annotations(
         leaf.get("pipeline"), LoadAnnotations, "cv2"
     )
     use = CocoUse(
@@ -212,7 +213,7 @@ def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         filter_cfg=leaf.get("filter_cfg"),
         indices=leaf.get("indices"),
         read_all=read_all,
-        plain_images=reads_plain_images(leaf.get("pipeline")),
+        plain_images=transforms.reads_plain_images(leaf.get("pipeline")),
     )
     return remember(check_coco, use)
 
@@ -268,7 +269,7 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
     prefix, pipeline = dataset.data_prefix, leaf.get("pipeline")
     if prefix.get("img_path") is None:
         raise UserError("data_prefix has no img_path; name the folder of the images there, below data_root")
-    if prefix.get("seg_map_path") is None and (evaluated or loads_annotations(pipeline)):
+    if prefix.get("seg_map_path") is None and (evaluated or transforms.loads_annotations(pipeline)):
         reader = "training" if loader == "train" else "the evaluation" if evaluated else "LoadAnnotations"
         raise UserError(
             f"no label maps: data_prefix has no seg_map_path, which {reader} needs; name their folder there, or "
@@ -299,8 +300,8 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         training=loader == "train",
         list_file=str(dataset.ann_file) if listed else "",
         read_all=read_all,
-        plain_images=reads_plain_images(pipeline),
-        plain_maps=reads_plain_annotations(pipeline, LoadAnnotations, "pillow"),
+        plain_images=transforms.reads_plain_images(pipeline),
+        plain_maps=transforms.reads_plain_annotations(pipeline, LoadAnnotations, "pillow"),
     )
     return remember(check_label_maps, use)
 
@@ -318,7 +319,6 @@ def adapt(cfg: Config, entry: Checked) -> None:
         pipelines = [leaf.get("pipeline") or []]
         if entry.loader == "test":
             pipelines.append(cfg.get("tta_pipeline") or [])
-        for pipeline in pipelines:
-            for transform in pipeline:
-                if isinstance(transform, dict) and transform_class(transform) is PLAIN[0]:
-                    transform["type"] = AS_ANNOTATED
+        for transform in chain.from_iterable(pipelines):
+            if isinstance(transform, dict) and transforms.transform_class(transform) is transforms.PLAIN[0]:
+                transform["type"] = AS_ANNOTATED

@@ -1,14 +1,110 @@
-"""Find mistakes in the settings of data sets that the toolboxes answer with a traceback, or do not notice."""
+"""Read the settings of data sets and metrics, and find the mistakes that the toolboxes answer with a traceback."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+from mmengine.registry import METRICS, Registry
+
 from ...wording import listed, shown
+from ..errors import UserError
 
 WRAPPED = ("dataset", "datasets")
 """Keys under which a wrapper holds its data sets."""
+SOURCES = {
+    "coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
+    "https://cocodataset.org/#download into data/coco/ (train2017/, val2017/, annotations/)",
+    "ade": "ADE20K: unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip into "
+    "data/ade/ (ADEChallengeData2016/images/ and annotations/, each with training/ and validation/)",
+}
+"""Folder below data/ -> where the data set comes from and the layout that is expected."""
+
+
+def as_list(value: Any) -> list:
+    """Return ``value`` as a list; empty if it is None or empty."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
+def leaves(dataset: dict) -> Iterator[dict]:
+    """Yield the data sets that read files: those inside wrappers such as RepeatDataset, or ``dataset`` itself."""
+    if not any(key in dataset for key in WRAPPED):
+        yield dataset
+    for key in WRAPPED:
+        for child in as_list(dataset.get(key)):
+            yield from leaves(child)
+
+
+def is_local(dataset: dict) -> bool:
+    """Whether a data set reads local files."""
+    backend = dataset.get("backend_args")
+    is_remote = isinstance(backend, dict) and backend.get("backend", "local") != "local"
+    return not is_remote and not any("://" in path for path in (str(dataset.get("data_root")), *named_paths(dataset)))
+
+
+def named_paths(dataset: dict) -> Iterator[str]:
+    """Yield the paths that a data set reads, joined to its data_root as mmengine does."""
+    root = str(dataset.get("data_root") or "")
+    prefix = dataset.get("data_prefix")
+    for path in (dataset.get("ann_file"), *(prefix.values() if isinstance(prefix, dict) else ())):
+        if isinstance(path, str) and path:
+            if "://" in path:
+                yield path
+            else:
+                remote = "://" in root and not path.startswith("/")
+                yield f"{root.rstrip('/')}/{path}" if remote else str(Path(root, path))
+
+
+def class_of(settings: dict[str, Any], registry: Registry) -> Any:
+    """The class that ``type`` of ``settings`` names, in their scope, or is; None if none is registered."""
+    with registry.switch_scope_and_registry(settings.get("_scope_")) as scope:
+        kind = settings.get("type")
+        return scope.get(kind) if isinstance(kind, str) else kind
+
+
+def metrics(cfg: Config, loader: str) -> list[dict]:
+    """The settings of the metrics of ``loader``, including those in an evaluator of several data sets."""
+    return list(_metrics(cfg.get(f"{loader}_evaluator"))) if loader != "train" else []
+
+
+def _metrics(node: Any) -> Iterator[dict]:
+    for entry in as_list(node):
+        if isinstance(entry, dict):
+            yield from _metrics(entry["metrics"]) if "metrics" in entry else [entry]
+
+
+def reads_coco(metric: dict[str, Any]) -> bool:
+    """Whether a metric is mmdet's ``CocoMetric`` or a subclass of it."""
+    kind = class_of(metric, METRICS)
+    return isinstance(kind, type) and any(base.__name__ == "CocoMetric" for base in kind.__mro__)
+
+
+def check_paths(cfg: Config, loader: str) -> None:
+    """Check that the files and folders that a data loader and its metrics name exist.
+
+    Remote data, and data sets whose class defines its own files, as the built-in ones do, are not checked.
+
+    Args:
+        cfg: The configuration.
+        loader: 'train', 'val' or 'test'.
+
+    Raises:
+        UserError: If a file or folder is missing; the message says how to get it.
+    """
+    datasets = leaves(cfg[f"{loader}_dataloader"]["dataset"])
+    named = [path for leaf in datasets if is_local(leaf) and not any(slips(leaf)) for path in named_paths(leaf)]
+    evaluated = [str(metric["ann_file"]) for metric in metrics(cfg, loader) if named and metric.get("ann_file")]
+    for kind, paths in (("dataloader", named), ("evaluator", evaluated)):
+        for path in paths:
+            if "://" not in path and not os.path.exists(path):
+                source = next((text for folder, text in SOURCES.items() if folder in Path(path).parts), None)
+                advice = source or "put the data there, or set data_root, ann_file and data_prefix to where it is"
+                raise UserError(
+                    f"no data at {path} ({loader}_{kind} of {cfg.filename}); {advice}; the configurations in "
+                    "configs/demo/ run without any download"
+                )
 
 
 def misshapen(dataset: Any, where: str) -> Iterator[str]:
@@ -20,13 +116,15 @@ def misshapen(dataset: Any, where: str) -> Iterator[str]:
     elif not dataset.get("type"):
         yield f"{where} has no type; name its class, such as type='CocoDataset' or type='BaseSegDataset'"
     else:
-        for key in WRAPPED:
-            children = dataset.get(key) if key in dataset else []
-            several = isinstance(children, list | tuple)
-            if key in dataset and several and not children:
-                yield f"{where}.{key} is empty; name the data sets there"
-            for i, child in enumerate(children if several else [children]):
-                yield from misshapen(child, f"{where}.{key}" + (f"[{i}]" if several else ""))
+        for key in (key for key in WRAPPED if key in dataset):
+            children, place = dataset[key], f"{where}.{key}"
+            if not isinstance(children, list | tuple):
+                yield from misshapen(children, place)
+            elif not children:
+                yield f"{place} is empty; name the data sets there"
+            else:
+                for i, child in enumerate(children):
+                    yield from misshapen(child, f"{place}[{i}]")
 
 
 def slips(leaf: dict[str, Any]) -> Iterator[str]:

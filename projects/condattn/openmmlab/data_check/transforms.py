@@ -1,47 +1,21 @@
-"""Look up the classes of transforms and metrics, which a configuration gives as a name or as a class."""
+"""Look up the transforms of a pipeline, which a configuration gives as names, with or without scope, or as classes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
-from mmengine.config import Config
-from mmengine.registry import METRICS, TRANSFORMS, Registry
+from mmengine.registry import TRANSFORMS
 
 from .orientation import LoadImageAsAnnotated
-from .paths import as_list
+from .settings import class_of
 
 PLAIN = (LoadImageFromFile, LoadImageAsAnnotated)
 """The image loaders that the data check supports."""
-
-
-def class_of(settings: dict[str, Any], registry: Registry) -> Any:
-    """The class that ``type`` of ``settings`` names, in their scope, or is; None if none is registered."""
-    with registry.switch_scope_and_registry(settings.get("_scope_")) as scope:
-        kind = settings.get("type")
-        return scope.get(kind) if isinstance(kind, str) else kind
 
 
 def transform_class(transform: Any) -> type | None:
     """The class of a transform of a pipeline; None if nothing is registered under its name."""
     kind = class_of(transform, TRANSFORMS) if isinstance(transform, dict) else type(transform)
     return kind if isinstance(kind, type) else None
-
-
-def metrics(cfg: Config, loader: str) -> list[dict]:
-    """The settings of the metrics of ``loader``, including those in an evaluator of several data sets."""
-    return list(_metrics(cfg.get(f"{loader}_evaluator"))) if loader != "train" else []
-
-
-def _metrics(node: Any) -> Iterator[dict]:
-    for entry in as_list(node):
-        if isinstance(entry, dict):
-            yield from _metrics(entry["metrics"]) if "metrics" in entry else [entry]
-
-
-def reads_coco(metric: dict[str, Any]) -> bool:
-    """Whether a metric is mmdet's ``CocoMetric`` or a subclass of it."""
-    kind = class_of(metric, METRICS)
-    return isinstance(kind, type) and any(base.__name__ == "CocoMetric" for base in kind.__mro__)
 
 
 def image_loader(pipeline: Any) -> Any:
