@@ -114,19 +114,18 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
         check_paths(cfg, loader)
     checked, heads = [], set()
     for loader in there:
-        settings = list(leaves(cfg[f"{loader}_dataloader"]["dataset"]))
-        entries = []
-        for i, leaf in enumerate(settings, 1):
-            label = loader if len(settings) == 1 else f"{loader} ({i} of {len(settings)})"
-            entries.append(Checked(label, loader, leaf, _check(cfg, loader, leaf, read_all, heads)))
+        entries = [
+            Checked(loader, loader, leaf, _check(cfg, loader, leaf, read_all, heads))
+            for leaf in leaves(cfg[f"{loader}_dataloader"]["dataset"])
+        ]
+        for i, entry in enumerate(entries if len(entries) > 1 else (), 1):
+            entry.label = f"{loader} ({i} of {len(entries)})"
         _check_barren(entries)
         checked += entries + list(_check_metrics(cfg, loader, entries))
     for entry in checked:
-        findings = entry.findings
-        findings.summary = one_line(findings.summary)
-        findings.warnings, findings.errors = (
-            list(map(one_line, texts)) for texts in (findings.warnings, findings.errors)
-        )
+        entry.findings.summary = one_line(entry.findings.summary)
+        entry.findings.warnings[:] = map(one_line, entry.findings.warnings)
+        entry.findings.errors[:] = map(one_line, entry.findings.errors)
     return checked
 
 
@@ -199,10 +198,9 @@ def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         raise UserError(f"ann_file {dataset.ann_file} is a folder; name the annotation file in it")
     from mmdet.datasets.transforms import LoadAnnotations
 
-    pipelines = _pipelines(cfg[f"{loader}_dataloader"]["dataset"], leaf)
-    loads_masks = any(transforms.options(pipelines, "with_mask")) and transforms.reads_plain_annotations(
-        leaf.get("pipeline"), LoadAnnotations, "cv2"
-    )
+    pipeline = leaf.get("pipeline")
+    is_plain = transforms.reads_plain_annotations(pipeline, LoadAnnotations, "cv2")
+    loads_masks = is_plain and any(transforms.options(pipeline, "with_mask"))
     use = CocoUse(
         ann_file=dataset.ann_file,
         folder=dataset.data_prefix.get("img") or "",
@@ -213,7 +211,7 @@ def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         filter_cfg=leaf.get("filter_cfg"),
         indices=leaf.get("indices"),
         read_all=read_all,
-        plain_images=transforms.reads_plain_images(leaf.get("pipeline")),
+        plain_images=transforms.reads_plain_images(pipeline),
     )
     return remember(check_coco, use)
 
@@ -251,16 +249,6 @@ def _kind(leaf: dict[str, Any]) -> str | None:
         if base and isinstance(cls, type) and issubclass(cls, base):
             return kind if all(getattr(cls, method) is getattr(base, method) for method in methods) else None
     return None
-
-
-def _pipelines(dataset: dict[str, Any], leaf: dict[str, Any]) -> list[Any]:
-    """The pipelines of ``leaf`` and of the wrappers around it in ``dataset``; empty if it is not in ``dataset``."""
-    if dataset is leaf:
-        return [leaf.get("pipeline") or []]
-    for child in (child for key in ("dataset", "datasets") for child in as_list(dataset.get(key))):
-        if inner := _pipelines(child, leaf):
-            return [*inner, dataset.get("pipeline") or []]
-    return []
 
 
 def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:

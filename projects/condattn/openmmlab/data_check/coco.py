@@ -112,10 +112,10 @@ class Usage:
         if not kept and use.needs_objects and not table.objects:
             table.fail(BARE)
         if not kept:
+            why = "; ".join(self._left_out) or "indices choose none"
             table.fail(
-                f"none of the {len(table.images)} images is left; "
-                f"{'; '.join(self._left_out) or 'indices choose none'}: "
-                "change filter_cfg or indices, or add images with objects"
+                f"none of the {len(table.images)} images is left; {why}: change filter_cfg or indices, or add images "
+                "with objects"
             )
         return kept
 
@@ -149,12 +149,12 @@ class Usage:
             findings.warnings.append(
                 f"{objects} not among classes: {some((f'{name} {count}' for name, count in categories), 10)}; left out"
             )
-        ones, several = (
-            "object is smaller than a pixel, or outside its image",
-            "objects are smaller than a pixel, or outside their images",
-        )
         for chosen, one, many in (
-            (self._empty & self._chosen, ones, several),
+            (
+                self._empty & self._chosen,
+                "object is smaller than a pixel, or outside its image",
+                "objects are smaller than a pixel, or outside their images",
+            ),
             (table.ignored & self._chosen, "object is marked 'ignore'", "objects are marked 'ignore'"),
         ):
             if chosen.any():
@@ -182,13 +182,8 @@ class Usage:
         sizes = np.digitize(self.table.areas[objects], [SMALL, LARGE])
         images = np.unique(self.table.image_of[objects])
         names = [self.table.images[i]["file_name"] for i in sample(images, read_all=False, number=4)]
-        return ClassCount(
-            name=name,
-            count=len(objects),
-            images=len(images),
-            sizes=np.bincount(sizes, minlength=3).tolist(),
-            examples=[os.path.join(self.use.folder, name) for name in names],
-        )
+        examples = [os.path.join(self.use.folder, name) for name in names]
+        return ClassCount(name, len(objects), len(images), np.bincount(sizes, minlength=3).tolist(), examples)
 
 
 def check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
@@ -228,7 +223,7 @@ def _check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
         return findings, read
     if not use.data_files:
         paths = [os.path.join(use.folder, table.images[i]["file_name"]) for i in usage.kept]
-        sizes = [(int(table.widths[i]), int(table.heights[i])) for i in usage.kept]
+        sizes = list(zip(table.widths[usage.kept].tolist(), table.heights[usage.kept].tolist(), strict=True))
         read += check_images(findings, paths, sizes, use.read_all, look=use.plain_images)
     if not findings.errors:
         read += repair(findings, use.ann_file, content, [*repairs, *table.repairs])

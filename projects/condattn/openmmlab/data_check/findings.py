@@ -76,9 +76,8 @@ def write_cached(name: str, write: Callable[[Path], object]) -> Path:
         OSError: If no cache folder can be written.
     """
     paths = [folder / name for folder in cache_folders()]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
+    for path in filter(os.path.isfile, paths):
+        return path
     for path in paths:
         try:
             write_whole(path, write, overwrite=True)
@@ -127,13 +126,11 @@ def _read(path: Path) -> Findings | None:
     """The findings cached in ``path``; None if there are none, or a file that they depend on has changed."""
     try:
         record = json.loads(path.read_text())
-        if any(_state(name) != tuple(state) for name, *state in record["inputs"]):
-            return None
-        findings = Findings(**record["findings"])
+        classes = [ClassCount(**entry) for entry in record["findings"].pop("classes")]
+        findings = Findings(**record["findings"], classes=classes)
+        return findings if all(_state(name) == tuple(state) for name, *state in record["inputs"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    findings.classes = [ClassCount(**entry) for entry in record["findings"]["classes"]]
-    return findings
 
 
 def _state(path: str | Path) -> tuple[int, int]:

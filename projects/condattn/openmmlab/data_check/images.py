@@ -116,12 +116,11 @@ def names_in(folder: str) -> set[str]:
 def _describe_missing(missing: list[str], number: int) -> str:
     first = Path(missing[0])
     alike = [name for name in names_in(str(first.parent)) if Path(name).stem.lower() == first.stem.lower()]
+    hint = "put them there, or set data_root and data_prefix to where they are"
     if alike:
-        hint = f"; the folder has {some(sorted(alike))}: rename the files, or write their names as they are"
-    else:
-        hint = "; put them there, or set data_root and data_prefix to where they are"
+        hint = f"the folder has {some(sorted(alike))}: rename the files, or write their names as they are"
     verb = "is" if number == 1 else "are"
-    return f"{len(missing)} of {counted(number, 'image')} {verb} missing: {some(map(_short, missing))}{hint}"
+    return f"{len(missing)} of {counted(number, 'image')} {verb} missing: {some(map(_short, missing))}; {hint}"
 
 
 def _short(path: str) -> str:
@@ -209,7 +208,8 @@ def _check_sizes(findings: Findings, images: list[ImageFile], expected: dict, an
     for image in images:
         size = expected[image.path]
         if size not in (image.upright_size, image.size):
-            wrong.append(f"{image.path} is {_format_size(image.upright_size)}, its {annotation} {_format_size(size)}")
+            (width, height), (its_width, its_height) = image.upright_size, size
+            wrong.append(f"{image.path} is {width} x {height}, its {annotation} {its_width} x {its_height}")
         elif size != image.upright_size:
             turned.append(image.path)
         elif size == image.size and image.orientation != 1:
@@ -220,21 +220,23 @@ def _check_sizes(findings: Findings, images: list[ImageFile], expected: dict, an
             f"{counted(len(wrong), 'image is')} not as large as the {annotation} says (width x height): {some(wrong)}; "
             f"the labels would lie beside the objects: make the {annotation} for the images as they are, or the reverse"
         )
-    if turned:
-        number = counted(
-            len(turned),
+    for paths, one, many, then in (
+        (
+            turned,
             "image is rotated by its EXIF header while its annotation is not",
             "images are rotated by their EXIF header while their annotations are not",
-        )
-        findings.warnings.append(f"{number}: {some(turned)}; loaded as stored, as annotated")
-    if unclear:
-        number = counted(
-            len(unclear),
-            "image is turned or mirrored by its EXIF header, and its size does not tell whether its annotation is",
+            "loaded as stored, as annotated",
+        ),
+        (
+            unclear,
+            "image is turned or mirrored by its EXIF header, and its size does not tell whether its annotation is too",
             "images are turned or mirrored by their EXIF header, and their sizes do not tell whether their annotations "
-            "are",
-        )
-        findings.warnings.append(f"{number} too: {some(unclear)}; loaded as the header says: look at them with --out")
+            "are too",
+            "loaded as the header says: look at them with --out",
+        ),
+    ):
+        if paths:
+            findings.warnings.append(f"{counted(len(paths), one, many)}: {some(paths)}; {then}")
 
 
 def _check_depth(findings: Findings, images: list[ImageFile]) -> None:
@@ -253,7 +255,3 @@ def _check_depth(findings: Findings, images: list[ImageFile]) -> None:
             f"{counted(len(deep), 'image has')} 16 bits a channel: {some(image.path for image in deep)}; the upper 8 "
             "bits are used" + (f", which leaves {len(dark)} nearly black: {names}" if dark else "")
         )
-
-
-def _format_size(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"

@@ -1,8 +1,9 @@
 """Check the label maps of a data set for semantic segmentation as mmseg will read them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +66,11 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     others, read = _other_images(use) if use.folder else ([], [])
     if use.list_file:
         read.append(use.list_file)
-        if problem := _check_list(use):
-            findings.errors.append(problem)
-            return findings, read
-    if not use.images:
+        findings.errors += _check_list(use)
+    if not findings.errors and not use.images:
         hint = f"; it has {some(others)}: set img_suffix" if others else ": put the images there, or set data_prefix"
         findings.errors.append(f"no image with the suffix {use.suffix} in {use.folder or use.list_file}{hint}")
+    if findings.errors:
         return findings, read
     if others:
         findings.warnings.append(
@@ -83,7 +83,7 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     missing_paths = set(missing)
     pairs = sample(list(zip(use.images, use.maps, strict=True)), use.read_all)
     there = [path for _, path in pairs if path not in missing_paths] if use.plain_maps else []
-    maps = in_parallel(read_label_map, there, "label maps")
+    maps = in_parallel(partial(examine, look=_count_values), there, "label maps")
     read += sorted({os.path.dirname(path) for path in use.maps}) + there
     if bad := [f"{label_map.path} {label_map.problem}" for label_map in maps if label_map.problem]:
         findings.errors.append(
@@ -92,9 +92,8 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
         )
     good = {label_map.path: label_map for label_map in maps if not label_map.problem}
     if not use.classes:
-        findings.warnings.append(
-            "metainfo has no classes, so that the values of label maps cannot be checked; name them"
-        )
+        unnamed = "metainfo has no classes, so that the values of label maps cannot be checked; name them"
+        findings.warnings.append(unnamed)
     elif use.plain_maps:
         _check_values(findings, use, [(image, good[path]) for image, path in pairs if path in good])
     images, maps_of_images = zip(*pairs, strict=True)
@@ -103,7 +102,7 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     read += check_images(findings, images, sizes, **looks)
     total = max(sum(entry.count for entry in findings.classes), 1)
     shares = sorted(((entry.count / total, entry.name) for entry in findings.classes), key=lambda share: -share[0])
-    parts = f" ({some((f'{name} {100 * share:.3g} %' for share, name in shares), 10)})" if shares else ""
+    parts = f" ({some((f'{name} {100 * share:.3g} %' for share, name in shares), 10)})" if good and shares else ""
     part = f", {len(pairs)} of them read" if len(pairs) < len(use.images) else ""
     findings.summary = (
         f"{len(use.images)} of {counted(use.total, 'image')}{part}, {counted(len(use.classes), 'class')}{parts}"
@@ -111,17 +110,18 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     return findings, read
 
 
-def _check_list(use: MapUse) -> str:
-    """Describe what is wrong with the lines of the file that lists the images; empty if nothing is."""
-    lines = Path(use.list_file).read_text(errors="replace").splitlines()
-    if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
-        return f"{use.list_file}: {counted(len(blank), 'line is')} blank: line {some(blank)}; take them out"
-    if names := [line.strip() for line in lines if use.suffix and line.strip().endswith(use.suffix)]:
-        return (
+def _check_list(use: MapUse) -> Iterator[str]:
+    """Yield what is wrong with the lines of the file that lists the images."""
+    lines = [line.strip() for line in Path(use.list_file).read_text(errors="replace").splitlines()]
+    blank = [number for number, line in enumerate(lines, 1) if not line]
+    names = [line for line in lines if use.suffix and line.endswith(use.suffix)]
+    if blank:
+        yield f"{use.list_file}: {counted(len(blank), 'line is')} blank: line {some(blank)}; take them out"
+    elif names:
+        yield (
             f"{use.list_file}: {counted(len(names), 'name has')} the suffix {use.suffix}, such as {names[0]}, which "
             "mmseg adds; write names without it, or set img_suffix and seg_map_suffix"
         )
-    return ""
 
 
 def _describe_missing(use: MapUse, missing: list[str]) -> str:
@@ -147,11 +147,9 @@ def _other_images(use: MapUse) -> tuple[list[str], list[str]]:
     for folder, _, names in os.walk(use.folder):
         folders.append(folder)
         for name in names:
-            if Path(name).suffix.lower() not in SUFFIXES or name.endswith((use.suffix, use.map_suffix)):
-                continue
+            is_image = Path(name).suffix.lower() in SUFFIXES and not name.endswith((use.suffix, use.map_suffix))
             path = os.path.relpath(os.path.join(folder, name), use.folder)
-            other_case = path.lower().endswith(use.suffix.lower())
-            if other_case or not _accompanies(path, used):
+            if is_image and (path.lower().endswith(use.suffix.lower()) or not _accompanies(path, used)):
                 others.append(name)
     return sorted(others), folders
 
@@ -161,12 +159,8 @@ def _accompanies(path: str, used: set[str]) -> bool:
     return any(path[:i] in used for i, letter in enumerate(path) if not letter.isalnum())
 
 
-def read_label_map(path: str) -> ImageFile:
-    """Read a label map, and count the pixels of each value."""
-    return examine(path, _count_values)
-
-
 def _count_values(result: ImageFile, image: Image.Image) -> None:
+    """Count the pixels of each value of a label map."""
     if (channels := len(image.getbands())) != 1:
         result.problem = f"has {channels} channels ({image.mode}); expected one, whose values are classes"
     elif image.mode in ("L", "P"):

@@ -28,9 +28,14 @@ def floats(values: list[Any]) -> np.ndarray:
     return np.array([v if are_numbers([v]) and abs(v) <= LARGEST else np.nan for v in values], dtype=float)
 
 
+def are_lists(values: Iterable[Any]) -> bool:
+    """Whether all values are lists."""
+    return set(map(type, values)) <= {list}
+
+
 def are_polygons(values: list[Any]) -> bool:
     """Whether all values are polygons, which are lists of numbers."""
-    return set(map(type, values)) <= {list} and are_numbers(chain.from_iterable(values))
+    return are_lists(values) and are_numbers(chain.from_iterable(values))
 
 
 def drawable(polygons: list[list]) -> list[list]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...wording import counted, shown
 from .annotations import Annotations
-from .masks import are_polygons, bounds, count_runs, draw, drawable, near_image
+from .masks import are_lists, are_polygons, bounds, count_runs, draw, drawable, near_image
 from .sampling import sample
 
 MARGIN = 2
@@ -91,14 +91,14 @@ def check_masks(table: Annotations, used: np.ndarray) -> list[str]:
         if type(value) not in (list, dict):
             _refuse(table, i, "polygons, [[x1, y1, x2, y2, ...], ...], or run lengths")
     warnings: list[str] = []
-    are_lists = np.array([type(value) is list for value in segmentations], dtype=bool)
+    listed = np.array([type(value) is list for value in segmentations], dtype=bool)
     empty = np.zeros(len(used), dtype=bool)
-    if are_lists.any():
+    if listed.any():
         polygons = [value for value in segmentations if type(value) is list]
-        empty[are_lists] = _check_polygons(table, used[are_lists], polygons, warnings)
-    if not are_lists.all():
+        empty[listed] = _check_polygons(table, used[listed], polygons, warnings)
+    if not listed.all():
         runs = [value for value in segmentations if type(value) is dict]
-        empty[~are_lists] = _check_runs(table, used[~are_lists], runs)
+        empty[~listed] = _check_runs(table, used[~listed], runs)
     if len(used) and empty.all():
         table.fail(
             f"no object has a pixel in its mask, such as {table.name(used[0])}; draw the masks anew, in the images' "
@@ -117,9 +117,11 @@ def _refuse(table: Annotations, i: int, expected: str) -> None:
 
 def _check_polygons(table: Annotations, used: np.ndarray, polygons: list[list], warnings: list[str]) -> np.ndarray:
     """Check objects that have polygons; return a boolean array that is True where a mask is empty."""
-    if not are_polygons([*chain.from_iterable(polygons)]):
-        i = next(i for i, value in zip(used, polygons, strict=True) if not are_polygons(value))
-        _refuse(table, i, "a list of polygons, [[x1, y1, x2, y2, ...], ...], of numbers in pixels")
+    flat = list(chain.from_iterable(polygons))
+    for are_valid, what in ((are_lists, ""), (are_polygons, " of numbers in pixels")):
+        if not are_valid(flat):
+            i = next(i for i, value in zip(used, polygons, strict=True) if not are_valid(value))
+            _refuse(table, i, f"a list of polygons, [[x1, y1, x2, y2, ...], ...],{what}")
     polygons = [drawable(value) for value in polygons]
     drawn = np.array([bool(value) for value in polygons], dtype=bool)
     if not drawn.any():
@@ -193,8 +195,7 @@ def _check_runs(table: Annotations, used: np.ndarray, runs: list[dict]) -> np.nd
         table.fail(
             f"{counted(len(wrong), 'object has')} run lengths that cannot be decoded, such as "
             f"{table.name(used[decoded[n]])}: expected counts of whole numbers from 0 up with the sum {expected[n]}, "
-            "height x width of its image, or their text as pycocotools writes it; found "
-            f"{found}; export the masks anew"
+            f"height x width of its image, or their text as pycocotools writes it; found {found}; export the masks anew"
         )
     empty = np.zeros(len(runs), dtype=bool)
     empty[decoded] = pixels == 0

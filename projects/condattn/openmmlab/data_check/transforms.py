@@ -29,8 +29,8 @@ def reads_plain_images(pipeline: Any) -> bool:
     return not pipeline or (
         bool(loaders)
         and all(isinstance(entry, dict) and transform_class(entry) in PLAIN for entry in loaders)
-        and set(options([loaders], "color_type")) <= {"color"}
-        and set(options([loaders], "imdecode_backend")) <= {"cv2"}
+        and set(options(loaders, "color_type")) <= {"color"}
+        and set(options(loaders, "imdecode_backend")) <= {"cv2"}
     )
 
 
@@ -48,10 +48,9 @@ def loads_annotations(pipeline: Any) -> bool:
     return any("LoadAnnotations" in _name(entry) for entry in pipeline or [])
 
 
-def options(pipelines: list[Any], name: str) -> list[Any]:
-    """Values of the option ``name`` in the transforms of ``pipelines``."""
-    entries = (entry for pipeline in pipelines for entry in pipeline or [])
-    return [entry[name] for entry in entries if isinstance(entry, dict) and name in entry]
+def options(pipeline: Any, name: str) -> list[Any]:
+    """Values of the option ``name`` in the transforms of ``pipeline``."""
+    return [entry[name] for entry in pipeline or [] if isinstance(entry, dict) and name in entry]
 
 
 def _loads_images(transform: Any) -> bool:
