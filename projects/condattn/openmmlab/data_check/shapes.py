@@ -122,7 +122,8 @@ def _check_polygons(table: Annotations, used: np.ndarray, polygons: list[list], 
         if not are_valid(flat):
             i = next(i for i, value in zip(used, polygons, strict=True) if not are_valid(value))
             _refuse(table, i, f"a list of polygons, [[x1, y1, x2, y2, ...], ...],{what}")
-    polygons = [drawable(value) for value in polygons]
+    if len(drawable(flat)) < len(flat):
+        polygons = [drawable(value) for value in polygons]
     drawn = np.array([bool(value) for value in polygons], dtype=bool)
     if not drawn.any():
         table.fail(
