@@ -20,7 +20,7 @@ from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from condattn.openmmlab.data_check.runs import count_runs
+from condattn.openmmlab.data_check.masks import count_runs
 
 
 def test_what_is_used_is_said(coco):

@@ -26,8 +26,8 @@ from condattn.openmmlab.data_check import check as check_module
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.data_check import coco as coco_check
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
-from condattn.openmmlab.data_check.paths import leaves, named_paths
 from condattn.openmmlab.data_check.sampling import sample
+from condattn.openmmlab.data_check.settings import leaves, named_paths
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.launch import load_config
 
@@ -206,6 +206,20 @@ def test_transforms_of_label_maps_that_are_classes(label_maps):
     del dataset.data_prefix["seg_map_path"]
     label_maps.cfg.test_evaluator.format_only = True
     assert "which LoadAnnotations needs" in label_maps.check("test").errors[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(type=5), "train_dataloader.dataset.type: expected the name of a class, found 5"),
+        (dict(type=["CocoDataset"]), "dataset.type: expected the name of a class, found \\['CocoDataset'\\]"),
+        (dict(pipeline=5), "train_dataloader.dataset.pipeline: expected a list of transforms, found 5"),
+    ],
+)
+def test_settings_of_another_type(coco, change, message):
+    coco.cfg.train_dataloader.dataset.update(change)
+    with pytest.raises(UserError, match=message):
+        coco.check()
 
 
 @pytest.mark.parametrize(

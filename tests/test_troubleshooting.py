@@ -15,7 +15,9 @@ EXPECTING = ("test_bad_input", "test_bad_files", "test_condition", "test_checkpo
 FOREIGN = {"ImportError: libGL.so.1"}
 """Messages of other software."""
 IGNORED = {
-    "of mmengine, which 'cannot read the configuration' quotes": ("was never closed", "no.py", "no_such_module"),
+    "of mmengine, which 'cannot read the configuration' quotes": (
+        *("was never closed", "no.py", "no_such_module", "nowhere", "TypeError: embed_dims"),
+    ),
     "of mmengine, which 'the model of ... cannot be built' quotes": ("ConditionedSvin", "conditionning"),
     "of mmengine, behind 'expected default_scope'": ("mmdet, mmseg, mmpretrain",),
     "values in messages that the page has": (

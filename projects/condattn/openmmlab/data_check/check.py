@@ -3,8 +3,9 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,33 @@ from mmengine.registry import DATASETS
 from ...wording import counted, one_line
 from ..errors import UserError
 from ..processes import local_rank
-from .coco import check_coco
-from .evaluation import MetricUse, check_metric, metrics, reads_coco
+from . import transforms
+from .coco import CocoUse, check_coco
 from .findings import Findings, remember
 from .heads import check_heads
 from .label_maps import MapUse, check_label_maps
-from .paths import as_list, check_paths, is_local, leaves, named_paths
-from .settings import misshapen, slips
-from .transforms import PLAIN, loads_annotations, options, reads_plain_annotations, reads_plain_images, transform_class
-from .usage import CocoUse
+from .sampling import choose
+from .settings import (
+    as_list,
+    check_paths,
+    class_of,
+    is_local,
+    leaves,
+    metrics,
+    misshapen,
+    named_paths,
+    reads_coco,
+    slips,
+)
 
 AS_ANNOTATED = "condattn.openmmlab.data_check.orientation.LoadImageAsAnnotated"
 LOADED = ("mmpretrain", "mmengine")
 """Scopes of data sets that are loaded to see whether they can be, because nothing else is known of them."""
+KINDS = (
+    ("coco", "mmdet.datasets", "CocoDataset", ("load_data_list", "parse_data_info", "filter_data")),
+    ("maps", "mmseg.datasets", "BaseSegDataset", ("load_data_list",)),
+)
+"""Kind of a data set, module and name of its class, and the methods by which it reads its files."""
 PATIENCE = 60
 """Seconds for which the other processes wait for the first one to report the errors and end the run."""
 
@@ -98,22 +113,21 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
         dataset = settings.get("dataset") if isinstance(settings, dict) else None
         for problem in misshapen(dataset, f"{loader}_dataloader.dataset"):
             raise UserError(problem)
-        check_paths(cfg, loader, metrics(cfg, loader))
+        check_paths(cfg, loader)
     checked, heads = [], set()
     for loader in there:
-        settings = list(leaves(cfg[f"{loader}_dataloader"]["dataset"]))
-        entries = []
-        for i, leaf in enumerate(settings, 1):
-            label = loader if len(settings) == 1 else f"{loader} ({i} of {len(settings)})"
-            entries.append(Checked(label, loader, leaf, _check(cfg, loader, leaf, read_all, heads)))
+        entries = [
+            Checked(loader, loader, leaf, _check(cfg, loader, leaf, read_all, heads))
+            for leaf in leaves(cfg[f"{loader}_dataloader"]["dataset"])
+        ]
+        for i, entry in enumerate(entries if len(entries) > 1 else (), 1):
+            entry.label = f"{loader} ({i} of {len(entries)})"
         _check_barren(entries)
         checked += entries + list(_check_metrics(cfg, loader, entries))
     for entry in checked:
-        findings = entry.findings
-        findings.summary = one_line(findings.summary)
-        findings.warnings, findings.errors = (
-            [one_line(text) for text in texts] for texts in (findings.warnings, findings.errors)
-        )
+        entry.findings.summary = one_line(entry.findings.summary)
+        entry.findings.warnings[:] = map(one_line, entry.findings.warnings)
+        entry.findings.errors[:] = map(one_line, entry.findings.errors)
     return checked
 
 
@@ -150,7 +164,7 @@ def report(checked: list[Checked]) -> None:
 def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads: set[str]) -> Findings:
     """Check one data set; ``heads`` collects the messages about the model's heads, so that each is reported once."""
     name = leaf["type"] if isinstance(leaf["type"], str) else leaf["type"].__name__
-    if _class(leaf) is None:
+    if class_of(leaf, DATASETS) is None:
         return Findings(errors=[f"no data set {name} is registered; import its module with custom_imports"])
     kind = _kind(leaf)
     if kind is None and is_local(leaf) and cfg.get("default_scope") in LOADED:
@@ -168,16 +182,19 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, OSError) as error:
         reason = " ".join(map(str, error.args)) or type(error).__name__
         return Findings(errors=[f"the data set {name} cannot be built: {reason}; correct its settings"])
-    if isinstance(classes := dataset.metainfo.get("classes") or (), str):
-        classes = (classes,)
-    wrong, doubtful = ([text for text in texts if text not in heads] for texts in check_heads(cfg, list(classes)))
+    classes = dataset.metainfo.get("classes") or ()
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    wrong, doubtful = ([text for text in texts if text not in heads] for texts in check_heads(cfg, classes))
     heads.update(wrong, doubtful)
     if wrong:
         return Findings(errors=wrong, warnings=doubtful)
     evaluators = metrics(cfg, loader)
     evaluated = loader == "train" or not evaluators or any(not entry.get("format_only") for entry in evaluators)
     check = _check_coco if kind == "coco" else _check_maps
-    findings = check(dataset, leaf, cfg, loader, evaluated, read_all)
+    try:
+        findings = check(dataset, leaf, cfg, loader, evaluated, read_all)
+    except UserError as error:
+        findings = Findings(errors=[str(error)])
     findings.warnings = doubtful + findings.warnings
     return findings
 
@@ -201,28 +218,27 @@ def _load(leaf: dict[str, Any], name: str) -> Findings:
 
 def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:
     if not dataset.ann_file:
-        return Findings(errors=["the data set has no ann_file; name its annotation file in COCO's format"])
+        raise UserError("the data set has no ann_file; name its annotation file in COCO's format")
     if Path(dataset.ann_file).is_dir():
-        return Findings(errors=[f"ann_file {dataset.ann_file} is a folder; name the annotation file in it"])
+        raise UserError(f"ann_file {dataset.ann_file} is a folder; name the annotation file in it")
     from mmdet.datasets.transforms import LoadAnnotations
 
-    pipelines = _pipelines(cfg[f"{loader}_dataloader"]["dataset"], leaf)
-    loaded = any(options(pipelines, "with_mask")) and reads_plain_annotations(
-        leaf.get("pipeline"), LoadAnnotations, "cv2"
-    )
+    pipeline = leaf.get("pipeline")
+    is_plain = transforms.reads_plain_annotations(pipeline, LoadAnnotations, "cv2")
+    loads_masks = is_plain and any(transforms.options(pipeline, "with_mask"))
     use = CocoUse(
         ann_file=dataset.ann_file,
         folder=dataset.data_prefix.get("img") or "",
         classes=list(dataset.metainfo["classes"]),
-        with_masks=loaded if loader == "train" else any(_evaluates_masks(entry) for entry in metrics(cfg, loader)),
+        with_masks=loads_masks if loader == "train" else any(map(_evaluates_masks, metrics(cfg, loader))),
         training=not dataset.test_mode,
         needs_objects=evaluated,
         filter_cfg=leaf.get("filter_cfg"),
         indices=leaf.get("indices"),
         read_all=read_all,
-        plain_images=reads_plain_images(leaf.get("pipeline")),
+        plain_images=transforms.reads_plain_images(pipeline),
     )
-    return remember(asdict(use), lambda: check_coco(use))
+    return remember(check_coco, use)
 
 
 def _evaluates_masks(metric: dict[str, Any]) -> bool:
@@ -234,56 +250,30 @@ def _check_metrics(cfg: Config, loader: str, entries: list[Checked]) -> Iterator
     sound = [entry.settings for entry in entries if not entry.findings.errors]
     data = [leaf for leaf in sound if _kind(leaf) == "coco" and is_local(leaf) and leaf.get("ann_file")]
     files = [str(Path(leaf.get("data_root") or "", leaf["ann_file"])) for leaf in data]
-    resolved = {Path(path).resolve() for path in files}
-    for metric in metrics(cfg, loader):
+    known = {Path(path).resolve() for path in files}
+    for metric in metrics(cfg, loader) if files else ():
         path = metric.get("ann_file")
-        if (
-            files
-            and isinstance(path, str)
-            and "://" not in path
-            and Path(path).resolve() not in resolved
-            and reads_coco(metric)
-        ):
+        is_other = isinstance(path, str) and "://" not in path and Path(path).resolve() not in known
+        if is_other and reads_coco(metric):
             dataset = DATASETS.build({**data[0], "pipeline": [], "lazy_init": True})
-            use = MetricUse(path, files, list(dataset.metainfo["classes"]), _evaluates_masks(metric))
-            yield Checked(
-                f"{loader}_evaluator", loader, metric, remember(asdict(use), lambda use=use: check_metric(use))
-            )
-
-
-def _class(leaf: dict[str, Any]) -> Any:
-    """The class of a data set."""
-    with DATASETS.switch_scope_and_registry(leaf.get("_scope_")) as registry:
-        return registry.get(leaf["type"]) if isinstance(leaf["type"], str) else leaf["type"]
+            use = CocoUse(path, "", list(dataset.metainfo["classes"]), _evaluates_masks(metric), data_files=files)
+            yield Checked(f"{loader}_evaluator", loader, metric, remember(check_coco, use))
 
 
 def _data_root(leaf: dict[str, Any]) -> Path:
     """The folder of a data set whose class defines its own files, as the built-in ones do."""
-    parameter = signature(_class(leaf)).parameters.get("data_root")
+    parameter = signature(class_of(leaf, DATASETS)).parameters.get("data_root")
     return Path(leaf.get("data_root") or (parameter and parameter.default) or ".")
 
 
 def _kind(leaf: dict[str, Any]) -> str | None:
     """'coco' or 'maps' if a data set reads files by CocoDataset's or BaseSegDataset's own methods; else None."""
-    cls = _class(leaf)
-    for kind, module, name, methods in (
-        ("coco", "mmdet.datasets", "CocoDataset", ("load_data_list", "parse_data_info", "filter_data")),
-        ("maps", "mmseg.datasets", "BaseSegDataset", ("load_data_list",)),
-    ):
+    cls = class_of(leaf, DATASETS)
+    for kind, module, name, methods in KINDS:
         base = getattr(sys.modules.get(module), name, None)
         if base and isinstance(cls, type) and issubclass(cls, base):
             return kind if all(getattr(cls, method) is getattr(base, method) for method in methods) else None
     return None
-
-
-def _pipelines(dataset: dict[str, Any], leaf: dict[str, Any]) -> list[Any]:
-    """The pipelines of ``leaf`` and of the wrappers around it in ``dataset``; empty if it is not in ``dataset``."""
-    if dataset is leaf:
-        return [leaf.get("pipeline") or []]
-    for child in (child for key in ("dataset", "datasets") for child in as_list(dataset.get(key))):
-        if inner := _pipelines(child, leaf):
-            return [*inner, dataset.get("pipeline") or []]
-    return []
 
 
 def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: bool, read_all: bool) -> Findings:
@@ -291,28 +281,23 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
 
     prefix, pipeline = dataset.data_prefix, leaf.get("pipeline")
     if prefix.get("img_path") is None:
-        return Findings(errors=["data_prefix has no img_path; name the folder of the images there, below data_root"])
-    if prefix.get("seg_map_path") is None and (evaluated or loads_annotations(pipeline)):
+        raise UserError("data_prefix has no img_path; name the folder of the images there, below data_root")
+    if prefix.get("seg_map_path") is None and (evaluated or transforms.loads_annotations(pipeline)):
         reader = "training" if loader == "train" else "the evaluation" if evaluated else "LoadAnnotations"
-        error = (
+        raise UserError(
             f"no label maps: data_prefix has no seg_map_path, which {reader} needs; name their folder there, or "
             "predict the images with tools/predict.py"
         )
-        return Findings(errors=[error])
     try:
         samples = dataset.load_data_list()
     except (OSError, TypeError, ValueError, AssertionError) as error:
-        return Findings(errors=[f"the images cannot be listed: {error}; correct ann_file, data_prefix and img_suffix"])
-    total, indices = len(samples), leaf.get("indices")
-    if isinstance(indices, int):
-        samples = samples[:indices] if indices >= 0 else samples[indices:]
-    elif indices is not None:
-        if beyond := [i for i in indices if not -total <= i < total]:
-            there = counted(total, "image is", "images are")
-            return Findings(errors=[f"indices has {beyond[0]}, and {there} there; give indices below {total}"])
-        samples = [samples[i] for i in indices]
+        raise UserError(
+            f"the images cannot be listed: {error}; correct ann_file, data_prefix and img_suffix"
+        ) from error
+    total = len(samples)
+    samples = [samples[i] for i in choose(total, leaf.get("indices"))]
     if prefix.get("seg_map_path") is None:
-        return Findings(summary=f"{len(samples)} of {counted(total, 'image', 'images')}, without label maps")
+        return Findings(summary=f"{len(samples)} of {counted(total, 'image')}, without label maps")
     listed = bool(dataset.ann_file) and Path(dataset.ann_file).is_file()
     use = MapUse(
         images=[entry["img_path"] for entry in samples],
@@ -328,10 +313,10 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         training=loader == "train",
         list_file=str(dataset.ann_file) if listed else "",
         read_all=read_all,
-        plain_images=reads_plain_images(pipeline),
-        plain_maps=reads_plain_annotations(pipeline, LoadAnnotations, "pillow"),
+        plain_images=transforms.reads_plain_images(pipeline),
+        plain_maps=transforms.reads_plain_annotations(pipeline, LoadAnnotations, "pillow"),
     )
-    return remember(asdict(use), lambda: check_label_maps(use))
+    return remember(check_label_maps, use)
 
 
 def adapt(cfg: Config, entry: Checked) -> None:
@@ -347,7 +332,6 @@ def adapt(cfg: Config, entry: Checked) -> None:
         pipelines = [leaf.get("pipeline") or []]
         if entry.loader == "test":
             pipelines.append(cfg.get("tta_pipeline") or [])
-        for pipeline in pipelines:
-            for transform in pipeline:
-                if isinstance(transform, dict) and transform_class(transform) is PLAIN[0]:
-                    transform["type"] = AS_ANNOTATED
+        for transform in chain.from_iterable(pipelines):
+            if isinstance(transform, dict) and transforms.transform_class(transform) is transforms.PLAIN[0]:
+                transform["type"] = AS_ANNOTATED

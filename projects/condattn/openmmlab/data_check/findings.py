@@ -76,9 +76,8 @@ def write_cached(name: str, write: Callable[[Path], object]) -> Path:
         OSError: If no cache folder can be written.
     """
     paths = [folder / name for folder in cache_folders()]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
+    for path in filter(os.path.isfile, paths):
+        return path
     for path in paths:
         try:
             write_whole(path, write, overwrite=True)
@@ -88,17 +87,18 @@ def write_cached(name: str, write: Callable[[Path], object]) -> Path:
     raise reason
 
 
-def remember(settings: dict[str, Any], check: Callable[[], tuple[Findings, Iterable[str | Path]]]) -> Findings:
+def remember(check: Callable[[Any], tuple[Findings, Iterable[str]]], use: Any) -> Findings:
     """Return the findings of ``check``, from the cache if no file or folder that it read has changed.
 
     If several processes call it, one runs the check, and the others wait for its findings.
 
     Args:
-        settings: Everything that the findings depend on besides the files.
         check: Returns the findings, and the files and folders that were read.
+        use: Its argument, a dataclass with everything that the findings depend on besides the files.
     """
     here = os.path.abspath("")  # relative paths depend on the working directory
-    key = hashlib.sha256(json.dumps([FORMAT, here, settings], sort_keys=True, default=str).encode()).hexdigest()
+    settings = [FORMAT, here, type(use).__name__, asdict(use)]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     for folder in cache_folders():
         path = folder / "data_checks" / f"{key[:32]}.json"
         try:
@@ -109,12 +109,12 @@ def remember(settings: dict[str, Any], check: Callable[[], tuple[Findings, Itera
         except (OSError, NotImplementedError):  # the folder is not writable, or does not support locks
             continue
     else:
-        return check()[0]  # without a writable cache, check without caching
+        return check(use)[0]  # without a writable cache, check without caching
     try:
         if known := _read(path):
             return known
-        findings, inputs = check()
-        record = {"inputs": [[str(name), *_state(name)] for name in inputs], "findings": asdict(findings)}
+        findings, inputs = check(use)
+        record = {"inputs": [[name, *_state(name)] for name in inputs], "findings": asdict(findings)}
         with suppress(OSError):
             write_whole(path, lambda partial: partial.write_text(json.dumps(record)), overwrite=True)
         return findings
@@ -126,13 +126,11 @@ def _read(path: Path) -> Findings | None:
     """The findings cached in ``path``; None if there are none, or a file that they depend on has changed."""
     try:
         record = json.loads(path.read_text())
-        if any(_state(name) != tuple(state) for name, *state in record["inputs"]):
-            return None
-        findings = Findings(**record["findings"])
+        classes = [ClassCount(**entry) for entry in record["findings"].pop("classes")]
+        findings = Findings(**record["findings"], classes=classes)
+        return findings if all(_state(name) == tuple(state) for name, *state in record["inputs"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    findings.classes = [ClassCount(**entry) for entry in record["findings"]["classes"]]
-    return findings
 
 
 def _state(path: str | Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.config import Config
 
 from ...wording import counted, listed
-from .paths import as_list
+from .settings import as_list
 
 OTHER_PARTS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_head", "panoptic_fusion_head")
 """Parts of a model whose number of classes need not be that of the data."""
@@ -30,7 +30,7 @@ def check_heads(cfg: Config, classes: list[str]) -> tuple[list[str], list[str]]:
         number = head["num_classes"]
         auxiliary = cfg.get("default_scope") == "mmseg" and "auxiliary_head" in where
         if number != len(classes) and _type(head) != EDGE_HEAD:
-            have = counted(len(classes), "class", "classes")
+            have = counted(len(classes), "class")
             message = f"{where}.num_classes is {number}, but the data have {have} ({listed(classes)}); set it to that"
             (warnings if auxiliary else errors).append(message)
         elif number == 1 and cfg.get("default_scope") == "mmseg" and _is_softmax(head):

@@ -3,7 +3,7 @@
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ...wording import counted, some
+from .findings import Findings
 from .sampling import in_parallel, sample
 
 ORIENTATION = 0x0112
@@ -23,17 +24,20 @@ DARK = 2**14
 WIDTH_TAG, HEIGHT_TAG = 256, 257
 """TIFF's tags of the size as stored."""
 
+NO_IMAGE = "is no image"
+
 
 @dataclass
 class ImageFile:
-    """The properties of an image file.
+    """The properties of an image file or a label map.
 
     Attributes:
         path: Path of the file.
-        problem: Why it cannot be read; empty if it can.
+        problem: Why it cannot be used; empty if it can.
         size: Width and height in pixels, as stored.
         orientation: The orientation in its EXIF header, 1 to 8.
         brightest: Largest value of an image with 16 bits per channel; -1 for other images.
+        values: Value -> number of pixels that have it, in a label map; empty for other images.
     """
 
     path: str
@@ -41,6 +45,7 @@ class ImageFile:
     size: tuple[int, int] = (0, 0)
     orientation: int = 1
     brightest: int = -1
+    values: dict[int, int] = field(default_factory=dict)
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -48,52 +53,46 @@ class ImageFile:
         return self.size[::-1] if self.orientation >= 5 else self.size
 
 
-@dataclass
-class ImageReport:
-    """The findings of a check of images, and the files and folders read; see :class:`.findings.Findings`."""
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    as_annotated: bool = False
-    read: list[str] = field(default_factory=list)
-
-
 def check_images(
+    findings: Findings,
     paths: Sequence[str],
     sizes: Sequence[tuple[int, int] | None],
     read_all: bool = False,
     annotation: str = "annotation",
     look: bool = True,
     everywhere: Sequence[str] = (),
-) -> ImageReport:
+) -> list[str]:
     """Check the images at ``paths``.
 
     Args:
+        findings: The findings, to which those about the images are added.
         paths: Paths of the images.
         sizes: Width and height of each image according to its annotation; None if not known.
         read_all: Read every image instead of a sample.
         annotation: What the messages call the source of the sizes.
         look: Whether to read the files; otherwise only their existence is checked.
         everywhere: All paths that must exist, if ``paths`` is only a part of them.
+
+    Returns:
+        The files and folders that were read.
     """
-    report = ImageReport()
     missing = find_missing(everywhere or paths)
     if missing:
-        report.errors.append(_describe_missing(missing, len(everywhere or paths)))
-    report.read = sorted({os.path.dirname(path) for path in paths})
+        findings.errors.append(_describe_missing(missing, len(everywhere or paths)))
+    folders = sorted({os.path.dirname(path) for path in paths})
     if not look:
-        return report
+        return folders
     expected = dict(zip(paths, sizes, strict=True))
     missing_paths = set(missing)
     images = in_parallel(inspect, sample([path for path in paths if path not in missing_paths], read_all), "images")
-    report.read += [image.path for image in images]
     if bad := [f"{image.path} {image.problem}" for image in images if image.problem]:
-        number = counted(len(bad), "image", "images")
-        report.errors.append(f"{number} cannot be read: {some(bad)}; replace them, or take them out")
+        findings.errors.append(
+            f"{counted(len(bad), 'image')} cannot be read: {some(bad)}; replace them, or take them out"
+        )
     good = [image for image in images if not image.problem]
-    _check_sizes(report, [image for image in good if expected[image.path]], expected, annotation)
-    _check_depth(report, good)
-    return report
+    _check_sizes(findings, [image for image in good if expected[image.path]], expected, annotation)
+    _check_depth(findings, good)
+    return folders + [image.path for image in images]
 
 
 def find_missing(paths: Iterable[str]) -> list[str]:
@@ -101,11 +100,8 @@ def find_missing(paths: Iterable[str]) -> list[str]:
     folders = defaultdict(list)
     for path in paths:
         folders[os.path.dirname(path)].append(path)
-    missing = []
-    for folder, files in folders.items():
-        there = names_in(folder)
-        missing += [path for path in files if os.path.basename(path) not in there]
-    return missing
+    there = {folder: names_in(folder) for folder in folders}
+    return [path for folder in folders for path in folders[folder] if os.path.basename(path) not in there[folder]]
 
 
 def names_in(folder: str) -> set[str]:
@@ -120,12 +116,11 @@ def names_in(folder: str) -> set[str]:
 def _describe_missing(missing: list[str], number: int) -> str:
     first = Path(missing[0])
     alike = [name for name in names_in(str(first.parent)) if Path(name).stem.lower() == first.stem.lower()]
+    hint = "put them there, or set data_root and data_prefix to where they are"
     if alike:
-        hint = f"; the folder has {some(sorted(alike))}: rename the files, or write their names as they are"
-    else:
-        hint = "; put them there, or set data_root and data_prefix to where they are"
+        hint = f"the folder has {some(sorted(alike))}: rename the files, or write their names as they are"
     verb = "is" if number == 1 else "are"
-    return f"{len(missing)} of {counted(number, 'image', 'images')} {verb} missing: {some(map(_short, missing))}{hint}"
+    return f"{len(missing)} of {counted(number, 'image')} {verb} missing: {some(map(_short, missing))}; {hint}"
 
 
 def _short(path: str) -> str:
@@ -134,31 +129,46 @@ def _short(path: str) -> str:
 
 def inspect(path: str) -> ImageFile:
     """Read the header of an image file, and check that the file is not truncated."""
-    if problem := no_file(path):
-        return ImageFile(path, problem=problem)
+    result = examine(path, _inspect)
+    if result.problem.startswith(NO_IMAGE):
+        with open(path, "rb") as file:
+            result.problem += f"; it begins with {file.read(16)!r}"
+    return result
+
+
+def examine(path: str, look: Callable[[ImageFile, Image.Image], None]) -> ImageFile:
+    """Open an image file, and let ``look`` write its properties into the result; an unusable file is a problem."""
+    result = ImageFile(path, no_file(path))
+    if result.problem:
+        return result
     try:
         with Image.open(path) as image:
-            size = image.size
-            if image.format == "TIFF":  # Pillow rotates the size of a TIFF
-                size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
-            result = ImageFile(path, size=size, orientation=_orientation(image))
-            if not _has_end_marker(path, image.format):
-                image.load()
-            deep = _is_16_bit(path, image)
-            rotated = image.format == "TIFF" and result.orientation != 1
+            result.size = image.size
+            look(result, image)
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            start = file.read(16)
-        return ImageFile(path, problem=f"is no image; it begins with {start!r}")
+        result.problem = NO_IMAGE
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, OverflowError, struct.error, MemoryError) as error:
-        return ImageFile(path, problem=f"is damaged or cut short ({error})")
+        result.problem = f"is damaged or cut short ({error})"
+    return result
+
+
+def _inspect(result: ImageFile, image: Image.Image) -> None:
+    is_tiff = image.format == "TIFF"
+    if is_tiff:  # Pillow rotates the size of a TIFF
+        result.size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
+    value = image.getexif().get(ORIENTATION, 1)
+    if type(value) is int and 1 <= value <= 8:  # other values count as upright, as in OpenCV
+        result.orientation = value
+    if not _has_end_marker(result.path, image.format):
+        image.load()
+    deep, rotated = _is_16_bit(result.path, image), is_tiff and result.orientation != 1
     if deep or rotated:
-        pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED if deep else cv2.IMREAD_COLOR)
+        pixels = cv2.imread(result.path, cv2.IMREAD_UNCHANGED if deep else cv2.IMREAD_COLOR)
         if pixels is None:
             turned = f", with the orientation {result.orientation} in its header" if rotated else ""
-            return ImageFile(path, problem=f"cannot be decoded by OpenCV, which loads images in training{turned}")
-        result.brightest = int(pixels.max()) if pixels.dtype == np.uint16 else -1
-    return result
+            result.problem = f"cannot be decoded by OpenCV, which loads images in training{turned}"
+        elif pixels.dtype == np.uint16:
+            result.brightest = int(pixels.max())
 
 
 def no_file(path: str) -> str:
@@ -171,12 +181,6 @@ def no_file(path: str) -> str:
         return f"is a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "is not there"
     except (OSError, ValueError) as error:
         return f"cannot be opened ({error})"
-
-
-def _orientation(image: Image.Image) -> int:
-    """The orientation in the EXIF header; values other than 1 to 8 count as upright, as in OpenCV."""
-    value = image.getexif().get(ORIENTATION, 1)
-    return value if type(value) is int and 1 <= value <= 8 else 1
 
 
 def _has_end_marker(path: str, format: str | None) -> bool:
@@ -198,60 +202,56 @@ def _is_16_bit(path: str, image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or max(bits if isinstance(bits, tuple) else (bits,)) == 16
 
 
-def _check_sizes(report: ImageReport, images: list[ImageFile], expected: dict, annotation: str) -> None:
+def _check_sizes(findings: Findings, images: list[ImageFile], expected: dict, annotation: str) -> None:
     """Compare the sizes of images, upright and as stored, with those of their annotations."""
     wrong, turned, unclear = [], [], []
     for image in images:
         size = expected[image.path]
-        fits_upright, fits_stored = size == image.upright_size, size == image.size
-        if not fits_upright and not fits_stored:
-            wrong.append(f"{image.path} is {_format_size(image.upright_size)}, its {annotation} {_format_size(size)}")
-        elif not fits_upright:
+        if size not in (image.upright_size, image.size):
+            (width, height), (its_width, its_height) = image.upright_size, size
+            wrong.append(f"{image.path} is {width} x {height}, its {annotation} {its_width} x {its_height}")
+        elif size != image.upright_size:
             turned.append(image.path)
-        elif fits_stored and image.orientation != 1:
+        elif size == image.size and image.orientation != 1:
             unclear.append(image.path)
-    report.as_annotated = bool(turned)
+    findings.as_annotated = bool(turned)
     if wrong:
-        number = counted(len(wrong), "image is", "images are")
-        report.errors.append(
-            f"{number} not as large as the {annotation} says (width x height): {some(wrong)}; the labels would lie "
-            f"beside the objects: make the {annotation} for the images as they are, or the reverse"
+        findings.errors.append(
+            f"{counted(len(wrong), 'image is')} not as large as the {annotation} says (width x height): {some(wrong)}; "
+            f"the labels would lie beside the objects: make the {annotation} for the images as they are, or the reverse"
         )
-    if turned:
-        number = counted(
-            len(turned),
+    for paths, one, many, then in (
+        (
+            turned,
             "image is rotated by its EXIF header while its annotation is not",
             "images are rotated by their EXIF header while their annotations are not",
-        )
-        report.warnings.append(f"{number}: {some(turned)}; loaded as stored, as annotated")
-    if unclear:
-        number = counted(
-            len(unclear),
-            "image is turned or mirrored by its EXIF header, and its size does not tell whether its annotation is",
+            "loaded as stored, as annotated",
+        ),
+        (
+            unclear,
+            "image is turned or mirrored by its EXIF header, and its size does not tell whether its annotation is too",
             "images are turned or mirrored by their EXIF header, and their sizes do not tell whether their annotations "
-            "are",
-        )
-        report.warnings.append(f"{number} too: {some(unclear)}; loaded as the header says: look at them with --out")
+            "are too",
+            "loaded as the header says: look at them with --out",
+        ),
+    ):
+        if paths:
+            findings.warnings.append(f"{counted(len(paths), one, many)}: {some(paths)}; {then}")
 
 
-def _check_depth(report: ImageReport, images: list[ImageFile]) -> None:
+def _check_depth(findings: Findings, images: list[ImageFile]) -> None:
     """Report images with 16 bits per channel: an error if most of them are nearly black in their upper 8 bits."""
     deep = [image for image in images if image.brightest >= 0]
     dark = [image for image in deep if image.brightest < DARK]
     names = some(f"{image.path} ({image.brightest})" for image in dark)
     if 2 * len(dark) > len(deep):
-        number = counted(len(dark), "image has", "images have")
-        report.errors.append(
-            f"{number} 16 bits a channel, but no value above {max(image.brightest for image in dark)}: {names}; only "
-            "the upper 8 bits are loaded, nearly black: scale the values to 0..65535, or to 8 bits"
+        findings.errors.append(
+            f"{counted(len(dark), 'image has')} 16 bits a channel, but no value above "
+            f"{max(image.brightest for image in dark)}: {names}; only the upper 8 bits are loaded, nearly black: scale "
+            "the values to 0..65535, or to 8 bits"
         )
     elif deep:
-        number = counted(len(deep), "image has", "images have")
-        report.warnings.append(
-            f"{number} 16 bits a channel: {some(image.path for image in deep)}; the upper 8 bits are used"
-            + (f", which leaves {len(dark)} nearly black: {names}" if dark else "")
+        findings.warnings.append(
+            f"{counted(len(deep), 'image has')} 16 bits a channel: {some(image.path for image in deep)}; the upper 8 "
+            "bits are used" + (f", which leaves {len(dark)} nearly black: {names}" if dark else "")
         )
-
-
-def _format_size(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"

@@ -1,17 +1,17 @@
 """Check the label maps of a data set for semantic segmentation as mmseg will read them."""
 
 import os
-import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ...wording import counted, listed, some
 from .findings import ClassCount, Findings
-from .images import check_images, find_missing, names_in, no_file
+from .images import ImageFile, check_images, examine, find_missing, names_in
 from .sampling import in_parallel, sample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -56,23 +56,6 @@ class MapUse:
     plain_maps: bool = True
 
 
-@dataclass
-class LabelMap:
-    """The content of a label map.
-
-    Attributes:
-        path: Path of the file.
-        problem: Why it cannot be used; empty if it can.
-        size: Width and height in pixels.
-        values: Value -> number of pixels that have it.
-    """
-
-    path: str
-    problem: str = ""
-    size: tuple[int, int] = (0, 0)
-    values: dict[int, int] = field(default_factory=dict)
-
-
 def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     """Check images and label maps.
 
@@ -83,18 +66,16 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     others, read = _other_images(use) if use.folder else ([], [])
     if use.list_file:
         read.append(use.list_file)
-        if problem := _check_list(use):
-            findings.errors.append(problem)
-            return findings, read
-    if not use.images:
+        findings.errors += _check_list(use)
+    if not findings.errors and not use.images:
         hint = f"; it has {some(others)}: set img_suffix" if others else ": put the images there, or set data_prefix"
         findings.errors.append(f"no image with the suffix {use.suffix} in {use.folder or use.list_file}{hint}")
+    if findings.errors:
         return findings, read
     if others:
-        has = counted(len(others), "image has", "images have")
         findings.warnings.append(
-            f"{has} another suffix than {use.suffix} in {use.folder}: {some(others)}; left out: rename them, or make "
-            "them a data set of their own with another img_suffix"
+            f"{counted(len(others), 'image has')} another suffix than {use.suffix} in {use.folder}: {some(others)}; "
+            "left out: rename them, or make them a data set of their own with another img_suffix"
         )
     missing = find_missing(use.maps)
     if missing:
@@ -102,60 +83,45 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
     missing_paths = set(missing)
     pairs = sample(list(zip(use.images, use.maps, strict=True)), use.read_all)
     there = [path for _, path in pairs if path not in missing_paths] if use.plain_maps else []
-    maps = in_parallel(read_label_map, there, "label maps")
+    maps = in_parallel(partial(examine, look=_count_values), there, "label maps")
     read += sorted({os.path.dirname(path) for path in use.maps}) + there
     if bad := [f"{label_map.path} {label_map.problem}" for label_map in maps if label_map.problem]:
-        number = counted(len(bad), "label map", "label maps")
         findings.errors.append(
-            f"{number} cannot be used: {some(bad)}; write them anew, with one channel of class indices"
+            f"{counted(len(bad), 'label map')} cannot be used: {some(bad)}; write them anew, with one channel of class "
+            "indices"
         )
-    image_of = {path: image for image, path in pairs}
-    good = [(image_of[entry.path], entry) for entry in maps if not entry.problem]
-    pixels = np.zeros((0, 0), dtype=np.int64)
+    good = {label_map.path: label_map for label_map in maps if not label_map.problem}
     if not use.classes:
-        findings.warnings.append(
-            "metainfo has no classes, so that the values of label maps cannot be checked; name them"
-        )
+        unnamed = "metainfo has no classes, so that the values of label maps cannot be checked; name them"
+        findings.warnings.append(unnamed)
     elif use.plain_maps:
-        pixels = _check_values(findings, use, good)
-    sizes = {entry.path: entry.size for _, entry in good}
-    report = check_images(
-        [image for image, _ in pairs],
-        [sizes.get(path) for _, path in pairs],
-        read_all=True,
-        annotation="label map",
-        look=use.plain_images,
-        everywhere=use.images,
-    )
-    findings.errors += report.errors
-    findings.warnings += report.warnings
-    findings.as_annotated = report.as_annotated
-    total = max(pixels.sum(), 1)
-    shares = sorted(zip(use.classes, pixels.sum(0), strict=True), key=lambda entry: -entry[1]) if len(pixels) else []
+        _check_values(findings, use, [(image, good[path]) for image, path in pairs if path in good])
+    images, maps_of_images = zip(*pairs, strict=True)
+    sizes = [good[path].size if path in good else None for path in maps_of_images]
+    looks = dict(read_all=True, annotation="label map", look=use.plain_images, everywhere=use.images)
+    read += check_images(findings, images, sizes, **looks)
+    total = max(sum(entry.count for entry in findings.classes), 1)
+    shares = sorted(((entry.count / total, entry.name) for entry in findings.classes), key=lambda share: -share[0])
+    parts = f" ({some((f'{name} {100 * share:.3g} %' for share, name in shares), 10)})" if good and shares else ""
     part = f", {len(pairs)} of them read" if len(pairs) < len(use.images) else ""
-    parts = f" ({some((f'{name} {100 * share / total:.3g} %' for name, share in shares), 10)})" if shares else ""
     findings.summary = (
-        f"{len(use.images)} of {counted(use.total, 'image', 'images')}{part}, "
-        f"{counted(len(use.classes), 'class', 'classes')}{parts}"
+        f"{len(use.images)} of {counted(use.total, 'image')}{part}, {counted(len(use.classes), 'class')}{parts}"
     )
-    return findings, read + report.read
+    return findings, read
 
 
-def _check_list(use: MapUse) -> str:
-    """Describe what is wrong with the lines of the file that lists the images; empty if nothing is."""
-    lines = Path(use.list_file).read_text(errors="replace").splitlines()
-    if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
-        return (
-            f"{use.list_file}: {counted(len(blank), 'line is', 'lines are')} blank: line {some(blank)}; take them out"
+def _check_list(use: MapUse) -> Iterator[str]:
+    """Yield what is wrong with the lines of the file that lists the images."""
+    lines = [line.strip() for line in Path(use.list_file).read_text(errors="replace").splitlines()]
+    blank = [number for number, line in enumerate(lines, 1) if not line]
+    names = [line for line in lines if use.suffix and line.endswith(use.suffix)]
+    if blank:
+        yield f"{use.list_file}: {counted(len(blank), 'line is')} blank: line {some(blank)}; take them out"
+    elif names:
+        yield (
+            f"{use.list_file}: {counted(len(names), 'name has')} the suffix {use.suffix}, such as {names[0]}, which "
+            "mmseg adds; write names without it, or set img_suffix and seg_map_suffix"
         )
-    with_suffix = [line.strip() for line in lines if line.strip().endswith(use.suffix)] if use.suffix else []
-    if with_suffix:
-        has = counted(len(with_suffix), "name has", "names have")
-        return (
-            f"{use.list_file}: {has} the suffix {use.suffix}, such as {with_suffix[0]}, which mmseg adds; write names "
-            "without it, or set img_suffix and seg_map_suffix"
-        )
-    return ""
 
 
 def _describe_missing(use: MapUse, missing: list[str]) -> str:
@@ -166,7 +132,7 @@ def _describe_missing(use: MapUse, missing: list[str]) -> str:
         names = sorted(names_in(folder))
         hint = f"; {folder} has {some(names)}: set seg_map_suffix" if names else f"; {folder} is empty, or not there"
     return (
-        f"{len(missing)} of {counted(len(use.maps), 'image', 'images')} {verb} no label map: {some(missing)} not "
+        f"{len(missing)} of {counted(len(use.maps), 'image')} {verb} no label map: {some(missing)} not "
         f"there; expected the image's name with {use.map_suffix} in place of {use.suffix}{hint}"
     )
 
@@ -181,11 +147,9 @@ def _other_images(use: MapUse) -> tuple[list[str], list[str]]:
     for folder, _, names in os.walk(use.folder):
         folders.append(folder)
         for name in names:
-            if Path(name).suffix.lower() not in SUFFIXES or name.endswith((use.suffix, use.map_suffix)):
-                continue
+            is_image = Path(name).suffix.lower() in SUFFIXES and not name.endswith((use.suffix, use.map_suffix))
             path = os.path.relpath(os.path.join(folder, name), use.folder)
-            other_case = path.lower().endswith(use.suffix.lower())
-            if other_case or not _accompanies(path, used):
+            if is_image and (path.lower().endswith(use.suffix.lower()) or not _accompanies(path, used)):
                 others.append(name)
     return sorted(others), folders
 
@@ -195,28 +159,16 @@ def _accompanies(path: str, used: set[str]) -> bool:
     return any(path[:i] in used for i, letter in enumerate(path) if not letter.isalnum())
 
 
-def read_label_map(path: str) -> LabelMap:
-    """Read a label map, and count the pixels of each value."""
-    if problem := no_file(path):
-        return LabelMap(path, problem)
-    try:
-        with Image.open(path) as image:
-            if len(image.getbands()) != 1:
-                return LabelMap(
-                    path, f"has {len(image.getbands())} channels ({image.mode}); expected one, whose values are classes"
-                )
-            if image.mode in ("L", "P"):
-                numbers = enumerate(image.histogram())
-            else:
-                numbers = zip(
-                    *(part.tolist() for part in np.unique(np.asarray(image), return_counts=True)), strict=True
-                )
-            values = {number if number % 1 else int(number): count for number, count in numbers if count}
-            return LabelMap(path, size=image.size, values=values)
-    except UnidentifiedImageError:
-        return LabelMap(path, "is no image")
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, OverflowError, struct.error, MemoryError) as error:
-        return LabelMap(path, f"is damaged or cut short ({error})")
+def _count_values(result: ImageFile, image: Image.Image) -> None:
+    """Count the pixels of each value of a label map."""
+    if (channels := len(image.getbands())) != 1:
+        result.problem = f"has {channels} channels ({image.mode}); expected one, whose values are classes"
+    elif image.mode in ("L", "P"):
+        result.values = {value: count for value, count in enumerate(image.histogram()) if count}
+    else:
+        values, counts = np.unique(np.asarray(image), return_counts=True)
+        numbers = (value if value % 1 else int(value) for value in values.tolist())
+        result.values = dict(zip(numbers, counts.tolist(), strict=True))
 
 
 def to_classes(values: np.ndarray, use: MapUse) -> np.ndarray:
@@ -229,8 +181,8 @@ def to_classes(values: np.ndarray, use: MapUse) -> np.ndarray:
     return labels
 
 
-def _check_values(findings: Findings, use: MapUse, good: list[tuple[str, LabelMap]]) -> np.ndarray:
-    """Check the values of label maps; return the number of pixels per class, (number of maps, number of classes)."""
+def _check_values(findings: Findings, use: MapUse, good: list[tuple[str, ImageFile]]) -> None:
+    """Check the values of label maps, given with their images, and count the pixels of each class."""
     number = len(use.classes)
     labels = to_classes(np.arange(256), use).tolist()
     ignored = {use.ignore_index}
@@ -238,15 +190,14 @@ def _check_values(findings: Findings, use: MapUse, good: list[tuple[str, LabelMa
         ignored.add(255)  # the label that mmseg gives to values that are left out
     classes = np.zeros((len(good), number), dtype=np.int64)
     strange: dict[str, list[float]] = {}
-    raw = set()
     for row, (_, entry) in enumerate(good):
-        raw |= set(entry.values)
         for value, pixels in entry.values.items():
             label = labels[value] if value in range(256) else -1
             if 0 <= label < number and label not in ignored:
                 classes[row, label] += pixels
             elif label not in ignored:
                 strange.setdefault(entry.path, []).append(value)
+    raw = set().union(*(entry.values for _, entry in good))
     if raw == {0, 255} and number > 1 and use.ignore_index == 255 and not use.reduce_zero_label:
         findings.errors.append(
             f"the label maps hold 0 and 255 alone; 255 is ignored, so that {use.classes[1]!r} has no pixel: write 1 in "
@@ -255,43 +206,34 @@ def _check_values(findings: Findings, use: MapUse, good: list[tuple[str, LabelMa
     elif strange:
         first, values = next(iter(strange.items()))
         reduced = " (reduce_zero_label takes 1 off)" if use.reduce_zero_label else ""
-        has = counted(len(strange), "label map has", "label maps have")
         findings.errors.append(
-            f"{has} values that no class has, such as {some(values)} in {first}; expected 0 to {number - 1}{reduced} "
-            "for "
-            f"{counted(number, 'class', 'classes')} ({listed(use.classes)}), or {use.ignore_index} for pixels to "
-            "ignore: write the maps anew, or name all classes"
+            f"{counted(len(strange), 'label map has')} values that no class has, such as {some(values)} in {first}; "
+            f"expected 0 to {number - 1}{reduced} for {counted(number, 'class')} ({listed(use.classes)}), or "
+            f"{use.ignore_index} for pixels to ignore: write the maps anew, or name all classes"
         )
-    else:
-        _check_classes(findings, use, good, classes)
+    elif good:
+        _check_classes(findings, use, [entry.path for _, entry in good], classes)
     for label, name in enumerate(use.classes):
-        shown = np.flatnonzero(classes[:, label])
-        examples = [good[i][0] for i in sample(shown, read_all=False, number=4)]
-        findings.classes.append(ClassCount(name, int(classes[:, label].sum()), len(shown), examples=examples))
-    return classes
+        rows = np.flatnonzero(classes[:, label])
+        examples = [good[i][0] for i in sample(rows, read_all=False, number=4)]
+        findings.classes.append(ClassCount(name, int(classes[:, label].sum()), len(rows), examples=examples))
 
 
-def _check_classes(findings: Findings, use: MapUse, good: list, classes: np.ndarray) -> None:
-    if not good:
-        return
-    shown = np.flatnonzero(classes.sum(0))
-    if not len(shown):
+def _check_classes(findings: Findings, use: MapUse, paths: list[str], classes: np.ndarray) -> None:
+    """Report classes without pixels and label maps without labels; ``classes`` has the pixels of each map and class."""
+    present = [name for name, pixels in zip(use.classes, classes.sum(0), strict=True) if pixels]
+    if not present:
         findings.barren = (
             f"every pixel of the label maps is ignored ({use.ignore_index}); there is nothing to learn from: write the "
             "index of its class into each pixel"
         )
-        return
-    if len(shown) == 1 and use.training:
+    elif len(present) == 1 and use.training:
         findings.barren = (
-            f"every labelled pixel is {use.classes[shown[0]]!r}; with one class alone there is nothing to learn: label "
-            "what is not the object as a class of its own, such as 'background'"
+            f"every labelled pixel is {present[0]!r}; with one class alone there is nothing to learn: label what is "
+            "not the object as a class of its own, such as 'background'"
         )
-        return
-    absent = [name for label, name in enumerate(use.classes) if label not in set(shown)]
-    if absent:
-        findings.warnings.append(f"no pixel of class {listed(absent)}")
-    ignored = [entry.path for row, (_, entry) in enumerate(good) if not classes[row].any()]
-    if ignored:
-        findings.warnings.append(
-            f"{counted(len(ignored), 'label map is', 'label maps are')} ignored in every pixel: {some(ignored)}"
-        )
+    else:
+        if absent := [name for name in use.classes if name not in present]:
+            findings.warnings.append(f"no pixel of class {listed(absent)}")
+        if ignored := [path for path, counts in zip(paths, classes, strict=True) if not counts.any()]:
+            findings.warnings.append(f"{counted(len(ignored), 'label map is')} ignored in every pixel: {some(ignored)}")

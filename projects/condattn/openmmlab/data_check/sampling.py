@@ -1,4 +1,4 @@
-"""Choose a sample of many files, and process it with several threads."""
+"""Choose some of many files, and process them with several threads."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ...wording import counted, some
+from ..errors import UserError
+
 SAMPLE = 5000
 """Maximum number of files that are read, unless all are requested."""
 
@@ -19,6 +22,23 @@ def sample(items: Sequence[Any], read_all: bool, number: int = SAMPLE) -> list[A
     if read_all or len(items) <= number:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, number).round().astype(int)]
+
+
+def choose(number: int, indices: int | Sequence[int] | None) -> Sequence[int]:
+    """Return the positions that mmengine's ``indices`` select of ``number`` images.
+
+    Raises:
+        UserError: If there are too few images.
+    """
+    places = range(number)
+    if indices is None:
+        return places
+    if isinstance(indices, int):
+        return places[:indices] if indices >= 0 else places[indices:]
+    if beyond := [i for i in indices if not -number <= i < number]:
+        there = counted(number, "image is")
+        raise UserError(f"indices has {some(beyond)}, and {there} there; give indices below {number}")
+    return [places[i] for i in indices]
 
 
 def in_parallel(function: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:

@@ -1,14 +1,110 @@
-"""Find mistakes in the settings of data sets that the toolboxes answer with a traceback, or do not notice."""
+"""Read the settings of data sets and metrics, and find the mistakes that the toolboxes answer with a traceback."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+from mmengine.registry import METRICS, Registry
+
 from ...wording import listed, shown
+from ..errors import UserError
 
 WRAPPED = ("dataset", "datasets")
 """Keys under which a wrapper holds its data sets."""
+SOURCES = {
+    "coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
+    "https://cocodataset.org/#download into data/coco/ (train2017/, val2017/, annotations/)",
+    "ade": "ADE20K: unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip into "
+    "data/ade/ (ADEChallengeData2016/images/ and annotations/, each with training/ and validation/)",
+}
+"""Folder below data/ -> where the data set comes from and the layout that is expected."""
+
+
+def as_list(value: Any) -> list:
+    """Return ``value`` as a list; empty if it is None or empty."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
+def leaves(dataset: dict) -> Iterator[dict]:
+    """Yield the data sets that read files: those inside wrappers such as RepeatDataset, or ``dataset`` itself."""
+    if not any(key in dataset for key in WRAPPED):
+        yield dataset
+    for key in WRAPPED:
+        for child in as_list(dataset.get(key)):
+            yield from leaves(child)
+
+
+def is_local(dataset: dict) -> bool:
+    """Whether a data set reads local files."""
+    backend = dataset.get("backend_args")
+    is_remote = isinstance(backend, dict) and backend.get("backend", "local") != "local"
+    return not is_remote and not any("://" in path for path in (str(dataset.get("data_root")), *named_paths(dataset)))
+
+
+def named_paths(dataset: dict) -> Iterator[str]:
+    """Yield the paths that a data set reads, joined to its data_root as mmengine does."""
+    root = str(dataset.get("data_root") or "")
+    prefix = dataset.get("data_prefix")
+    for path in (dataset.get("ann_file"), *(prefix.values() if isinstance(prefix, dict) else ())):
+        if isinstance(path, str) and path:
+            if "://" in path:
+                yield path
+            else:
+                remote = "://" in root and not path.startswith("/")
+                yield f"{root.rstrip('/')}/{path}" if remote else str(Path(root, path))
+
+
+def class_of(settings: dict[str, Any], registry: Registry) -> Any:
+    """The class that ``type`` of ``settings`` names, in their scope, or is; None if none is registered."""
+    with registry.switch_scope_and_registry(settings.get("_scope_")) as scope:
+        kind = settings.get("type")
+        return scope.get(kind) if isinstance(kind, str) else kind
+
+
+def metrics(cfg: Config, loader: str) -> list[dict]:
+    """The settings of the metrics of ``loader``, including those in an evaluator of several data sets."""
+    return list(_metrics(cfg.get(f"{loader}_evaluator"))) if loader != "train" else []
+
+
+def _metrics(node: Any) -> Iterator[dict]:
+    for entry in as_list(node):
+        if isinstance(entry, dict):
+            yield from _metrics(entry["metrics"]) if "metrics" in entry else [entry]
+
+
+def reads_coco(metric: dict[str, Any]) -> bool:
+    """Whether a metric is mmdet's ``CocoMetric`` or a subclass of it."""
+    kind = class_of(metric, METRICS)
+    return isinstance(kind, type) and any(base.__name__ == "CocoMetric" for base in kind.__mro__)
+
+
+def check_paths(cfg: Config, loader: str) -> None:
+    """Check that the files and folders that a data loader and its metrics name exist.
+
+    Remote data, and data sets whose class defines its own files, as the built-in ones do, are not checked.
+
+    Args:
+        cfg: The configuration.
+        loader: 'train', 'val' or 'test'.
+
+    Raises:
+        UserError: If a file or folder is missing; the message says how to get it.
+    """
+    datasets = leaves(cfg[f"{loader}_dataloader"]["dataset"])
+    named = [path for leaf in datasets if is_local(leaf) and not any(slips(leaf)) for path in named_paths(leaf)]
+    evaluated = [str(metric["ann_file"]) for metric in metrics(cfg, loader) if named and metric.get("ann_file")]
+    for kind, paths in (("dataloader", named), ("evaluator", evaluated)):
+        for path in paths:
+            if "://" not in path and not os.path.exists(path):
+                source = next((text for folder, text in SOURCES.items() if folder in Path(path).parts), None)
+                advice = source or "put the data there, or set data_root, ann_file and data_prefix to where it is"
+                raise UserError(
+                    f"no data at {path} ({loader}_{kind} of {cfg.filename}); {advice}; the configurations in "
+                    "configs/demo/ run without any download"
+                )
 
 
 def misshapen(dataset: Any, where: str) -> Iterator[str]:
@@ -19,57 +115,69 @@ def misshapen(dataset: Any, where: str) -> Iterator[str]:
         yield f"{where}: expected the settings of a data set, dict(type=...), found {shown(dataset)}; write them"
     elif not dataset.get("type"):
         yield f"{where} has no type; name its class, such as type='CocoDataset' or type='BaseSegDataset'"
+    elif not isinstance(dataset["type"], str | type):
+        yield f"{where}.type: expected the name of a class, found {shown(dataset['type'])}; name that of the data set"
+    elif not isinstance(dataset.get("pipeline") or [], list | tuple):
+        yield f"{where}.pipeline: expected a list of transforms, found {shown(dataset['pipeline'])}; write a list"
     else:
-        for key in WRAPPED:
-            children = dataset.get(key) if key in dataset else []
-            several = isinstance(children, list | tuple)
-            if key in dataset and several and not children:
-                yield f"{where}.{key} is empty; name the data sets there"
-            for i, child in enumerate(children if several else [children]):
-                yield from misshapen(child, f"{where}.{key}" + (f"[{i}]" if several else ""))
+        for key in (key for key in WRAPPED if key in dataset):
+            children, place = dataset[key], f"{where}.{key}"
+            if not isinstance(children, list | tuple):
+                yield from misshapen(children, place)
+            elif not children:
+                yield f"{place} is empty; name the data sets there"
+            else:
+                for i, child in enumerate(children):
+                    yield from misshapen(child, f"{place}[{i}]")
 
 
 def slips(leaf: dict[str, Any]) -> Iterator[str]:
     """Yield mistakes in the settings of a data set that reads files."""
-    if not isinstance(leaf.get("data_root") or "", str):
-        yield f"data_root: expected the path of a folder, found {shown(leaf['data_root'])}; name the folder of the data"
-    if not isinstance(leaf.get("ann_file") or "", str):
-        yield f"ann_file: expected the path of a file, found {shown(leaf['ann_file'])}; name the annotation file"
-    if "data_prefix" in leaf:
-        prefix = leaf["data_prefix"]
-        if not isinstance(prefix, dict) or not all(isinstance(path, str | None) for path in prefix.values()):
-            yield f"data_prefix: expected dict(img='folder') or dict(img_path='folder', ...), found {shown(prefix)}"
-    metainfo = leaf.get("metainfo")
-    if metainfo is not None and not isinstance(metainfo, dict):
-        yield f"metainfo: expected dict(classes=('name', ...)), found {shown(metainfo)}; write it so"
-    else:
-        yield from _slips_in_classes((metainfo or {}).get("classes"))
-    if not isinstance(leaf.get("backend_args") or {}, dict):
-        yield f"backend_args: expected dict(backend='local'), found {shown(leaf['backend_args'])}; write it so"
-    filters = leaf.get("filter_cfg")
-    if filters is not None and not isinstance(filters, dict):
-        yield f"filter_cfg: expected dict(filter_empty_gt=..., min_size=...), found {shown(filters)}; write it so"
-    elif filters and type(filters.get("min_size", 0)) not in (int, float):
-        yield f"filter_cfg.min_size: expected a number of pixels, found {shown(filters['min_size'])}; write a number"
-    indices = leaf.get("indices")
-    is_integer_list = isinstance(indices, list | tuple | range) and all(type(i) is int for i in indices)
-    if indices is not None and type(indices) is not int and not is_integer_list:
-        yield f"indices: expected a whole number or a list of them, found {shown(indices)}; write it so"
+    for key, is_valid, expected, advice in EXPECTED:
+        holder, _, name = key.rpartition(".")
+        settings = leaf.get(holder) if holder else leaf
+        if isinstance(settings, dict) and name in settings and not is_valid(settings[name]):
+            yield f"{key}: expected {expected}, found {shown(settings[name])}{advice}"
+    if isinstance(leaf.get("metainfo"), dict):
+        yield from _slips_in_classes(leaf["metainfo"].get("classes"))
+
+
+def _is_dict_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_prefix(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(path, str | None) for path in value.values())
+
+
+def _is_indices(value: Any) -> bool:
+    several = isinstance(value, list | tuple | range) and all(type(i) is int for i in value)
+    return several or value is None or type(value) is int
+
+
+EXPECTED = (
+    ("data_root", lambda v: isinstance(v or "", str), "the path of a folder", "; name the folder of the data"),
+    ("ann_file", lambda v: isinstance(v or "", str), "the path of a file", "; name the annotation file"),
+    ("data_prefix", _is_prefix, "dict(img='folder') or dict(img_path='folder', ...)", ""),
+    ("metainfo", _is_dict_or_none, "dict(classes=('name', ...))", "; write it so"),
+    ("backend_args", lambda v: isinstance(v or {}, dict), "dict(backend='local')", "; write it so"),
+    ("filter_cfg", _is_dict_or_none, "dict(filter_empty_gt=..., min_size=...)", "; write it so"),
+    ("filter_cfg.min_size", lambda v: type(v) in (int, float), "a number of pixels", "; write a number"),
+    ("indices", _is_indices, "a whole number or a list of them", "; write it so"),
+)
+"""Settings of a data set: the key, whether a value is valid, what is expected, and what to do."""
 
 
 def _slips_in_classes(classes: Any) -> Iterator[str]:
-    if classes is None:
-        return
     if isinstance(classes, str):
         if not Path(classes).is_file():  # mmengine reads the names from a file
             yield (
                 f"classes is the text {classes!r}, each letter of which would be a class; write classes = "
                 f"({classes!r},)"
             )
-    elif not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+    elif classes is not None and not (isinstance(classes, list | tuple) and all(isinstance(n, str) for n in classes)):
         yield f"classes: expected names, ('cat', 'dog'), found {shown(classes)}; write them so"
-    elif not classes:
+    elif classes is not None and not classes:
         yield "classes is empty; name the classes, such as classes = ('cat', 'dog')"
     elif twice := [name for name, number in Counter(classes).items() if number > 1]:
-        number = Counter(classes)[twice[0]]
-        yield f"classes has {listed(twice)} {number} times; name each class once"
+        yield f"classes has {listed(twice)} {classes.count(twice[0])} times; name each class once"

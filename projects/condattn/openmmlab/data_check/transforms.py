@@ -1,12 +1,12 @@
-"""Look up the classes of transforms, which a configuration gives as a name, with or without scope, or as a class."""
+"""Look up the transforms of a pipeline, which a configuration gives as names, with or without scope, or as classes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
 from mmengine.registry import TRANSFORMS
 
 from .orientation import LoadImageAsAnnotated
+from .settings import class_of
 
 PLAIN = (LoadImageFromFile, LoadImageAsAnnotated)
 """The image loaders that the data check supports."""
@@ -14,12 +14,8 @@ PLAIN = (LoadImageFromFile, LoadImageAsAnnotated)
 
 def transform_class(transform: Any) -> type | None:
     """The class of a transform of a pipeline; None if nothing is registered under its name."""
-    kind = transform.get("type") if isinstance(transform, dict) else type(transform)
-    if not isinstance(kind, str):
-        return kind if isinstance(kind, type) else None
-    with TRANSFORMS.switch_scope_and_registry(transform.get("_scope_")) as registry:
-        found = registry.get(kind)
-    return found if isinstance(found, type) else None
+    kind = class_of(transform, TRANSFORMS) if isinstance(transform, dict) else type(transform)
+    return kind if isinstance(kind, type) else None
 
 
 def image_loader(pipeline: Any) -> Any:
@@ -33,8 +29,8 @@ def reads_plain_images(pipeline: Any) -> bool:
     return not pipeline or (
         bool(loaders)
         and all(isinstance(entry, dict) and transform_class(entry) in PLAIN for entry in loaders)
-        and all(entry.get("color_type", "color") == "color" for entry in loaders)
-        and all(entry.get("imdecode_backend", "cv2") == "cv2" for entry in loaders)
+        and set(options(loaders, "color_type")) <= {"color"}
+        and set(options(loaders, "imdecode_backend")) <= {"cv2"}
     )
 
 
@@ -52,12 +48,9 @@ def loads_annotations(pipeline: Any) -> bool:
     return any("LoadAnnotations" in _name(entry) for entry in pipeline or [])
 
 
-def options(pipelines: list[Any], name: str) -> Iterator[Any]:
-    """Values of the option ``name`` in the transforms of ``pipelines``."""
-    for pipeline in pipelines:
-        for entry in pipeline or []:
-            if isinstance(entry, dict) and name in entry:
-                yield entry[name]
+def options(pipeline: Any, name: str) -> list[Any]:
+    """Values of the option ``name`` in the transforms of ``pipeline``."""
+    return [entry[name] for entry in pipeline or [] if isinstance(entry, dict) and name in entry]
 
 
 def _loads_images(transform: Any) -> bool:

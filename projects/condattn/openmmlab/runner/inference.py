@@ -16,7 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
-from ..data_check.paths import leaves
+from ..data_check.settings import leaves
 from ..errors import UserError
 from ..models.loading import check_conditioning
 from .checkpoints import check_fit, drop_pretrained, read_checkpoint

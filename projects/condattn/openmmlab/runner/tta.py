@@ -5,7 +5,7 @@ import copy
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from ..data_check.paths import leaves
+from ..data_check.settings import leaves
 from ..errors import UserError
 
 _MODELS = {
