@@ -105,7 +105,7 @@ def condition(
         if id(place.module) in taken[type(method)]:
             raise ValueError(f"{place}: {type(method).__name__} is applied already; condition a site once")
         method.check(place)
-    _check_combination(methods, [method for _, method in conditioned_places(model)])
+    _check_combination(methods, [method for _, method in conditioned_places(model, sites)])
     _check_nothing_is_shared(chosen)
     _check_adapters(model, chosen)
     _apply(places)
@@ -267,9 +267,9 @@ def _apply(places: list[tuple[Method, Place]]) -> None:
         raise
 
 
-def conditioned_places(model: nn.Module) -> list[tuple[Place, Method]]:
+def conditioned_places(model: nn.Module, sites: list[AttentionSite] | None = None) -> list[tuple[Place, Method]]:
     """Return the places of ``model`` that are conditioned, each with its method, ordered by method."""
-    sites = find_sites(model)
+    sites = find_sites(model) if sites is None else sites
     return [one for cls in registered_methods() for one in cls.find(model, sites)]
 
 

@@ -284,8 +284,10 @@ class CorrectedModule(nn.Module):
 
 def corrections_of(projection: Projection) -> list[Correction]:
     """Return the corrections that change rows of a projection."""
-    rows = set(indices(projection.rows))
     corrections = getattr(projection.owner, "corrections", {}).get(projection.parameter, ())
+    if not corrections:
+        return []
+    rows = set(indices(projection.rows))
     return [correction for correction in corrections if rows & correction.rows]
 
 

@@ -54,7 +54,7 @@ class ModelInputMethod(Method):
     @classmethod
     def find(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> list[tuple[Place, Method]]:
         """Return the modules whose input is transformed, each with its method."""
-        places = (Place(name, module) for name, module in model.named_modules())
+        places = [Place(name, module) for name, module in model.named_modules() if forward_pre_hooks(module)]
         return [(place, method) for place in places if (method := cls.applied_to(place)) is not None]
 
     @classmethod
