@@ -23,7 +23,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.study.check import check_metric, check_study
+from condattn.openmmlab.study.check import check_metric, check_start, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
 from condattn.openmmlab.study.report import begun_studies, is_complete, write_documents, write_report
 from condattn.openmmlab.study.results import FAILED, Record, Results
@@ -95,6 +95,26 @@ def study_file(tmp_path):
     return write
 
 
+def test_every_seed_starts_from_its_checkpoint(study_file, tmp_path):
+    start = """
+start = dict(checkpoint="pretrained/{seed}.pth", command="python pretrain.py --seed {seed}")
+options["model.backbone.init_cfg"] = dict(type="Pretrained", checkpoint="{start}")
+exploratory = True
+"""
+    plain = load_study(study_file())
+    study = load_study(study_file(("seeds = [0, 1]\n", "seeds = [0, 1]\n" + start)))
+    assert study.digest() != plain.digest() and "start" not in plain.definition()
+    (tmp_path / "pretrained").mkdir()
+    for seed in (5, 6, 7, 0):
+        (tmp_path / "pretrained" / f"{seed}.pth").touch()
+    with pytest.raises(UserError, match=r"no checkpoint .*1.pth to start from.*: python pretrain.py --seed 1$"):
+        check_start(study, tmp_path)
+    (tmp_path / "pretrained" / "1.pth").touch()
+    check_start(study, tmp_path)
+    cfg = training_config(study, RunId(FINAL, "pc", 1, 1e-3), tmp_path, tmp_path)
+    assert cfg.model.backbone.init_cfg.checkpoint == str(tmp_path / "pretrained" / "1.pth")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -157,7 +177,8 @@ def test_the_studies_of_this_project(path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_variants_start_from_equal_weights(path):
-    """Variants of one seed have equal weights, except for parameters that a method adds."""
+    """Variants of one seed have equal weights, except for those that a method adds, or sets."""
+    from condattn.condition import conditioned_places
     from condattn.openmmlab.runner.launch import build_model, load_config
 
     study = load_study(str(path))
@@ -166,13 +187,22 @@ def test_variants_start_from_equal_weights(path):
     for variant in study.variants:
         cfg = training_config(study, RunId(FINAL, variant, 3, study.grid[0]), ROOT, ROOT)
         torch.manual_seed(cfg.randomness.seed)
+        if study.start:  # the same checkpoint for all
+            cfg.model.backbone.init_cfg = None
         model = build_model(cfg)
         model.init_weights()
         states[variant] = model.state_dict()
+        sites = [place for place, method in conditioned_places(model) if not method.changes_function]
+        parts = [part for site in sites for part in (site.q, site.k, site.v) if part is not None]
+        written = {id(getattr(part.owner, part.parameter)) for part in parts}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in written:
+                del states[variant][name]
     baseline = states[study.baseline]
     for variant, state in states.items():
-        assert baseline.keys() <= state.keys(), variant
-        assert all(torch.equal(state[name], value) for name, value in baseline.items()), variant
+        left_out = baseline.keys() - state.keys()
+        assert all("qkv" in name for name in left_out) and bool(left_out) == ("ci" in variant), variant
+        assert all(torch.equal(state[name], value) for name, value in baseline.items() if name in state), variant
 
 
 def test_variants_see_equal_batches_from_equal_weights(study_file, images, tmp_path):

@@ -4,6 +4,7 @@ config = "_base_/gpt2_text.py"
 title = "Exploratory: does conditioning the attention of a small GPT-2 style decoder help it to predict the next byte?"
 # Of a study, the higher score is the better one, and a failed run counts with its last score, or 0. The accuracy of the
 # next byte, in percent, fits this; bits per byte, where less is better, are recorded beside it.
+exploratory = True
 metric = "next_byte/accuracy"
 unit = "points of accuracy"
 difference = 0.5

@@ -8,6 +8,7 @@ data = dict(
     source="generate the data with: python -m long_range_arena.generate data/listops_small --train 20000 --val 1000 "
     "--max-depth 5 --min-length 49 --max-length 128",
 )
+exploratory = True
 metric = "accuracy/top1"
 unit = "points of accuracy"
 difference = 1.0

@@ -12,7 +12,7 @@ from mmengine.utils import import_modules_from_strings
 from ..errors import UserError
 from ..runner.launch import build_model, load_config
 from .plan import TUNING, RunId, Study
-from .run import training_config
+from .run import start_of, training_config
 
 NAMES = ("img_path", "sample_id", "img_id")
 """What identifies a sample in the information that a data set has about it; the first that is there."""
@@ -25,6 +25,7 @@ def check_study(study: Study, root: Path) -> None:
     Raises:
         UserError: If a check fails.
     """
+    check_start(study, root)
     load_config(str(study.config))  # also sets the default scope and runs the custom imports
     for variant in study.variants:
         cfg = training_config(study, RunId(TUNING, variant, 0, study.grid[0]), root, root)
@@ -35,6 +36,17 @@ def check_study(study: Study, root: Path) -> None:
             raise UserError(f"{study.path}: variant {variant}: {error}") from error
     check_metric(study, cfg)
     check_images(study, cfg)
+
+
+def check_start(study: Study, root: Path) -> None:
+    """Check that the checkpoints which the trainings start from are there."""
+    seeds = [*study.pilot_seeds, *study.tuning_seeds, *study.seeds] if study.start else []
+    if missing := [seed for seed in seeds if not start_of(study, seed, root).is_file()]:
+        command = study.start["command"].format(seed=missing[0])
+        raise UserError(
+            f"{study.path}: no checkpoint {start_of(study, missing[0], root)} to start from, nor those of "
+            f"{len(missing) - 1} more seeds; make each, this one by: {command}"
+        )
 
 
 def check_metric(study: Study, cfg: Config) -> None:

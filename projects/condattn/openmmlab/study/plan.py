@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ LARGEST_GRID = 7
 KEYS = {
     *("config", "title", "data", "variants", "baseline", "metric", "factor", "unit", "difference", "families"),
     *("seeds", "tuning", "pilot_seeds", "evaluations", "sizes", "options"),
+    *("start", "exploratory"),
 }
 
 
@@ -73,6 +74,10 @@ class Study:
         grid: Learning rates to try, ascending.
         largest_grid: Number of rates at which the grid stops growing.
         evaluations: Number of evenly spaced evaluations in a training.
+        start: The ``checkpoint`` that the training of a seed starts from, and the ``command`` that makes it. Both have
+            ``{seed}`` in the place of the seed, and the checkpoint is relative to the repository. Options name it by
+            the value ``"{start}"``. Empty if there is none.
+        exploratory: Whether the study is left out of the estimate over all studies.
     """
 
     name: str
@@ -95,12 +100,15 @@ class Study:
     grid: list[float]
     largest_grid: int = LARGEST_GRID
     evaluations: int = 10
+    start: dict[str, str] = field(default_factory=dict)
+    exploratory: bool = False
 
     def definition(self) -> dict[str, Any]:
         """All settings that were decided before the first run, as plain JSON values."""
         names = ("title", "options", "variants", "baseline", "metric", "factor", "unit", "difference", "families")
         numbers = ("seeds", "tuning_seeds", "pilot_seeds", "rate", "grid", "largest_grid", "evaluations")
-        definition = {name: getattr(self, name) for name in (*names, *numbers)}
+        optional = [name for name in ("start", "exploratory") if getattr(self, name)]
+        definition = {name: getattr(self, name) for name in (*names, *numbers, *optional)}
         return json.loads(json.dumps({"config": self.config.name, **definition}))
 
     def digest(self) -> str:
@@ -128,7 +136,7 @@ def load_study(path: str, size: str | None = None) -> Study:
         raise UserError(
             f"{path}: unknown settings {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(KEYS))}"
         )
-    needed = KEYS - {"data", "options", "sizes", "evaluations", "factor"}
+    needed = KEYS - {"data", "options", "sizes", "evaluations", "factor", "start", "exploratory"}
     if missing := needed - settings.keys():
         raise UserError(f"{path}: a study needs {', '.join(sorted(missing))}")
     sizes = settings.get("sizes") or {"": {}}
@@ -157,6 +165,8 @@ def load_study(path: str, size: str | None = None) -> Study:
         grid=sorted(tuning["grid"]),
         largest_grid=tuning.get("largest_grid", LARGEST_GRID),
         evaluations=settings.get("evaluations", 10),
+        start=settings.get("start", {}),
+        exploratory=settings.get("exploratory", False),
     )
     _check(study)
     return study
@@ -188,6 +198,10 @@ def _check(study: Study) -> None:
             raise UserError(f"{where}: {one} and {other} share {sorted(common)}; each seed is used for one purpose")
     if len(study.grid) < 2 or study.grid[0] <= 0:
         raise UserError(f"{where}: expected two or more positive learning rates in tuning.grid, got {study.grid}")
+    if study.start and (set(study.start) != {"checkpoint", "command"} or "{seed}" not in study.start["checkpoint"]):
+        raise UserError(
+            f"{where}: expected start=dict(checkpoint='... {{seed}} ...', command='...'), got {study.start}"
+        )
     if study.difference <= 0:
         raise UserError(f"{where}: expected a positive difference, got {study.difference}")
 

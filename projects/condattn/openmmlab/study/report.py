@@ -297,10 +297,13 @@ def _summary(study: Study, results: Results) -> str:
 
 
 def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
-    """Table of methods: the effect of each against the baseline, pooled over all complete studies that compare it."""
+    """Table of methods: the effect of each against the baseline, pooled over complete studies that compare it.
+
+    Exploratory studies are left out.
+    """
     effects: dict[str, list[tuple[float, float]]] = {}
     for study, results in found:
-        if not is_complete(study, results):
+        if study.exploratory or not is_complete(study, results):
             continue
         first = {
             c.variant: c

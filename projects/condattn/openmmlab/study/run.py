@@ -77,7 +77,7 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
     cfg = Config.fromfile(path, import_custom_modules=False)
     options = {**study.options, **study.variants[run.variant], study.rate: run.rate}
     for key, value in options.items():
-        _set(cfg, key, value, study.path)
+        _set(cfg, key, _with_start(value, study, run.seed, root), study.path)
     iterations = cfg.train_cfg.get("max_iters")
     if not iterations or iterations % study.evaluations:
         raise UserError(
@@ -94,6 +94,20 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
         cfg[loader].update(num_workers=0, persistent_workers=False)
     cfg.randomness = {**(cfg.get("randomness") or {}), "seed": run.seed}
     return cfg
+
+
+def start_of(study: Study, seed: int, root: Path) -> Path:
+    """The checkpoint that the training of a seed starts from."""
+    return root / study.start["checkpoint"].format(seed=seed)
+
+
+def _with_start(value: Any, study: Study, seed: int, root: Path) -> Any:
+    """An option's value with the checkpoint of the seed in the place of ``{start}``."""
+    if isinstance(value, dict):
+        return {key: _with_start(child, study, seed, root) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_start(child, study, seed, root) for child in value]
+    return str(start_of(study, seed, root)) if study.start and value == "{start}" else value
 
 
 def _set(cfg: Config, key: str, value: Any, where: Path) -> None:

@@ -1,0 +1,28 @@
+"""Mask R-CNN with a small Swin on nuclei, fine-tuned from weights that were pretrained without conditioning."""
+
+_base_ = "nuclei_swin.py"
+title = "Exploratory: does conditioning help to fine-tune a pretrained Swin in Mask R-CNN to segment nuclei?"
+exploratory = True
+start = dict(
+    checkpoint="work_dirs/pretraining/{seed}/iter_400.pth",
+    command="python tools/train.py projects/pretraining/configs/swin_fashion_mnist.py --work-dir "
+    "work_dirs/pretraining/{seed} --cfg-options model.backbone.conditioning=none randomness.seed={seed}",
+)
+options = {"model.backbone.init_cfg": dict(type="Pretrained", checkpoint="{start}")}
+
+key = "model.backbone.conditioning"
+spectra = dict(type="SpectraHook")
+variants = {
+    "_delete_": True,
+    "none": {key: "none"},
+    "pc": {key: "pc"},
+    "pc_calibrated": {key: "pc", "custom_hooks": [spectra, dict(type="CalibrationHook", batches=8)]},
+    "sc_effective": {
+        key: dict(type="SpectralCorrection", strength=1.0),
+        "model.backbone.init_cfg": dict(type="Pretrained", checkpoint="{start}", load="effective"),
+    },
+}
+del key, spectra
+families = dict(_delete_=True, methods=[("pc", "none"), ("pc_calibrated", "none"), ("sc_effective", "none")])
+pilot_seeds = [201, 202]
+seeds = list(range(5))
