@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,11 +13,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "projects" / "condattn"
 
 
+FOLDERS = ("configs", "docs", "projects", "requirements", "results", "tests", "tools")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built in a copy of the project because building leaves files."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(PACKAGE, folder / "projects" / "condattn", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "projects" / "pretraining").mkdir()
@@ -58,3 +62,23 @@ def test_its_metadata(wheel):
     required = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.5"]
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def test_the_source_distribution_holds_what_the_readme_names(tmp_path):
+    """All folders, without what running leaves in them."""
+    left = ("__pycache__", "build", "*.egg-info")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(*left))
+    for path in (path for path in ROOT.iterdir() if path.is_file() and path.suffix != ".part"):
+        shutil.copy(path, tmp_path / path.name)
+    command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('out')"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = (tmp_path / "out").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = {path.relative_to(tmp_path) for name in FOLDERS for path in (tmp_path / name).rglob("*") if path.is_file()}
+    expected = {file.as_posix() for file in files if not any(part.endswith(".egg-info") for part in file.parts)}
+    assert expected <= names
+    assert {"Makefile", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"} <= names
+    assert not any("__pycache__" in name for name in names)

@@ -122,10 +122,10 @@ def condition(
 
 
 def fold(model: nn.Module) -> int:
-    """Merge weight corrections into the weights, in place and exactly; preconditioners stay.
+    """Merge the corrections of weights into the weights, in place and exactly; other conditioning stays.
 
-    A model with only spectral corrections then has the modules, parameters and keys of the unconditioned one, and
-    computes the same as before. Fold after training, because further training would train W + C as one weight.
+    A model that has no other conditioning then has the modules, parameters and keys of the unconditioned one, and
+    computes the same as before. Fold after the training: from then on, the weights W + C train as one.
 
     Returns:
         The number of modules whose weights were merged.
