@@ -11,6 +11,7 @@ DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
 WORK := work_dirs/demo/mask_rcnn_swin_pc
 DTYPE := float32
 TABLES := work_dirs/benchmark
+, := ,
 # Run test files in parallel processes, each with one thread.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
@@ -31,7 +32,7 @@ help:
 	@echo "make docs        the documentation as a site, in site/; a broken link or reference is an error"
 	@echo "make test-operators  compile mmcv's operators, and compare those on torchvision with them"
 	@echo "make operators   compile mmcv's operators, 15 to 20 minutes on two cores; not needed for anything here"
-	@echo "make benchmark   the tables of results/benchmark anew, in $(TABLES), for an idle machine; DTYPE=bfloat16 for a GPU"
+	@echo "make benchmark   the tables of results/benchmark anew, for an idle machine; DTYPE=bfloat16 for a GPU"
 
 setup: $(VENV)/.installed
 
@@ -119,14 +120,21 @@ docs: $(DOCS)/.installed
 	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "the site is in site/; open site/index.html"
 
+# Each table, with its command, replaces the file in results/benchmark when it is complete.
+define measure
+	@mkdir -p $(TABLES)
+	@{ echo '$$ python tools/analysis/benchmark.py $(2)'; echo; $(BENCHMARK) $(2) --out $(TABLES)/$(1).json; } \
+	    | tee $(TABLES)/$(1).txt
+	@cp $(TABLES)/$(1).txt results/benchmark/$(1).txt
+endef
+
 benchmark: setup
-	mkdir -p $(TABLES)
-	$(BENCHMARK) --models upstream,none:plain,none,pc,sc,sc+pc --out $(TABLES)/train.json
-	$(BENCHMARK) --models upstream,none,pc,sc,sc:folded --mode infer --out $(TABLES)/infer.json
-	$(BENCHMARK) --models upstream,pc --sweep --repeats 2 --out $(TABLES)/sweep.json
-	$(BENCHMARK) --models upstream,pc --network mask-rcnn --repeats 3 --out $(TABLES)/mask_rcnn.json
-	$(BENCHMARK) --models upstream,pc --network mask-rcnn --mode infer --repeats 3 --out $(TABLES)/mask_rcnn_infer.json
-	$(BENCHMARK) --models upstream,pc --network vit-b --repeats 3 --out $(TABLES)/vit.json
-	$(BENCHMARK) --models upstream,pc --network vit-b --mode infer --repeats 3 --out $(TABLES)/vit_infer.json
-	$(BENCHMARK) --models upstream,none,pc --network attention --out $(TABLES)/attention.json
-	@echo "the tables are in $(TABLES)"
+	$(call measure,train,--models upstream$(,)none:plain$(,)none$(,)pc$(,)sc$(,)sc+pc)
+	$(call measure,infer,--models upstream$(,)none$(,)pc$(,)sc$(,)sc:folded --mode infer)
+	$(call measure,sweep,--models upstream$(,)pc --sweep --repeats 2)
+	$(call measure,mask_rcnn,--models upstream$(,)pc --network mask-rcnn --repeats 3)
+	$(call measure,mask_rcnn_infer,--models upstream$(,)pc --network mask-rcnn --mode infer --repeats 3)
+	$(call measure,vit,--models upstream$(,)pc --network vit-b --repeats 3)
+	$(call measure,vit_infer,--models upstream$(,)pc --network vit-b --mode infer --repeats 3)
+	$(call measure,attention,--models upstream$(,)none$(,)pc --network attention)
+	@echo "the tables are in results/benchmark"
