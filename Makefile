@@ -21,6 +21,7 @@ REQUIREMENTS := pyproject.toml $(filter-out requirements/docs.txt,$(wildcard req
     test-operators benchmark
 
 help:
+	@echo "make setup       .venv with all packages; most other targets begin with it"
 	@echo "make demo        train, evaluate and draw a preconditioned Mask R-CNN on the built-in data"
 	@echo "make test        the tests, up to 15 minutes on two cores"
 	@echo "make test-fast   the core, on one model of each library, in less than two minutes"

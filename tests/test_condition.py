@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from registrations import registrations_undone
 from torch import nn
 
 import condattn
@@ -470,3 +471,46 @@ def test_import_is_light():
     }
     assert not third_party & set(done.stdout.split())
     assert "condattn" in done.stdout
+
+
+class Separate(nn.Module):
+    """A made-up attention class, which tests describe wrongly."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("describe", "message"),
+    [
+        (lambda m: dict(num_heads=2, q=m.q, out=condattn.into(m.out)), "expected q made by whole.*, found a Linear"),
+        (lambda m: dict(num_heads=2, q=condattn.whole(m.q), out=m.out), "expected out made by into.*, found a Linear"),
+        (lambda m: dict(num_heads=2, **condattn.thirds(m.q)), "has 8 rows, which are not 3 equal parts"),
+        (lambda m: dict(heads=2, q=condattn.whole(m.q)), "unexpected keyword argument 'heads'"),
+        (lambda m: dict(q=condattn.whole(m.q)), "missing .* argument: 'num_heads'"),
+        (lambda m: None, "expected a dictionary with num_heads, q, k, v and out"),
+        (lambda m: dict(num_heads=m.num_heads), "AttributeError: 'Separate' object has no attribute 'num_heads'"),
+    ],
+)
+def test_rules_that_are_wrong(describe, message):
+    with registrations_undone():
+        condattn.register_rule(f"{Separate.__module__}.Separate", describe)
+        with pytest.raises(ValueError, match=f"the rule for .*Separate is wrong: .*{message}"):
+            condattn.condition(nn.Sequential(Separate()), "pc")
+
+
+@pytest.mark.parametrize("name", [Separate, "Separate"])
+def test_rules_for_classes_that_are_not_named_fully(name):
+    with pytest.raises(ValueError, match="expected the module and name of a class as text"):
+        condattn.register_rule(name, dict)
+
+
+def test_measurements_without_scipy(monkeypatch):
+    """They need it for Jacobians alone."""
+    measure = condattn.spectra.measure
+    monkeypatch.setattr(sys.modules[measure.__module__], "HAS_SCIPY", False)
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    assert measure(model, quantities=["weights"]).rows()
+    with pytest.raises(ModuleNotFoundError, match="needs numpy and scipy: pip install"):
+        measure(model, torch.rand(1, 4, 8), quantities=["jacobian"])

@@ -19,6 +19,10 @@ IGNORED = {
         *("was never closed", "no.py", "no_such_module", "nowhere", "TypeError: embed_dims"),
     ),
     "of mmengine, which 'the model of ... cannot be built' quotes": ("ConditionedSvin", "conditionning"),
+    "of Python, which 'the rule for ... is wrong' quotes": (
+        *("unexpected keyword argument 'heads'", " argument: 'num_heads'"),
+        "AttributeError: 'Separate' object has no attribute 'num_heads'",
+    ),
     "of mmengine, behind 'expected default_scope'": ("mmdet, mmseg, mmpretrain",),
     "values in messages that the page has": (
         *("val2017", "bad.py", "it has no blocks.2.norm1.weight", "--device abacus", "timm:test_vit"),

@@ -17,13 +17,13 @@ def whole(owner: nn.Module, parameter: str = "weight", num_heads: int | None = N
 
 def thirds(owner: nn.Module, parameter: str = "weight") -> dict[str, Projection]:
     """Split the rows of one fused weight into three equal parts: q, k and v, in this order."""
-    size = _out_features(inner(owner), parameter) // 3
+    size = _equal_parts(inner(owner), parameter, 3)
     return split(owner, parameter, q=size, k=size, v=size)
 
 
 def halves(owner: nn.Module, first: str, second: str) -> dict[str, Projection]:
     """Split the rows of one weight into two equal parts called ``first`` and ``second``; see :func:`split`."""
-    size = _out_features(inner(owner), "weight") // 2
+    size = _equal_parts(inner(owner), "weight", 2)
     return split(owner, "weight", **{first: size, second: size})
 
 
@@ -65,6 +65,17 @@ def into(owner: nn.Module, projection: nn.Module | None = None, axis: int | None
     if axis is None:
         axis = 1 if isinstance(projection, nn.Conv2d | nn.ConvTranspose2d) else -1
     return HeadOutputs(owner, projection, axis, **settings)
+
+
+def _equal_parts(owner: nn.Module, parameter: str, number: int) -> int:
+    """Return the rows of each of ``number`` equal parts of a weight, or raise a ``ValueError`` if there are none."""
+    rows = _out_features(owner, parameter)
+    if rows % number:
+        raise ValueError(
+            f"the {parameter} of a {type(owner).__name__} has {rows} rows, which are not {number} equal parts; describe "
+            "a layer of its own by whole(layer), and parts of other sizes by split(layer, q=..., k=..., v=...)"
+        )
+    return rows // number
 
 
 def _out_features(owner: nn.Module, parameter: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .classes import look_up, qualified_name
-from .site import AttentionSite, Place
+from .site import AttentionSite, HeadOutputs, Place, Projection
 
 Describe = Callable[[Any], Mapping[str, Any]]
 _RULES: dict[str, Describe] = {}
@@ -26,8 +26,12 @@ def register_rule(class_name: str, describe: Describe) -> None:
             these fields.
 
     Raises:
-        ValueError: If the class has a rule already.
+        ValueError: If the class has a rule already, or is not named by its module and name.
     """
+    if not isinstance(class_name, str) or "." not in class_name:
+        raise ValueError(
+            f"expected the module and name of a class as text, 'my_package.models.Attention', got {class_name!r}"
+        )
     if class_name in _RULES:
         raise ValueError(f"{class_name} has a rule already; register each attention class once")
     _RULES[class_name] = describe
@@ -56,8 +60,29 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     for name, module in _named_modules(model):
         describe = look_up(_RULES, type(module))
         if describe is not None and not _attends(type(module)):
-            sites.append(AttentionSite(name=name, module=module, **describe(module)))
+            sites.append(_site(name, module, describe))
     return sites
+
+
+def _site(name: str, module: nn.Module, describe: Describe) -> AttentionSite:
+    """Apply a rule, and raise a ``ValueError`` that names the class if the rule is wrong."""
+    try:
+        site = AttentionSite(name=name, module=module, **describe(module))
+        parts = {"q": site.q, "k": site.k, "v": site.v}
+        if wrong := [key for key, part in parts.items() if not isinstance(part, Projection | None)]:
+            found = type(parts[wrong[0]]).__name__
+            raise TypeError(
+                f"expected {wrong[0]} made by whole(layer), thirds(layer) or split(layer, ...), found a {found}"
+            )
+        if not isinstance(site.out, HeadOutputs | None):
+            raise TypeError(f"expected out made by into(layer), found a {type(site.out).__name__}")
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the rule for {qualified_name(type(module))} is wrong: {type(error).__name__}: {reason}; expected a "
+            "dictionary with num_heads, q, k, v and out"
+        ) from error
+    return site
 
 
 @dataclass(frozen=True)

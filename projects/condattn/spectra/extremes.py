@@ -10,14 +10,19 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from .kronecker import RowKronecker
+
+HAS_SCIPY = find_spec("scipy") is not None and find_spec("numpy") is not None
+"""Whether Jacobians can be measured; all other measurements need torch alone."""
+if HAS_SCIPY:
+    import numpy as np
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 
 WHOLE = 2048
 """A Jacobian with at most this many rows, or columns, is computed as a dense matrix."""

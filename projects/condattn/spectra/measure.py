@@ -7,12 +7,12 @@ where sigma_min is the smallest nonzero singular value, so that kappa is defined
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from ..layers.head_transform import head_transform_of
 from ..wording import some
 from .bound import head_bound
 from .capture import Seen, capture, precondition
-from .extremes import RELIABLE
+from .extremes import HAS_SCIPY, RELIABLE
 from .jacobian import head_jacobians
 from .results import Entropy, Measurement
 from .weights import Spectrum, spectrum, weight_spectra
@@ -65,9 +65,12 @@ def measure(
         rounding errors.
 
     Raises:
+        ModuleNotFoundError: For Jacobians without scipy.
         ValueError: For an unknown quantity or site, a model without sites, weights or outputs that are not finite, or
             inputs that are missing or reach no site.
     """
+    if "jacobian" in quantities and not HAS_SCIPY:
+        raise ModuleNotFoundError("measuring Jacobians needs numpy and scipy: pip install numpy scipy")
     known = (*QUANTITIES, "jacobian")
     if unknown := [name for name in quantities if name not in known]:
         raise ValueError(f"unknown quantity {unknown[0]!r}; known are {', '.join(known)}")
@@ -112,7 +115,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     attributes = [item for module in model.modules() for item in vars(module).items()]
     # Some modules cache biases in evaluation mode.
     caches = [(value, dict(value)) for name, value in attributes if name[0] != "_" and type(value) is dict]
-    python, numbers = random.getstate(), np.random.get_state()
+    numpy = sys.modules.get("numpy")  # whose numbers are restored only if something uses them
+    python, numbers = random.getstate(), numpy and numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
@@ -120,7 +124,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numbers)
+            if numpy:
+                numpy.random.set_state(numbers)
             for module, mode in training:
                 module.training = mode
             for module, names in unsettled:

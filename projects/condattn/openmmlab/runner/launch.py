@@ -79,6 +79,19 @@ def add_runner_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by some launchers, not by you")
 
 
+class _WithoutMissingPackages:
+    """A stream to standard error that leaves out which optional packages a toolbox cannot import."""
+
+    def write(self, text: str) -> int:
+        """Write a text, or the end of a line that was not left out."""
+        self.left_out = text.startswith("Could not import") or (text == "\n" and getattr(self, "left_out", False))
+        return len(text) if self.left_out else sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush standard error."""
+        sys.stderr.flush()
+
+
 def load_config(path: str, options: dict | None = None) -> Config:
     """Load a configuration, apply ``options`` and enter its default scope.
 
@@ -95,7 +108,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
     if not is_config(path):
         raise UserError(f"expected a configuration file (.py, .json, .yaml, .yml), got {path}")
     try:
-        with redirect_stdout(sys.stderr):  # toolboxes print which optional packages are missing
+        with redirect_stdout(_WithoutMissingPackages()):
             cfg = Config.fromfile(path)
     except Exception as error:  # the code of the file, and of those that it inherits, may raise anything
         reason = " ".join(str(error).split())
@@ -113,7 +126,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
     if scope not in TOOLBOXES:
         raise UserError(f"{path}: expected default_scope to be one of {', '.join(TOOLBOXES)}, found {scope!r}")
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(_WithoutMissingPackages()):
             import_module(scope)
     except (ImportError, AssertionError) as error:
         advice = f"mmcv's operators here: {describe_operators()}" if "mmcv._ext" in str(error) else "see the README"
