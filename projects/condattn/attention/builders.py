@@ -72,8 +72,8 @@ def _equal_parts(owner: nn.Module, parameter: str, number: int) -> int:
     rows = _out_features(owner, parameter)
     if rows % number:
         raise ValueError(
-            f"the {parameter} of a {type(owner).__name__} has {rows} rows, which are not {number} equal parts; describe "
-            "a layer of its own by whole(layer), and parts of other sizes by split(layer, q=..., k=..., v=...)"
+            f"the {parameter} of a {type(owner).__name__} has {rows} rows, which are not {number} equal parts; "
+            "describe a layer of its own by whole(layer), and parts of other sizes by split(layer, q=..., k=..., v=...)"
         )
     return rows // number
 
