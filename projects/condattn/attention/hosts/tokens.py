@@ -43,7 +43,7 @@ def _encoder(module: Any) -> dict[str, Any]:
     In Nystromformer padding takes part in the means that are its landmarks, whatever is done here; it takes no part in
     the correction.
     """
-    obstacle = CAUSAL if module.config.is_decoder else ""
+    obstacle = CAUSAL if getattr(module.config, "is_decoder", False) else ""
     return dict(module=module.encoder.layer[0], mask="attention_mask", obstacle=obstacle)
 
 
@@ -52,8 +52,15 @@ for name in (
     "nystromformer.modeling_nystromformer.NystromformerModel",
 ):
     register_token_rule(f"transformers.models.{name}", _encoder)
+
+
+def _vit(module: Any) -> dict[str, Any]:
+    """ViT and its relatives, whose layers are in an encoder up to version 4."""
+    return dict(module=module.encoder.layer[0] if hasattr(module, "encoder") else module.layers[0])
+
+
 for name in ("vit.modeling_vit.ViTModel", "deit.modeling_deit.DeiTModel"):
-    register_token_rule(f"transformers.models.{name}", lambda m: dict(module=m.encoder.layer[0]))
+    register_token_rule(f"transformers.models.{name}", _vit)
 register_token_rule("transformers.models.gpt2.modeling_gpt2.GPT2Model", lambda m: dict(module=m.h[0], obstacle=CAUSAL))
 for name in (
     "llama.modeling_llama.LlamaModel",
