@@ -1,5 +1,6 @@
 """The guides in docs/: their Python blocks run in order, and print what the comments after print() say."""
 
+import ast
 import contextlib
 import functools
 import io
@@ -62,3 +63,27 @@ def test_the_tour():
         for number, source in enumerate(code):
             exec(compile(source, f"tour.ipynb, cell {number}", "exec"), names)
     assert "conditioned 4 of 4 attention sites: sc+pc" in printed.getvalue()
+
+
+def test_the_readme(tmp_path):
+    """The example for any model runs and prints what it says; the config loads; the data's block is the template's."""
+    pytest.importorskip("timm")
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    example, measuring, config, own_data = blocks
+    names, printed = {"__name__": "__main__"}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in (example, measuring):
+            exec(compile(block, "README.md", "exec"), names)
+    lines = printed.getvalue().splitlines()
+    assert matches(lines[0], re.search(r"print\(report\)  # (.*)", example)[1])
+    assert any("'kappa'" in line for line in lines[1:])
+
+    pytest.importorskip("mmdet")
+    from mmengine.config import Config
+
+    (tmp_path / "config.py").write_text(config)
+    assert Config.fromfile(tmp_path / "config.py").model.backbone.type == "ConditionedSwinTransformer"
+    template = ast.parse((ROOT / "configs" / "own_data" / "coco.py").read_text())
+    assigned = {target.id for node in template.body if isinstance(node, ast.Assign) for target in node.targets}
+    used = {target.id for node in ast.parse(own_data).body for target in node.targets}
+    assert used <= assigned and "_base_" in used

@@ -28,7 +28,7 @@ def blocks(page):
 
 def commands():
     """Commands of blocks, and those in the text that name a tool; without comments and outlines of usage."""
-    for page, text in PAGES.items():
+    for page, text in {**PAGES, "README.md": (ROOT / "README.md").read_text()}.items():
         for command in [*COMMAND.findall(text), *re.findall(r"`((?:python|bash) (?:tools|docs)/[^`]*)`", text)]:
             if "[" not in command.split("--cfg-options")[0] and ">" not in command:
                 yield pytest.param(command, id=f"{page}: {command[:60]}")
