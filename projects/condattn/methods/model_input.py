@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ class ModelInputMethod(Method):
     Subclasses implement :meth:`transform`, and override :meth:`places` to act on another module.
     """
 
-    @abstractmethod
     def transform(self, x: Tensor) -> Tensor:
-        """Return the tensor to use in place of the input ``x``, of the same shape."""
+        """Return the tensor in place of the input ``x``, of its shape; to be defined unless ``input_transform`` is."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither transform nor input_transform")
 
     def input_transform(self, place: Place) -> InputTransform:
         """The hook that applies :meth:`transform` at ``place``."""

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from ..attention.site import AttentionSite, Projection
 from ..layers.class_swap import leave_out
 from ..layers.correction import Block, BlockCorrection
@@ -84,15 +81,6 @@ class SpectralCorrection(WeightMethod):
                 raise ValueError(
                     f"{site}: {heads} heads do not divide the {rows} rows of its {target}; {leave_out(site)}"
                 )
-
-    def constant(self, weight: Tensor, target: str, num_heads: int) -> Tensor:
-        """Return C of one projection that has a weight of its own."""
-        rows = slice(0, len(weight))
-        correction = BlockCorrection(self._blocks(target, (rows,), num_heads), bool(self.relative), self.form == "svd")
-        constant, columns = correction.compute(weight), correction.columns(weight)
-        if columns is None:
-            return constant
-        return torch.zeros_like(weight).scatter_add(1, columns[:, None], constant[:, None])
 
     def correction(self, projections: Mapping[str, Projection], site: AttentionSite) -> BlockCorrection:
         """Return the correction of one weight; in the identity form it stores one entry for each row."""

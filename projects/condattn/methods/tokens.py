@@ -50,10 +50,6 @@ class EmbeddedTokens(ModelInputMethod):
         if type(self.iterations) is not int or self.iterations < 1:
             raise ValueError(f"EmbeddedTokens: iterations is {self.iterations!r}; expected a whole number from 1 up")
 
-    def transform(self, x: Tensor) -> Tensor:
-        """X + C of tokens (batch, tokens, channels), in single or double precision."""
-        return x + self.correction(x)
-
     def correction(self, x: Tensor) -> Tensor:
         """C of tokens (batch, tokens, channels), in single or double precision."""
         if self.form == "svd":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,9 +34,8 @@ class WeightMethod(Method):
     targets: Sequence[str] = ("q", "k", "v")
     depends_on_weight: ClassVar[bool] = True
 
-    @abstractmethod
     def constant(self, weight: Tensor, target: str, num_heads: int) -> Tensor:
-        """Return C of one projection.
+        """Return C of one projection; to be defined unless :meth:`correction` is.
 
         Args:
             weight: W in float64, (out features of the projection, in features), head after head.
@@ -47,6 +45,7 @@ class WeightMethod(Method):
         Returns:
             C, of the shape of ``weight``.
         """
+        raise NotImplementedError(f"{type(self).__name__} defines neither constant nor correction")
 
     def correction(self, projections: Mapping[str, Projection], site: AttentionSite) -> Correction:
         """Return the correction of one weight, whose rows contain these projections of ``site``."""
