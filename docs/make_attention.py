@@ -1,4 +1,4 @@
-"""Generate docs/attention.md: python docs/make_attention.py > docs/attention.md.
+"""Write docs/attention.md.
 
 The script builds the models of the test suite, and needs timm, torchvision, mmpretrain and transformers.
 """
@@ -86,4 +86,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page())
+    Path(__file__).with_name("attention.md").write_text(page() + "\n")

@@ -1,4 +1,4 @@
-"""Generate docs/tools.md: python docs/make_tools.py > docs/tools.md.
+"""Write docs/tools.md.
 
 The options are those of the tools' own parsers; the scripts of the shell are described by their first comment.
 """
@@ -87,4 +87,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page())
+    Path(__file__).with_name("tools.md").write_text(page() + "\n")

@@ -139,7 +139,9 @@ def test_mixed_stacks(refuse, monkeypatch):
     [
         ("mask_rcnn_swin_pc.py", "model.backbone.conditioning=cp", ("unknown conditioning 'cp'", "'pc'", "'sc'")),
         ("upernet_swin_pc.py", "model.backbone.type=ConditionedSvin", ("ConditionedSvin",)),
-        ("upernet_swin_pc.py", "model.backbone.conditionning=pc", ("conditionning",)),
+        ("upernet_swin_pc.py", "model.backbone.conditionning=pc", ("did you mean model.backbone.conditioning?",)),
+        ("mask_rcnn_swin_pc.py", "model.neck.out_chanels=3", ("did you mean model.neck.out_channels?",)),
+        ("mask_rcnn_swin_pc.py", "model.zz=1", ("'zz'; it is model.zz",)),
         ("mask_rcnn_swin_sc.py", "model.backbone.conditioning=sc(strength=1e999)", ("strength", "finite", "inf")),
         ("mask_rcnn_swin_sc.py", "model.backbone.conditioning.strength=2.0", ("--cfg-options", "replaced as a whole")),
     ],

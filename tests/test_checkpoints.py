@@ -146,7 +146,7 @@ def test_the_hook_records_and_refuses():
 
 def test_tools_refuse_a_checkpoint_of_another_conditioning(refuse, detection, scenes):
     options = ["--cfg-options", *detection.options, NONE]
-    parts = ("conditioning=dict(type='RowPreconditioner'", "conditioning='none'", "--other-conditioning")
+    parts = ("conditioning='pc'", "conditioning='none'", "--other-conditioning")
     refuse("test", SWIN, detection.checkpoint, *options, parts=parts)
     refuse("train", SWIN, *options, f"load_from={detection.checkpoint}", parts=parts)
     images = scenes / "images" / "validation"

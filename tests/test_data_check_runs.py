@@ -156,7 +156,7 @@ def test_remote_data_are_left_alone(coco):
     coco.cfg.train_dataloader.dataset.data_root = "s3://bucket/data"
     assert next(named_paths(coco.cfg.train_dataloader.dataset)) == "s3://bucket/data/annotations.json"
     findings = coco.check()
-    assert (findings.errors, "not read by this check" in findings.summary) == ([], True)
+    assert (findings.errors, "not checked, because its files are in a remote storage" in findings.summary) == ([], True)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,25 @@ train_cfg = dict(max_epochs=1)
 
 def test_every_configuration_can_be_checked():
     """Without their data, this tests only that the check supports the types of their data sets."""
-    for name in ("mask_rcnn_swin_pc.py", "upernet_swin_pc.py", "own_data/coco.py", "own_data/png_labels.py"):
+    for name in (
+        "mask_rcnn_swin_pc.py",
+        "upernet_swin_pc.py",
+        "own_data/coco.py",
+        "own_data/png_labels.py",
+        "demo/mask_rcnn_swin_pc.py",
+        "demo/upernet_swin_pc.py",
+    ):
         cfg = load_config(str(CONFIGS / name))
         for loader in ("train", "val", "test"):
             assert all(_kind(leaf) for leaf in leaves(cfg[f"{loader}_dataloader"].dataset)), name
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_swin_pc", "upernet_swin_pc"])
+def test_the_built_in_data(name, scenes, tmp_path):
+    """The built-in data are read if they are there, and announced if the run is going to write them."""
+    cfg = load_config(str(DEMO / f"{name}.py"))
+    for folder, expected in ((scenes, "8 of 8 images"), (tmp_path / "new", f"writes its data to {tmp_path / 'new'}")):
+        cfg.train_dataloader.dataset.data_root = str(folder)
+        (entry,) = find(cfg, "train")
+        assert expected in entry.findings.summary
+    assert not (tmp_path / "new").exists()

@@ -257,7 +257,7 @@ def test_a_training(tmp_path, call):
     (scores,) = (tmp_path / "test").glob("*/*.json")
     assert 0 <= json.loads(scores.read_text())["accuracy/top1"] <= 100
     status, _, errors = call(*command, "model.encoder.conditioning=none")
-    assert status == 2 and "with conditioning=dict(type='RowPreconditioner'" in error_lines(errors)[0]
+    assert status == 2 and "with conditioning='pc'" in error_lines(errors)[0]
 
 
 def test_the_generator_says_what_is_wrong(tmp_path):

@@ -90,7 +90,7 @@ def test_commands(command, tmp_path):
 
 def test_the_page_of_the_tools_is_up_to_date():
     pytest.importorskip("mmdet")
-    assert parsers().page() + "\n" == PAGES["tools.md"], "python docs/make_tools.py > docs/tools.md"
+    assert parsers().page() + "\n" == PAGES["tools.md"], "run python docs/make_tools.py"
 
 
 @pytest.mark.parametrize("page", PAGES)

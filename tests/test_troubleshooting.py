@@ -12,13 +12,16 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 LINES = re.findall(r"^(?:### |Also: )(`.*`)$", PAGE, re.MULTILINE)
 MESSAGES = [message for line in LINES for message in re.findall(r"`([^`]+)`", line)]
 EXPECTING = ("test_bad_input", "test_bad_files", "test_condition", "test_checkpoints")
-FOREIGN = {"ImportError: libGL.so.1"}
+FOREIGN = {"ImportError: libGL.so.1", "ModuleNotFoundError: No module named 'mmengine'"}
 """Messages of other software."""
 IGNORED = {
     "of mmengine, which 'cannot read the configuration' quotes": (
         *("was never closed", "no.py", "no_such_module", "nowhere", "TypeError: embed_dims"),
     ),
-    "of mmengine, which 'the model of ... cannot be built' quotes": ("ConditionedSvin", "conditionning"),
+    "of mmengine and Python, which 'the model of ... cannot be built' quotes": (
+        "ConditionedSvin",
+        "'zz'; it is model.zz",
+    ),
     "of Python, which 'the rule for ... is wrong' quotes": (
         *("unexpected keyword argument 'heads'", " argument: 'num_heads'"),
         "AttributeError: 'Separate' object has no attribute 'num_heads'",

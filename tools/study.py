@@ -33,11 +33,11 @@ def parse_args() -> Namespace:
     what.add_argument("--report-only", action="store_true", help="report what there is, and run nothing")
     what.add_argument(
         "--rerun",
-        metavar="VARIANT/SEED",
-        help="repeat a finished run with the code and packages of today; if it is the same bit for bit, they are used "
-        "for what is missing",
+        metavar="RUN",
+        help="repeat a finished run, such as pc/0 (VARIANT/SEED), with the code and packages of today; if the result "
+        "is the same bit for bit, they are used for what is missing",
     )
-    what.add_argument("--run", metavar="RUN", help="run this one, as --list names it")
+    what.add_argument("--run", metavar="RUN", help="run this one alone, as --list names it")
     return parser.parse_args()
 
 

@@ -30,7 +30,7 @@ from condattn.weights.load import load_pretrained, load_weights
 def parse_args() -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
-    add_config_arguments(parser)
+    add_config_arguments(parser, "; or the name of a model of timm, such as vit_base_patch16_224")
     parser.add_argument("checkpoint", nargs="?", help="file or URL of weights (default: initial weights)")
     parser.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights of the model")
     add_checkpoint_arguments(parser)
@@ -119,7 +119,10 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
     from condattn.openmmlab.models.timm import pretrained_weights
 
     if not timm.is_model(args.config):
-        raise UserError(f"no configuration file and no model of timm: {args.config}")
+        raise UserError(
+            f"no configuration file and no model of timm: {args.config}; name a file such as "
+            "configs/mask_rcnn_swin_pc.py, or a model that timm.list_models() lists"
+        )
     if args.dataset or args.cfg_options:
         raise UserError(f"--dataset and --cfg-options expect a configuration; give --images FOLDER for {args.config}")
     model = timm.create_model(args.config)

@@ -21,7 +21,7 @@ from condattn.weights.calibrate import calibrate
 def parse_args() -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
-    add_rewriting_arguments(parser, images=16)
+    add_rewriting_arguments(parser, images=16, use="on which the size of the head outputs is measured")
     return parser.parse_args()
 
 

@@ -24,7 +24,7 @@ PLAIN = {"ConditionedSwinTransformer": "SwinTransformer", "ConditionedVisionTran
 def parse_args() -> Namespace:
     """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
-    add_rewriting_arguments(parser, images=4)
+    add_rewriting_arguments(parser, images=4, use="on which the model is compared before and after folding")
     parser.add_argument("--config-out", type=Path, help="write the configuration of the folded model too")
     return parser.parse_args()
 

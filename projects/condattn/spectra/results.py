@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..wording import counted
 from .bound import Bound
 from .jacobian import Jacobian
 from .weights import Spectrum
@@ -37,7 +38,7 @@ class Entropy:
         return self.values / math.log(self.keys) if self.keys > 1 else torch.full_like(self.values, torch.nan)
 
 
-@dataclass
+@dataclass(repr=False)
 class Measurement:
     """Result of :func:`measure`.
 
@@ -58,6 +59,14 @@ class Measurement:
     jacobians: list[Jacobian] = field(default_factory=list)
     bounds: dict[tuple[str, int], Bound] = field(default_factory=dict)
     left_out: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Say what was measured; the values are in :meth:`rows`."""
+        return (
+            f"Measurement({counted(len(self.sites), 'site')}: {counted(len(self.spectra), 'matrix', 'matrices')}, "
+            f"{counted(len(self.entropies), 'entropy', 'entropies')}, {counted(len(self.jacobians), 'Jacobian')}; "
+            f"{len(self.left_out)} left out; rows() has the values)"
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat row for each site, head and matrix, and one for the entropy of each site and head.

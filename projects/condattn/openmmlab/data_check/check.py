@@ -169,10 +169,10 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     kind = _kind(leaf)
     if kind is None and is_local(leaf) and cfg.get("default_scope") in LOADED:
         return _load(leaf, name)
-    if kind is None or not is_local(leaf):
-        return Findings(
-            summary=f"{name}, not read by this check, which knows local files of CocoDataset and BaseSegDataset"
-        )
+    if not is_local(leaf):
+        return Findings(summary=f"{name}, not checked, because its files are in a remote storage")
+    if kind is None:
+        return Findings(summary=f"{name}, not checked, because it reads its files by methods of its own")
     if problems := list(slips(leaf)):
         return Findings(errors=problems)
     if not any(named_paths(leaf)) and not _data_root(leaf).is_dir():

@@ -31,7 +31,7 @@ class DigitScenesSegmentation(BaseSegDataset):
             **kwargs,
         )
 
-    def load_data_list(self) -> list[dict]:
-        """Write the scenes if they are missing, and list them as upstream does."""
+    def full_init(self) -> None:
+        """Write the scenes if they are missing, and load them as upstream does."""
         ensure_digit_scenes(self.data_root)
-        return super().load_data_list()
+        super().full_init()

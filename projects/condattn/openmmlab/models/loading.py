@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...condition import conditioning_of, same_conditioning
 from ...methods.base import registered_methods
+from ...methods.parsing import parse
 from ...methods.weight import WeightMethod
 from ...weights.files import weights_of
 from ...weights.names import recognize, translate
@@ -162,11 +163,11 @@ def _in_names_of(model: nn.Module, record: Record, checkpoint: Any) -> Record:
 
 
 def _as_setting(methods: list[dict[str, Any]]) -> str:
-    """Format the methods of a site as the value of ``conditioning`` in a configuration."""
-    calls = [f"dict({', '.join(f'{key}={value!r}' for key, value in method.items())})" for method in methods]
-    if not calls:
-        return "'none'"
-    return calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+    """Format the methods of a site as the value of ``conditioning`` in a configuration, or as recorded if unknown."""
+    try:
+        return repr("+".join(map(str, parse(methods))) or "none")
+    except ValueError:
+        return repr(methods)
 
 
 def _refuse(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: dict, *_: Any) -> None:

@@ -9,9 +9,13 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from contextlib import redirect_stdout
+from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -23,6 +27,7 @@ from torch import nn
 
 from ...stack import check_stack, describe_operators
 from ..config_files import is_config
+from ..data_check.settings import class_of
 from ..errors import UserError
 from ..hooks.conditioning_guard import ConditioningGuardHook
 from ..hooks.exact_resume import ExactResumeHook
@@ -46,11 +51,12 @@ class ConfigOptions(DictAction):
         return val if re.fullmatch(r"\w+\(.*\).*|.*\+\w+\(.*\)", val) else DictAction._parse_iterable(val)
 
 
-def add_config_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of all tools: the configuration and changes to it."""
+def add_config_arguments(parser: ArgumentParser, otherwise: str = "") -> None:
+    """Add the arguments of all tools: the configuration (its help ends with ``otherwise``) and changes to it."""
     parser.add_argument(
         "config",
-        help="configuration file; its default_scope (mmdet, mmseg, mmpretrain or mmengine) decides the toolbox",
+        help="configuration file; its default_scope (mmdet, mmseg, mmpretrain or mmengine) decides the toolbox"
+        + otherwise,
     )
     parser.add_argument(
         "--cfg-options",
@@ -177,7 +183,29 @@ def build_model(cfg: Config) -> nn.Module:
             raise
         if isinstance(error, TypeError) and "unexpected keyword argument" not in message:
             raise
-        raise UserError(f"the model of {cfg.filename} cannot be built: {message}") from error
+        raise UserError(f"the model of {cfg.filename} cannot be built: {message}{_hint(settings, message)}") from error
+
+
+def _hint(settings: Any, message: str) -> str:
+    """Name the setting that ``message`` complains about, with its path, and the most similar one that its class has."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", message)
+    for path, part in _parts(settings, "model") if found else ():
+        cls = class_of(part, MODELS)
+        if found[1] not in part or not isinstance(cls, type):
+            continue
+        known = {name for base in cls.__mro__ for name in signature(base.__init__).parameters}
+        similar = get_close_matches(found[1], known - {found[1]}, n=1)
+        return f"; it is {path}.{found[1]}" + (f"; did you mean {path}.{similar[0]}?" if similar else "")
+    return ""
+
+
+def _parts(node: Any, path: str) -> Iterator[tuple[str, dict]]:
+    """Yield the dictionaries of a configuration that name a type, outer ones first, with their paths."""
+    if isinstance(node, dict) and "type" in node:
+        yield path, node
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, child in children:
+        yield from _parts(child, f"{path}.{key}")
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:

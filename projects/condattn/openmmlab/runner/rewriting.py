@@ -16,11 +16,19 @@ from .inference import find_images
 from .launch import add_config_arguments, load_config
 
 
-def add_rewriting_arguments(parser: ArgumentParser, images: int) -> None:
-    """Add the configuration, the checkpoint, the images (default number: ``images``), the new file and the device."""
+def add_rewriting_arguments(parser: ArgumentParser, images: int, use: str) -> None:
+    """Add the configuration, the checkpoint, the images, the new file and the device.
+
+    Args:
+        parser: The parser of the tool.
+        images: Default number of images.
+        use: What the images are used for, as the end of a sentence in the help.
+    """
     add_config_arguments(parser)
     parser.add_argument("checkpoint", help="file or URL of the weights")
-    parser.add_argument("--images", type=Path, required=True, help="folder of images like those of the training")
+    parser.add_argument(
+        "--images", type=Path, required=True, help=f"folder of images like those of the training, {use}"
+    )
     parser.add_argument("--out", type=Path, required=True, help="file to write; it must not exist")
     parser.add_argument("--num", type=int, default=images, help="how many images are used (default: %(default)s)")
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
