@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.study import run as run_module
 from condattn.openmmlab.study.check import check_metric, check_start, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
 from condattn.openmmlab.study.report import begun_studies, is_complete, write_documents, write_report
-from condattn.openmmlab.study.results import FAILED, Record, Results
+from condattn.openmmlab.study.results import FAILED, Record, Results, versions
 from condattn.openmmlab.study.run import read_curves, training_config
 
 STUDIES = sorted((CONFIGS / "studies").glob("*.py"))
@@ -292,6 +294,33 @@ def test_results_of_another_study(study_file, tmp_path):
     other = Results(load_study(study_file(("difference = 5.0", "difference = 4.0"))), tmp_path)
     with pytest.raises(UserError, match="written by another study.*a study that has begun is not changed"):
         other.header()
+
+
+def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monkeypatch):
+    """A run is taken over if configuration, metric, stage, commit and packages are equal; another one is executed."""
+    first = load_study(study_file())
+    second = replace(first, name="second", variants={"base": first.variants["none"], "pc": first.variants["pc"]})
+    there, here = Results(first, tmp_path), Results(second, tmp_path)
+    finals = [RunId(FINAL, variant, 1, 1e-3) for variant in ("none", "pc")]
+    training = run_module._training(first, training_config(first, finals[0], tmp_path, tmp_path))
+    record = a_record(finals[0], 61.0, commit="abc", versions=versions(), training=training)
+    there.add(record)
+    monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
+    monkeypatch.setattr(run_module, "_call", lambda *arguments: "it was executed")
+    base = replace(finals[0], variant="base")
+    taken = run_module.execute(second, here, base, tmp_path, "abc")
+    assert taken == here.records()[base] == replace(record, run=base, origin="tiny")
+    here.write_header(commit="abc", versions={})
+    write_report(second, here)
+    assert "1 of the runs are those of tiny, the same trainings." in (here.folder / "report.md").read_text()
+    tuning = replace(base, stage="tuning")
+    for study, results, one, commit in (
+        *((second, here, replace(base, seed=0), "abc"), (second, here, replace(base, rate=1e-4), "abc")),
+        *((second, here, finals[1], "abc"), (second, here, base, "abd"), (second, here, tuning, "abc")),
+        (replace(second, metric="accuracy/top5"), here, base, "abc"),
+    ):
+        with pytest.raises(run_module.RunError, match="it was executed"):
+            run_module.execute(study, results, one, tmp_path, commit)
 
 
 def test_broken_results(study_file, tmp_path):

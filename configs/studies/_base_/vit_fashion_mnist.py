@@ -6,7 +6,8 @@ images for the final evaluation.
 """
 
 default_scope = "mmpretrain"
-custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
+# The second module has the preconditioners with a gain, for fashion_mnist_gain.py.
+custom_imports = dict(imports=["condattn.registry", "condattn.openmmlab.study.gain"], allow_failed_imports=False)
 
 model = dict(
     type="ImageClassifier",

@@ -175,6 +175,10 @@ def tables(study: Study, results: Results) -> tuple[list[Table], str]:
         finals = len(study.variants) * len(study.seeds)
         total = sum(run.stage != FINAL for run in planned) + finals
         status = f"Incomplete: {done} of {total} runs are finished; there are no comparisons before all of them are."
+    origins = [record.origin for record in results.records().values() if record.origin]
+    status += "".join(
+        f" {origins.count(name)} of the runs are those of {name}, the same trainings." for name in sorted(set(origins))
+    )
     failed = [f"{run} ({record.error})" for run, record in results.records().items() if record.status == FAILED]
     if failed:
         status += f" Failed, and counted with their last score: {'; '.join(failed)}."

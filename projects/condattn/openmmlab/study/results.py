@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Record:
         error: Why the run failed; empty if it finished.
         commit: Commit of the code that ran.
         versions: Package -> version.
+        training: Hash of the training's configuration; empty if no other study may use the run.
+        origin: Name of the study that executed the run; empty if it was this one.
     """
 
     run: RunId
@@ -56,6 +58,8 @@ class Record:
     error: str = ""
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    training: str = ""
+    origin: str = ""
 
     def same_results(self, other: "Record") -> bool:
         """Whether ``other`` is the same run with results that are equal bit for bit."""
@@ -134,18 +138,16 @@ class Results:
         Raises:
             UserError: If a line cannot be read.
         """
-        if self._snapshot is not None:
-            return self._snapshot
-        path = self.folder / "runs.jsonl"
-        found = {}
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            values = _parse(line, path)
-            try:
-                record = Record(**{**values, "run": RunId(**values["run"])})
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{path}: a line is not the record of a run ({error}): {line[:80]}") from error
-            found[record.run] = record
-        return found
+        return _read(self.folder / "runs.jsonl") if self._snapshot is None else self._snapshot
+
+    def find_elsewhere(self, run: RunId, training: str, commit: str) -> Record | None:
+        """A record for ``run`` from the same training in another study, with equal code and packages; None if none."""
+        wanted = (training, run.stage, commit, versions())
+        for path in sorted(self.folder.parent.glob("*/runs.jsonl")) if training else ():
+            for record in _read(path).values() if path.parent != self.folder else ():
+                if (record.training, record.run.stage, record.commit, record.versions) == wanted:
+                    return replace(record, run=run, origin=record.origin or path.parent.name)
+        return None
 
     def scores(self) -> Scores:
         """Run -> last score on the tuning data."""
@@ -172,6 +174,19 @@ class Results:
         """Records of the final runs of a variant, in the order of the study's seeds."""
         records = {run.seed: r for run, r in self.records().items() if (run.stage, run.variant) == (FINAL, variant)}
         return [records[seed] for seed in self.study.seeds if seed in records]
+
+
+def _read(path: Path) -> dict[RunId, Record]:
+    """Read the records in ``path``, which are none if the file is missing."""
+    found = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        values = _parse(line, path)
+        try:
+            record = Record(**{**values, "run": RunId(**values["run"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: a line is not the record of a run ({error}): {line[:80]}") from error
+        found[record.run] = record
+    return found
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:

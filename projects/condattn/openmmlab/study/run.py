@@ -1,6 +1,7 @@
 """Execution of one run of a study: train and evaluate in a clean copy of the code, and record the results."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -134,6 +135,8 @@ def _index(place: Any, name: str, key: str, where: Path) -> str | int:
 def execute(study: Study, results: Results, run: RunId, root: Path, commit: str, keep: bool = True) -> Record:
     """Train and evaluate a run, and record it; an interrupted run is resumed.
 
+    The record of the same training in another study, with equal code and packages, is taken over.
+
     Args:
         study: The study.
         results: Results of the study.
@@ -153,6 +156,10 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         cfg = training_config(study, run, code, root)
         iterations = cfg.train_cfg.max_iters
         cfg.dump(str(config))
+        training = _training(study, cfg)
+        if keep and (record := results.find_elsewhere(run, training, commit)):
+            results.add(record)
+            return record
         error = _call(code, root, folder / "train.log", "train.py", config, "--work-dir", folder, "--resume")
         curve, spectra = read_curves(folder, study.metric)
         if error and DIVERGED not in error:
@@ -174,6 +181,7 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
             error=error,
             commit=commit,
             versions=versions(),
+            training=training,
         )
         if keep:
             results.add(record)
@@ -182,6 +190,12 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         else:
             shutil.rmtree(folder)
     return record
+
+
+def _training(study: Study, cfg: Config) -> str:
+    """Hash of a training and its score; empty for a study whose trainings start from checkpoints, which may change."""
+    text = f"{study.metric}\n{cfg.pretty_text}"
+    return "" if study.start else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager
