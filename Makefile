@@ -12,6 +12,8 @@ WORK := work_dirs/demo/mask_rcnn_swin_pc
 DTYPE := float32
 TABLES := work_dirs/benchmark
 , := ,
+tests = $(patsubst %,tests/test_%.py,$(1))
+CORE := $(call tests,condition parsing rules fold preconditioner spectral multihead kernels swin)
 # Run test files in parallel processes, each with one thread.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
@@ -80,9 +82,8 @@ test: setup
 
 # -k selects one model each of timm, torchvision, mmdet, mmseg, mmpretrain and transformers, by the ends of test names.
 test-fast: setup
-	$(PY) -m pytest tests/test_condition.py tests/test_preconditioner.py tests/test_spectral.py tests/test_multihead.py \
-	    tests/test_first_forward.py tests/test_kernels.py tests/test_swin.py tests/test_walk.py tests/test_contributing.py \
-	    tests/test_metafile.py -k 'not test_walk and not interpreter or xcit] or swintransformer] or maxvit] or segformer]'
+	$(PY) -m pytest $(CORE) $(call tests,first_forward walk contributing metafile) \
+	    -k 'not test_walk and not interpreter or xcit] or swintransformer] or maxvit] or segformer]'
 
 test-slow: setup
 	$(PY) -m pytest -m slow $(PARALLEL)
@@ -94,9 +95,7 @@ test-stock: $(STOCK)/.installed
 
 # The tests of the core and of mmcv's operators, and one short training each of the detector and the segmenter.
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest tests/test_condition.py tests/test_methods.py tests/test_preconditioner.py \
-	    tests/test_spectral.py tests/test_multihead.py tests/test_kernels.py tests/test_swin.py tests/test_mmcv_ops.py \
-	    tests/test_mmcv_ext.py tests/test_tools.py
+	$(NEWEST)/bin/python -m pytest $(CORE) $(call tests,methods mmcv_ops mmcv_ext tools)
 
 # Installed outside the environment, because mmpretrain, and with it mmdet, cannot be imported with this release.
 $(TRANSFORMERS)/.installed: | setup

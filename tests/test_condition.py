@@ -1,40 +1,18 @@
-"""``condition``, ``fold`` and ``conditioning_of``, and the errors that they raise."""
+"""``condition`` and ``conditioning_of``: sites, patterns, several methods, and the errors that they raise."""
 
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
-from registrations import registrations_undone
+from small_transformer import SITES, output, transformer
 from torch import nn
 
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.attention import rules as sites
 from condattn.methods import base as registry
-from condattn.methods.parsing import split_names
-
-
-def transformer():
-    torch.manual_seed(0)
-    return nn.Transformer(16, 4, 2, 2, 32, dropout=0.0, batch_first=True).eval()
-
-
-def output(model, dtype=torch.float32):
-    torch.manual_seed(1)
-    return model(torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 3, 16, dtype=dtype))
-
-
-SITES = [
-    "encoder.layers.0.self_attn",
-    "encoder.layers.1.self_attn",
-    "decoder.layers.0.self_attn",
-    "decoder.layers.0.multihead_attn",
-    "decoder.layers.1.self_attn",
-    "decoder.layers.1.multihead_attn",
-]
 
 
 def test_find_sites_sees_the_same_before_and_after():
@@ -89,37 +67,6 @@ def test_patterns_that_leave_nothing():
 def test_no_site():
     with pytest.raises(ValueError, match="Linear has no attention site to condition: none of its modules is of the"):
         condattn.condition(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"StrangeAttention \(the model itself\): no rule describes it; add a rule"):
-        condattn.condition(StrangeAttention())
-
-
-class StrangeAttention(nn.Module):
-    """Attention for which no rule exists."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
-
-
-def test_unknown_attention_is_named_with_the_rule_to_add():
-    model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), a=StrangeAttention(), b=StrangeAttention()))
-    with pytest.warns(UserWarning, match=r"StrangeAttention \(a and 1 more\): no rule describes it; add a rule"):
-        assert condattn.condition(model, "pc").conditioned == ("known",)
-    condattn.register_exception(f"{__name__}.StrangeAttention", "it is a test")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        condattn.condition(model, "sc")
-    del sites._EXCEPTIONS[f"{__name__}.StrangeAttention"]
-
-
-def test_unknown_attention_is_left_out_without_a_warning_where_patterns_say_so():
-    model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), strange=StrangeAttention()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert condattn.condition(model, "pc", exclude="strange").conditioned == ("known",)
-        assert condattn.condition(model, "sc", include="known").conditioned == ("known",)
-        with pytest.raises(ValueError, match="leave no attention site"):
-            condattn.condition(model, "none", include="strange")
 
 
 def test_patterns_of_the_baseline_are_checked():
@@ -208,19 +155,6 @@ def test_a_convolution_that_is_no_projection():
     del sites._RULES[name]
 
 
-@pytest.mark.parametrize("name", ["pcc", "", "none+pc", "pc+", 3, dict(strength=1.0), dict(type="Nothing")])
-def test_unknown_name(name):
-    model = transformer()
-    with pytest.raises(ValueError, match=r"Known: 'pc' \(RowPreconditioner\), 'sc' \(SpectralCorrection\).*'none'"):
-        condattn.condition(model, name)
-    assert not any(condattn.conditioning_of(model).values())
-
-
-def test_unknown_setting():
-    with pytest.raises(ValueError, match=r"RowPreconditioner: .*'strength'; its settings are detach, eps"):
-        condattn.condition(transformer(), dict(type="RowPreconditioner", strength=1.0))
-
-
 def test_method_twice():
     with pytest.raises(ValueError, match="names RowPreconditioner more than once"):
         condattn.condition(transformer(), "pc+sc+pc")
@@ -251,26 +185,6 @@ def test_parametrized_weights_are_refused():
     nn.utils.parametrizations.weight_norm(module.qkv)
     with pytest.raises(ValueError, match="cannot condition its parametrized Linear"):
         condattn.condition(module, "sc")
-
-
-@pytest.mark.parametrize(
-    ("text", "methods"),
-    [
-        ("pc", [RowPreconditioner()]),
-        ("sc", [SpectralCorrection(strength=1.0)]),
-        ("sc(strength=10.0)", [SpectralCorrection()]),
-        ("sc(relative=True, form='svd')", [SpectralCorrection(form="svd")]),
-        ("pc(detach=True, eps=1e-08)", [RowPreconditioner(detach=True, eps=1e-8)]),
-        (
-            "sc(strength={'q': 1.0, 'v': 2.0}, targets=('q', 'v'))+pc",
-            [SpectralCorrection(dict(q=1.0, v=2.0), targets=("q", "v")), RowPreconditioner()],
-        ),
-    ],
-)
-def test_names_take_settings_and_are_printed_with_them(text, methods):
-    assert condattn.methods.parse(text) == methods
-    assert "+".join(map(str, methods)) == text
-    assert str(condattn.condition(transformer(), methods)).endswith(f"attention sites: {text}")
 
 
 @pytest.mark.parametrize(
@@ -306,36 +220,6 @@ def test_two_methods_for_one_thing_are_refused(base, message, at_once):
         del registry._METHODS["Other"], registry._ALIASES["other"]
 
 
-def test_lists_of_names():
-    names = ["none", "sc(targets=('q', 'k'), strength={'q': 1.0, 'k': 2.0})+pc", "pc"]
-    assert split_names(", ".join(names)) == names
-
-
-def test_a_short_name_in_the_long_form():
-    """A short name has the same settings as the ``type`` of a dictionary."""
-    assert condattn.methods.parse(dict(type="sc", targets=("q",))) == [SpectralCorrection(1.0, targets=("q",))]
-    assert condattn.methods.parse(dict(type="SpectralCorrection")) == [SpectralCorrection(10.0)]
-
-
-@pytest.mark.parametrize(
-    "text", ["pc(", "pc+", "pc(1)", "pc(**{})", "pc.sc", "sc-pc", "sc(strength=print(1))", "3", ""]
-)
-def test_texts_that_cannot_be_read(text):
-    with pytest.raises(ValueError, match="cannot read the conditioning .*expected a text such as"):
-        condattn.methods.parse(text)
-
-
-def test_conditioning_of_gives_the_long_form_back():
-    model = transformer()
-    methods = [SpectralCorrection(dict(q=1.0, v=2.0), targets=("q", "v")), RowPreconditioner(detach=True)]
-    condattn.condition(model, methods, include="encoder")
-    told = condattn.conditioning_of(model)
-    assert told["decoder.layers.0.self_attn"] == []
-    other = transformer()
-    condattn.condition(other, told["encoder.layers.0.self_attn"], include="encoder")
-    assert condattn.conditioning_of(other) == told
-
-
 def test_a_user_method_is_one_class(request):
     from dataclasses import dataclass
 
@@ -369,76 +253,11 @@ def test_a_user_method_is_one_class(request):
         condattn.register_method(Halve)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
-@pytest.mark.parametrize("conditioning", ["sc", "sc+pc", SpectralCorrection(form="svd")], ids=str)
-def test_fold_computes_the_same(conditioning, dtype, tolerance, training):
-    model = transformer().to(dtype).train(training)
-    condattn.condition(model, conditioning)
-    want = output(model, dtype)
-    assert condattn.fold(model) == len(SITES)
-    torch.testing.assert_close(output(model, dtype), want, rtol=0, atol=tolerance)
-    assert condattn.fold(model) == 0
-
-
-def test_a_folded_model_takes_the_fused_inference_kernel():
-    """torch's encoder layers use this kernel only without gradients, and it rounds differently."""
-    model = transformer()
-    condattn.condition(model, SpectralCorrection(1.0))
-    with torch.no_grad():
-        want = output(model)
-        condattn.fold(model)
-        torch.testing.assert_close(output(model), want, rtol=0, atol=1e-5)
-
-
-def test_folded_correction_is_the_vanilla_model():
-    model, vanilla = transformer(), transformer()
-    condattn.condition(model, SpectralCorrection(2.0, relative=True))
-    assert set(model.state_dict()) > set(vanilla.state_dict())
-    parameters = dict(model.named_parameters())
-    want = output(model)
-    condattn.fold(model)
-    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in vanilla.named_modules()]
-    assert list(model.state_dict()) == list(vanilla.state_dict())
-    assert list(dict(model.named_buffers())) == list(dict(vanilla.named_buffers()))
-    assert all(p is parameters[n] for n, p in model.named_parameters())
-    vanilla.load_state_dict(model.state_dict())
-    torch.testing.assert_close(output(vanilla), want, rtol=0, atol=1e-6)
-
-
-def test_fold_keeps_the_preconditioner():
-    model = transformer()
-    condattn.condition(model, "sc+pc")
-    condattn.fold(model)
-    assert set(map(str, condattn.conditioning_of(model).values())) == {str([RowPreconditioner().to_dict()])}
-
-
 def test_the_model_itself_may_be_the_site():
     module = nn.MultiheadAttention(8, 2)
     report = condattn.condition(module, "pc")
     assert report.conditioned == ("",)
     assert "1 of 1 attention sites" in str(report)
-
-
-def test_register_rule():
-    class Mine(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv, self.proj = nn.Linear(6, 18), nn.Linear(6, 6)
-
-        def forward(self, x):
-            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 3)).movedim(-2, -3).unbind(-4 + 1)
-            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
-
-    name = f"{Mine.__module__}.{Mine.__qualname__}"
-    condattn.register_rule(name, lambda m: dict(num_heads=2, out=condattn.into(m.proj), **condattn.thirds(m.qkv)))
-    try:
-        model = nn.Sequential(Mine())
-        assert condattn.condition(model, "sc+pc").conditioned == ("0",)
-        with pytest.raises(ValueError, match="has a rule already"):
-            condattn.register_rule(name, dict)
-    finally:
-        del sites._RULES[name]
 
 
 @pytest.mark.parametrize("conditioning", ["pc", "sc", SpectralCorrection(form="svd")], ids=str)
@@ -471,46 +290,3 @@ def test_import_is_light():
     }
     assert not third_party & set(done.stdout.split())
     assert "condattn" in done.stdout
-
-
-class Separate(nn.Module):
-    """A made-up attention class, which tests describe wrongly."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
-
-
-@pytest.mark.parametrize(
-    ("describe", "message"),
-    [
-        (lambda m: dict(num_heads=2, q=m.q, out=condattn.into(m.out)), "expected q made by whole.*, found a Linear"),
-        (lambda m: dict(num_heads=2, q=condattn.whole(m.q), out=m.out), "expected out made by into.*, found a Linear"),
-        (lambda m: dict(num_heads=2, **condattn.thirds(m.q)), "has 8 rows, which are not 3 equal parts"),
-        (lambda m: dict(heads=2, q=condattn.whole(m.q)), "unexpected keyword argument 'heads'"),
-        (lambda m: dict(q=condattn.whole(m.q)), "missing .* argument: 'num_heads'"),
-        (lambda m: None, "expected a dictionary with num_heads, q, k, v and out"),
-        (lambda m: dict(num_heads=m.num_heads), "AttributeError: 'Separate' object has no attribute 'num_heads'"),
-    ],
-)
-def test_rules_that_are_wrong(describe, message):
-    with registrations_undone():
-        condattn.register_rule(f"{Separate.__module__}.Separate", describe)
-        with pytest.raises(ValueError, match=f"the rule for .*Separate is wrong: .*{message}"):
-            condattn.condition(nn.Sequential(Separate()), "pc")
-
-
-@pytest.mark.parametrize("name", [Separate, "Separate"])
-def test_rules_for_classes_that_are_not_named_fully(name):
-    with pytest.raises(ValueError, match="expected the module and name of a class as text"):
-        condattn.register_rule(name, dict)
-
-
-def test_measurements_without_scipy(monkeypatch):
-    """They need it for Jacobians alone."""
-    measure = condattn.spectra.measure
-    monkeypatch.setattr(sys.modules[measure.__module__], "HAS_SCIPY", False)
-    model = nn.MultiheadAttention(8, 2, batch_first=True)
-    assert measure(model, quantities=["weights"]).rows()
-    with pytest.raises(ModuleNotFoundError, match="needs numpy and scipy: pip install"):
-        measure(model, torch.rand(1, 4, 8), quantities=["jacobian"])

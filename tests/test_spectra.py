@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -259,3 +260,13 @@ def test_warnings():
     (line,) = find_warnings({"": measured})
     assert line.startswith("the preconditioner raises the condition number")
     assert find_warnings({"": measured}, trained=False) == []
+
+
+def test_measurements_without_scipy(monkeypatch):
+    """They need it for Jacobians alone."""
+    measure = condattn.spectra.measure
+    monkeypatch.setattr(sys.modules[measure.__module__], "HAS_SCIPY", False)
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    assert measure(model, quantities=["weights"]).rows()
+    with pytest.raises(ModuleNotFoundError, match="needs numpy and scipy: pip install"):
+        measure(model, torch.rand(1, 4, 8), quantities=["jacobian"])

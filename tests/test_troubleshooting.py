@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 LINES = re.findall(r"^(?:### |Also: )(`.*`)$", PAGE, re.MULTILINE)
 MESSAGES = [message for line in LINES for message in re.findall(r"`([^`]+)`", line)]
-EXPECTING = ("test_bad_input", "test_bad_files", "test_condition", "test_checkpoints")
+EXPECTING = ("test_bad_input", "test_bad_files", "test_condition", "test_parsing", "test_rules", "test_checkpoints")
 FOREIGN = {"ImportError: libGL.so.1", "ModuleNotFoundError: No module named 'mmengine'"}
 """Messages of other software."""
 IGNORED = {
@@ -102,7 +102,7 @@ def covers(message, text):
 @pytest.mark.parametrize("name", EXPECTING)
 def test_the_page_has_what_the_tests_expect(name):
     found = [texts for texts in expectations(ast.parse((ROOT / "tests" / f"{name}.py").read_text())) if texts]
-    assert len(found) > 15
+    assert len(found) > 2
     ignored = [text for texts in IGNORED.values() for text in texts]
     missing = [
         texts

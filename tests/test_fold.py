@@ -1,0 +1,52 @@
+"""``fold``: the function stays, and the layers become the host library's own again."""
+
+import pytest
+import torch
+from small_transformer import SITES, output, transformer
+
+import condattn
+from condattn import RowPreconditioner, SpectralCorrection
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("conditioning", ["sc", "sc+pc", SpectralCorrection(form="svd")], ids=str)
+def test_fold_computes_the_same(conditioning, dtype, tolerance, training):
+    model = transformer().to(dtype).train(training)
+    condattn.condition(model, conditioning)
+    want = output(model, dtype)
+    assert condattn.fold(model) == len(SITES)
+    torch.testing.assert_close(output(model, dtype), want, rtol=0, atol=tolerance)
+    assert condattn.fold(model) == 0
+
+
+def test_a_folded_model_takes_the_fused_inference_kernel():
+    """torch's encoder layers use this kernel only without gradients, and it rounds differently."""
+    model = transformer()
+    condattn.condition(model, SpectralCorrection(1.0))
+    with torch.no_grad():
+        want = output(model)
+        condattn.fold(model)
+        torch.testing.assert_close(output(model), want, rtol=0, atol=1e-5)
+
+
+def test_folded_correction_is_the_vanilla_model():
+    model, vanilla = transformer(), transformer()
+    condattn.condition(model, SpectralCorrection(2.0, relative=True))
+    assert set(model.state_dict()) > set(vanilla.state_dict())
+    parameters = dict(model.named_parameters())
+    want = output(model)
+    condattn.fold(model)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in vanilla.named_modules()]
+    assert list(model.state_dict()) == list(vanilla.state_dict())
+    assert list(dict(model.named_buffers())) == list(dict(vanilla.named_buffers()))
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    vanilla.load_state_dict(model.state_dict())
+    torch.testing.assert_close(output(vanilla), want, rtol=0, atol=1e-6)
+
+
+def test_fold_keeps_the_preconditioner():
+    model = transformer()
+    condattn.condition(model, "sc+pc")
+    condattn.fold(model)
+    assert set(map(str, condattn.conditioning_of(model).values())) == {str([RowPreconditioner().to_dict()])}

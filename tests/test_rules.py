@@ -1,0 +1,95 @@
+"""Rules for attention classes: registered, missing, and wrong ones."""
+
+import warnings
+
+import pytest
+from registrations import registrations_undone
+from torch import nn
+
+import condattn
+from condattn.attention import rules as sites
+
+
+class StrangeAttention(nn.Module):
+    """Attention for which no rule exists."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
+
+
+def test_unknown_attention_is_named_with_the_rule_to_add():
+    with pytest.raises(ValueError, match=r"StrangeAttention \(the model itself\): no rule describes it; add a rule"):
+        condattn.condition(StrangeAttention())
+    model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), a=StrangeAttention(), b=StrangeAttention()))
+    with pytest.warns(UserWarning, match=r"StrangeAttention \(a and 1 more\): no rule describes it; add a rule"):
+        assert condattn.condition(model, "pc").conditioned == ("known",)
+    condattn.register_exception(f"{__name__}.StrangeAttention", "it is a test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        condattn.condition(model, "sc")
+    del sites._EXCEPTIONS[f"{__name__}.StrangeAttention"]
+
+
+def test_unknown_attention_is_left_out_without_a_warning_where_patterns_say_so():
+    model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), strange=StrangeAttention()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert condattn.condition(model, "pc", exclude="strange").conditioned == ("known",)
+        assert condattn.condition(model, "sc", include="known").conditioned == ("known",)
+        with pytest.raises(ValueError, match="leave no attention site"):
+            condattn.condition(model, "none", include="strange")
+
+
+def test_register_rule():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(6, 18), nn.Linear(6, 6)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 3)).movedim(-2, -3).unbind(-4 + 1)
+            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+
+    name = f"{Mine.__module__}.{Mine.__qualname__}"
+    condattn.register_rule(name, lambda m: dict(num_heads=2, out=condattn.into(m.proj), **condattn.thirds(m.qkv)))
+    try:
+        model = nn.Sequential(Mine())
+        assert condattn.condition(model, "sc+pc").conditioned == ("0",)
+        with pytest.raises(ValueError, match="has a rule already"):
+            condattn.register_rule(name, dict)
+    finally:
+        del sites._RULES[name]
+
+
+class Separate(nn.Module):
+    """A made-up attention class, which tests describe wrongly."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("describe", "message"),
+    [
+        (lambda m: dict(num_heads=2, q=m.q, out=condattn.into(m.out)), "expected q made by whole.*, found a Linear"),
+        (lambda m: dict(num_heads=2, q=condattn.whole(m.q), out=m.out), "expected out made by into.*, found a Linear"),
+        (lambda m: dict(num_heads=2, **condattn.thirds(m.q)), "has 8 rows, which are not 3 equal parts"),
+        (lambda m: dict(heads=2, q=condattn.whole(m.q)), "unexpected keyword argument 'heads'"),
+        (lambda m: dict(q=condattn.whole(m.q)), "missing .* argument: 'num_heads'"),
+        (lambda m: None, "expected a dictionary with num_heads, q, k, v and out"),
+        (lambda m: dict(num_heads=m.num_heads), "AttributeError: 'Separate' object has no attribute 'num_heads'"),
+    ],
+)
+def test_rules_that_are_wrong(describe, message):
+    with registrations_undone():
+        condattn.register_rule(f"{Separate.__module__}.Separate", describe)
+        with pytest.raises(ValueError, match=f"the rule for .*Separate is wrong: .*{message}"):
+            condattn.condition(nn.Sequential(Separate()), "pc")
+
+
+@pytest.mark.parametrize("name", [Separate, "Separate"])
+def test_rules_for_classes_that_are_not_named_fully(name):
+    with pytest.raises(ValueError, match="expected the module and name of a class as text"):
+        condattn.register_rule(name, dict)
