@@ -276,6 +276,26 @@ def test_reports_are_the_same_every_time(study_file, tmp_path):
     assert {path: path.read_bytes() for path in write_report(study, results)} == before
 
 
+def test_the_page_of_results(study_file, tmp_path):
+    """The estimate over all studies and its figure appear when the first study is complete."""
+    studies = tmp_path / "configs" / "studies"
+    study_file()
+    shutil.copytree(tmp_path / "_base_", studies / "_base_")
+    shutil.move(tmp_path / "tiny.py", studies)
+    results = Results(load_study(str(studies / "tiny.py")), tmp_path)
+    results.write_header(commit="abc", versions={"torch": "2.11"})
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("tiny", "pooled")))
+    assert write_documents(tmp_path) == [page]
+    assert "Incomplete: 0 of 12 runs" in page.read_text() and "svg)\n<!-- end pooled" not in page.read_text()
+    finish(results, {"none": 50.0, "pc": 70.0})
+    figure = page.with_name("differences.svg")
+    assert write_documents(tmp_path) == [page, figure]
+    assert "| pc | 1 |" in page.read_text() and "(differences.svg)\n<!-- end pooled -->" in page.read_text()
+    assert "tiny, pc, 2 seeds" in figure.read_text()
+
+
 def test_failed_runs_are_counted_and_named(study_file, tmp_path):
     study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[1e-4, 1e-3, 1e-2]")))
     results = Results(study, tmp_path)

@@ -3,6 +3,7 @@
 import io
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from .plan import Study
 from .results import Results
+from .statistics import Comparison
 
 COLORS = ("#555555", "#3b6fb6", "#d1702b", "#3d8f5f", "#a3479c", "#b5a02a", "#c0392b")
 QUANTITIES = {
@@ -51,6 +53,31 @@ def draw_spectra(study: Study, results: Results) -> str:
     return _render(found, draw) if found else ""
 
 
+def draw_differences(found: Sequence[tuple[Study, Sequence[Comparison]]]) -> str:
+    """Draw the differences of complete studies with their intervals, and the size of difference that matters.
+
+    Args:
+        found: Studies and their comparisons with the baseline, the first study at the top.
+    """
+    colors = dict(zip(dict.fromkeys(one.variant for _, family in found for one in family), COLORS[1:], strict=False))
+    rows = [(study, one) for study, family in found for one in family]
+    with _style():
+        figure = Figure(figsize=(7.0, 0.7 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        for y, (study, one) in enumerate(rows):
+            axes.barh(y, 2 * study.difference, height=0.7, left=-study.difference, color="#e8e8e8")
+            axes.plot([one.low, one.high], [y, y], color=colors[one.variant])
+            axes.plot(one.difference, y, "o", color=colors[one.variant])
+        axes.axvline(0.0, color="#555555", linewidth=0.8)
+        labels = [f"{study.name}, {one.variant}, {one.seeds} seeds" for study, one in rows]
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set(
+            ylim=(len(rows) - 0.5, -0.5),
+            xlabel="difference to 'none' in points, 95 % intervals; grey: smaller than what matters",
+        )
+        return _svg(figure)
+
+
 def family_members(study: Study, family: str) -> list[str]:
     """Names of the references and variants of a family, without repetition."""
     pairs = study.families[family]
@@ -72,7 +99,7 @@ def _band(axes: Axes, curves: Sequence[Sequence[Sequence[float]]], label: str, c
 def _render(panels: Sequence[str], draw: Callable[[Axes, str], None]) -> str:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context({"svg.hashsalt": "condattn", "svg.fonttype": "none", "font.size": 9}):
+    with _style():
         figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, index + 1)
@@ -80,6 +107,14 @@ def _render(panels: Sequence[str], draw: Callable[[Axes, str], None]) -> str:
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=7)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        return _svg(figure)
+
+
+def _style() -> AbstractContextManager:
+    return matplotlib.rc_context({"svg.hashsalt": "condattn", "svg.fonttype": "none", "font.size": 9})
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

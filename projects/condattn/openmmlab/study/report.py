@@ -13,7 +13,7 @@ import jinja2
 from mmengine.config import Config
 
 from ...weights.atomic import write_whole
-from .figures import draw_curves, draw_spectra
+from .figures import draw_curves, draw_differences, draw_spectra
 from .plan import FINAL, Study, chosen_rates, current_grid, load_study, planned_runs
 from .results import FAILED, Record, Results
 from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_difference, pool, seeds_for
@@ -21,6 +21,10 @@ from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_dif
 TEMPLATE = Path(__file__).with_name("report.html")
 POOLED = "pooled"
 """Marker of the section of docs/results.md about all studies."""
+FIGURE = "differences.svg"
+"""Name of the figure in that section."""
+METHODS = ("pc", "sc")
+"""Variants, compared with 'none', of which there is an estimate over all studies."""
 
 
 @dataclass(frozen=True)
@@ -260,10 +264,10 @@ def report_pilot(study: Study, results: Results) -> str:
 
 
 def write_documents(root: Path) -> list[Path]:
-    """Update the tables of docs/results.md, between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+    """Update the tables of docs/results.md, between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and its figure.
 
     Returns:
-        The path of the file in a list, which is empty if there is no such file.
+        Paths of the written files; empty if there is no docs/results.md.
     """
     path = root / "docs" / "results.md"
     if not path.is_file():
@@ -272,8 +276,12 @@ def write_documents(root: Path) -> list[Path]:
     found = begun_studies(root)
     for study, results in found:
         text = _fill(text, study.name, _summary(study, results))
-    text = _fill(text, POOLED, pooled_table(found).markdown())
-    return [_write(path, text)]
+    pooled, written = pooled_table(found).markdown(), []
+    differences = [(study, [*effects(study, results).values()]) for study, results in found if counts(study, results)]
+    if any(family for _, family in differences):
+        pooled += f"\n\n![differences with their intervals]({FIGURE})"
+        written.append(_write(path.with_name(FIGURE), draw_differences(differences)))
+    return [_write(path, _fill(text, POOLED, pooled)), *written]
 
 
 def _fill(text: str, name: str, content: str) -> str:
@@ -300,28 +308,31 @@ def _summary(study: Study, results: Results) -> str:
     return "\n\n".join([*parts, f"![learning curves](../results/{study.name}/curves.svg)"])
 
 
+def counts(study: Study, results: Results) -> bool:
+    """Whether a study enters the estimate over all studies: it is complete and not exploratory."""
+    return not study.exploratory and is_complete(study, results)
+
+
+def effects(study: Study, results: Results) -> dict[str, Comparison]:
+    """Name of a method -> its comparison with no conditioning, in a complete study; empty if it compares others."""
+    found = {
+        one.variant: one for family in comparisons(study, results).values() for one in family if one.reference == "none"
+    }
+    return {name: found[name] for name in METHODS if name in found}
+
+
 def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
     """Table of methods: the effect of each against the baseline, pooled over complete studies that compare it.
 
     Exploratory studies are left out.
     """
-    effects: dict[str, list[tuple[float, float]]] = {}
+    estimates: dict[str, list[tuple[float, float]]] = {}
     for study, results in found:
-        if study.exploratory or not is_complete(study, results):
-            continue
-        first = {
-            c.variant: c
-            for family in comparisons(study, results).values()
-            for c in family
-            if c.reference == study.baseline
-        }
-        for name in ("pc", "sc"):
-            if name in first and first[name].deviation > 0:
-                effects.setdefault(name, []).append(
-                    (first[name].difference, first[name].deviation ** 2 / first[name].seeds)
-                )
+        for name, one in effects(study, results).items() if counts(study, results) else ():
+            if one.deviation > 0:
+                estimates.setdefault(name, []).append((one.difference, one.deviation**2 / one.seeds))
     rows = []
-    for name, values in effects.items():
+    for name, values in estimates.items():
         if len(values) < 2:
             rows.append([name, str(len(values)), "", "", "", ""])
             continue
