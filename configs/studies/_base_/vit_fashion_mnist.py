@@ -63,7 +63,7 @@ test_dataloader = dict(
 val_evaluator = dict(type="Accuracy", topk=(1,))
 test_evaluator = val_evaluator
 
-iterations = 3000
+iterations = 2000
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations // 10)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
