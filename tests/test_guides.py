@@ -17,7 +17,7 @@ GUIDES = {
     "adding_an_attention_class.md": (7, 3),
     "adding_a_method.md": (5, 3),
     "methods.md": (3, 1),
-    "getting_started/torch.md": (5, 5),
+    "getting_started/torch.md": (8, 7),
     "deployment.md": (5, 2),
     "measuring.md": (3, 2),
 }
