@@ -25,7 +25,11 @@ QUANTITIES = {
 
 
 def draw_curves(study: Study, results: Results) -> str:
-    """Draw learning curves of each family on the tuning data: mean of the final runs, with one standard deviation."""
+    """Draw learning curves of each family on the tuning data: mean of the final runs, with one standard deviation.
+
+    Returns:
+        The figure, or an empty string if no final run has finished.
+    """
 
     def draw(axes: Axes, family: str) -> None:
         for color, name in zip(COLORS, family_members(study, family), strict=False):
@@ -33,7 +37,7 @@ def draw_curves(study: Study, results: Results) -> str:
             _band(axes, curves, name, color)
         axes.set(title=family, xlabel="iteration", ylabel=study.unit)
 
-    return _render(list(study.families), draw)
+    return _render(list(study.families), draw) if any(map(results.final, study.variants)) else ""
 
 
 def draw_spectra(study: Study, results: Results) -> str:

@@ -211,21 +211,20 @@ def write_report(study: Study, results: Results) -> list[Path]:
     spectra = draw_spectra(study, results)
     parts = [f"# {study.title}", status, NOTES]
     parts += [f"## {table.title}\n\n{table.markdown()}" for table in found]
-    parts.append("## Learning curves\n\n![score on the data that tune, mean and standard deviation](curves.svg)")
+    if curves:
+        parts.append("## Learning curves\n\n![score on the data that tune, mean and standard deviation](curves.svg)")
     if spectra:
         parts.append("## Condition numbers and entropy\n\n![medians over attention sites](spectra.svg)")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     contents = {
         "report.md": "\n\n".join(parts) + "\n",
         "table.csv": _csv(found),
-        "curves.svg": curves,
         "report.html": page.render(
             title=study.title, status=status, notes=NOTES, tables=found, curves=curves, spectra=spectra
         )
         + "\n",
     }
-    if spectra:
-        contents["spectra.svg"] = spectra
+    contents |= {name: figure for name, figure in (("curves.svg", curves), ("spectra.svg", spectra)) if figure}
     return [_write(results.folder / name, text) for name, text in contents.items()]
 
 
@@ -305,7 +304,9 @@ def _summary(study: Study, results: Results) -> str:
     found, status = tables(study, results)
     shown = [table for table in found if table.title != "Decided beforehand"]
     parts = [f"{status} [Report](../results/{study.name}/report.md)", *(table.markdown() for table in shown)]
-    return "\n\n".join([*parts, f"![learning curves](../results/{study.name}/curves.svg)"])
+    if any(map(results.final, study.variants)):
+        parts.append(f"![learning curves](../results/{study.name}/curves.svg)")
+    return "\n\n".join(parts)
 
 
 def counts(study: Study, results: Results) -> bool:
