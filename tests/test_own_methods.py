@@ -222,7 +222,7 @@ def test_the_record_and_the_guard(conditioning):
         check_conditioning(checkpoint, "a.pth", vit())
         check_conditioning({}, "a.pth", model)
     else:
-        with pytest.raises(UserError, match=r"a.pth is of a model with conditioning=.*dict\(type="):
+        with pytest.raises(UserError, match="a.pth is of a model with conditioning=.(scaled|shrunk|centred)"):
             check_conditioning(checkpoint, "a.pth", vit())
         with pytest.raises(UserError, match="a.pth is of a model with conditioning='none'"):
             check_conditioning({}, "a.pth", model)

@@ -260,7 +260,7 @@ def test_another_conditioning_is_refused(pretrain, refuse):
     for config in ("mask_rcnn_swin_pc", "upernet_swin_pc"):
         (line,) = commands(config, "swin_fashion_mnist")
         options = [option.replace("iter_400", "iter_2") for option in options_of(line)]
-        parts = (str(checkpoint.name), "SpectralCorrection", "RowPreconditioner", "6 of 6 attention sites")
+        parts = (str(checkpoint.name), "conditioning='sc'", "conditioning='pc'", "6 of 6 attention sites")
         refuse("train", DEMO / f"{config}.py", "--cfg-options", *options, parts=parts)
 
 
@@ -307,7 +307,7 @@ def test_a_record_of_an_unknown_naming_is_compared_as_it_is():
     checkpoint = dict(state_dict=model.state_dict(), meta=dict(conditioning=record_of(model)))
     check_start(checkpoint, "same.pth", model, "raw")
     condattn.remove(model)
-    with pytest.raises(ValueError, match="RowPreconditioner"):
+    with pytest.raises(ValueError, match="is of a model with conditioning='pc'"):
         check_start(checkpoint, "other.pth", model, "raw")
 
 

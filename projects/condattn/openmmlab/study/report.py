@@ -14,7 +14,7 @@ from mmengine.config import Config
 
 from ...weights.atomic import write_whole
 from .figures import draw_curves, draw_differences, draw_spectra
-from .plan import FINAL, Study, chosen_rates, current_grid, load_study, planned_runs
+from .plan import FINAL, TUNING, RunId, Study, chosen_rates, current_grid, load_study, planned_runs
 from .results import FAILED, Record, Results
 from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_difference, pool, seeds_for
 
@@ -134,6 +134,19 @@ def _p(value: float) -> str:
     return f"{value:.4f}" if value >= 1e-4 else "< 0.0001"
 
 
+def tuning_table(study: Study, results: Results) -> Table:
+    """Table of the tuning: the mean score of each variant with each learning rate."""
+    grid, scores, rows = current_grid(study, results.scores()), results.scores(), []
+    for name in study.variants:
+        cells = []
+        for rate in grid:
+            runs = [RunId(TUNING, name, seed, rate) for seed in study.tuning_seeds]
+            found = [study.factor * scores[run] for run in runs if run in scores]
+            cells.append(f"{mean_and_spread.mean(found):.2f}" if len(found) == len(runs) else "")
+        rows.append([name, *cells])
+    return Table(f"Tuning: mean scores in {study.unit}", ["variant", *(f"{rate:g}" for rate in grid)], rows)
+
+
 def plan_table(study: Study, results: Results) -> Table:
     """Table of the settings that were decided before the first run."""
     header = results.header()
@@ -186,7 +199,7 @@ def tables(study: Study, results: Results) -> tuple[list[Table], str]:
     failed = [f"{run} ({record.error})" for run, record in results.records().items() if record.status == FAILED]
     if failed:
         status += f" Failed, and counted with their last score: {'; '.join(failed)}."
-    return [*found, variant_table(study, results), plan_table(study, results)], status
+    return [*found, variant_table(study, results), tuning_table(study, results), plan_table(study, results)], status
 
 
 NOTES = (
@@ -302,7 +315,7 @@ def begun_studies(root: Path) -> list[tuple[Study, Results]]:
 
 def _summary(study: Study, results: Results) -> str:
     found, status = tables(study, results)
-    shown = [table for table in found if table.title != "Decided beforehand"]
+    shown = [table for table in found if table.title.startswith(("Family", "Variants"))]
     parts = [f"{status} [Report](../results/{study.name}/report.md)", *(table.markdown() for table in shown)]
     if any(map(results.final, study.variants)):
         parts.append(f"![learning curves](../results/{study.name}/curves.svg)")
