@@ -11,7 +11,7 @@ from runs import DEMO, TOOLS, run
 from torch import nn
 
 import condattn
-from condattn.spectra import measure
+from condattn.spectra import Measurement, measure
 from condattn.spectra.report import write_report
 
 
@@ -151,3 +151,21 @@ def test_what_cannot_be_measured_does_not_end_a_training():
         hook.after_train_iter(runner, 0, {"inputs": {"labelled": 1}})
     (line,) = warnings
     assert line.startswith("SpectraHook measures no more in this run: ")
+
+
+def test_only_the_last_measurement_of_a_training_judges_the_preconditioner(monkeypatch):
+    pytest.importorskip("mmengine")
+    from condattn.openmmlab.hooks import spectra
+
+    judged = []
+    for name, function in dict(
+        unwrapped=lambda model: model,
+        find_sites=lambda model: [],
+        measure=lambda *arguments, **settings: Measurement({}),
+        find_warnings=lambda measurements, trained: judged.append(trained) or [],
+    ).items():
+        monkeypatch.setattr(spectra, name, function)
+    runner = SimpleNamespace(model=None, max_iters=10, visualizer=SimpleNamespace(add_scalars=lambda *_, **__: None))
+    for runner.iter in (0, 3, 7):
+        spectra.SpectraHook(interval=4)._measure(runner, {})
+    assert judged == [False, False, True]

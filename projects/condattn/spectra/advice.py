@@ -46,8 +46,8 @@ _SATURATED = (
     "lower learning rate or weight decay on them"
 )
 _RAISING = (
-    "the preconditioner raises the condition number of the head output at {sites}: leave these sites out with exclude, "
-    "or measure again later in the training, when the norms of the rows differ more"
+    "the preconditioner raises the condition number of the head output at {sites}: compare with a training that leaves "
+    "these sites out with exclude"
 )
 _SMALL = (
     "the spectral correction is too small to matter at {sites}: relative=True with strength=3.0 makes it three times "

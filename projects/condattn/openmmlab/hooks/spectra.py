@@ -91,7 +91,8 @@ class SpectraHook(Hook):
         measurement = measure(model, run, self.quantities, spread(names, self.max_sites), max_heads=1)
         values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}
         runner.visualizer.add_scalars(values, step=runner.iter + 1)
-        for line in find_warnings({"": measurement}, trained=runner.iter > 0):
+        is_last = runner.iter + self.interval >= runner.max_iters
+        for line in find_warnings({"": measurement}, trained=is_last):
             runner.logger.warning(line)
 
 
