@@ -7,32 +7,16 @@ import statistics
 
 import numpy as np
 import pytest
-from runs import ROOT
 
 pytest.importorskip("transformers")
 pytest.importorskip("mmengine")
 
+from long_range import SMALL
 from long_range_arena import generate as generator
 from long_range_arena import grammar, registry  # noqa: F401
 from long_range_arena.grammar import Limits, evaluate, from_source, generate, to_source
 
 from condattn.openmmlab.errors import UserError
-
-PROJECT = ROOT / "projects" / "long_range_arena"
-CONFIGS = sorted((PROJECT / "configs").glob("*.py"))
-SPLITS = ("train", "val", "test")
-SMALL = Limits(max_depth=4, max_args=5, min_length=3, max_length=40)
-NYSTROMFORMER = dict(
-    type="Nystromformer",
-    length=12,
-    num_landmarks=4,
-    vocab_size=20,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=8,
-    conv_kernel_size=3,
-)
 
 
 def draw(number, limits=SMALL, seed=0):

@@ -13,9 +13,9 @@ from runs import ROOT, error_lines, run
 pytest.importorskip("transformers")
 pytest.importorskip("mmengine")
 
+from long_range import CONFIGS, NYSTROMFORMER, PROJECT, SMALL, SPLITS
 from long_range_arena import generate as generator
 from long_range_arena import grammar, registry  # noqa: F401
-from long_range_arena.grammar import Limits
 from long_range_arena.metric import SequenceAccuracy
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -25,22 +25,6 @@ import condattn
 import condattn.registry
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.launch import build_model, load_config
-
-PROJECT = ROOT / "projects" / "long_range_arena"
-CONFIGS = sorted((PROJECT / "configs").glob("*.py"))
-SPLITS = ("train", "val", "test")
-SMALL = Limits(max_depth=4, max_args=5, min_length=3, max_length=40)
-NYSTROMFORMER = dict(
-    type="Nystromformer",
-    length=12,
-    num_landmarks=4,
-    vocab_size=20,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=8,
-    conv_kernel_size=3,
-)
 
 
 def write(folder, seed=0, **numbers):

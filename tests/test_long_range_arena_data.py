@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, Malice
+from runs import Malice
 
 pytest.importorskip("transformers")
 pytest.importorskip("mmengine")
 
+from long_range import SMALL, SPLITS
 from long_range_arena import generate as generator
 from long_range_arena import grammar, registry  # noqa: F401
 from long_range_arena.datasets.aan import AanPairs
@@ -22,24 +23,8 @@ from long_range_arena.datasets.imdb import ImdbReviews
 from long_range_arena.datasets.listops import NUMBERS, ListOps
 from long_range_arena.datasets.pathfinder import Pathfinder32
 from long_range_arena.errors import DataError
-from long_range_arena.grammar import Limits, from_source
+from long_range_arena.grammar import from_source
 from PIL import Image
-
-PROJECT = ROOT / "projects" / "long_range_arena"
-CONFIGS = sorted((PROJECT / "configs").glob("*.py"))
-SPLITS = ("train", "val", "test")
-SMALL = Limits(max_depth=4, max_args=5, min_length=3, max_length=40)
-NYSTROMFORMER = dict(
-    type="Nystromformer",
-    length=12,
-    num_landmarks=4,
-    vocab_size=20,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=8,
-    conv_kernel_size=3,
-)
 
 
 def rows(path):
