@@ -123,6 +123,28 @@ def test_only_the_same_conditioning_is_accepted(ours, theirs, tmp_path):
     assert "--other-conditioning" in message and ("calibrate.py" in message) == (theirs == "none")
 
 
+@pytest.mark.parametrize("ours", ["none", "pc", "ct", "ct+sc"])
+@pytest.mark.parametrize("theirs", ["ct+pc", "ct+ci+pc", "ct"])
+def test_the_advised_setting_loads_what_acts_on_the_whole_model(theirs, ours):
+    pytest.importorskip("timm")
+    from timm.models import VisionTransformer
+
+    def model(conditioning):
+        vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+        condattn.condition(vit, conditioning)
+        return vit
+
+    checkpoint = {"meta": {"conditioning": record_of(model(theirs))}, "state_dict": {}}
+    if theirs == ours:
+        check_conditioning(checkpoint, "a.pth", model(ours))
+        return
+    with pytest.raises(UserError) as caught:
+        check_conditioning(checkpoint, "a.pth", model(ours))
+    check_conditioning(checkpoint, "a.pth", model(eval(re.search(r"set conditioning=(.*?) in", str(caught.value))[1])))
+    now = eval(re.search(r"one has conditioning=(.*?), so", str(caught.value))[1])
+    assert set(now.split("+")) == set(ours.split("+"))
+
+
 def test_a_checkpoint_without_a_record_is_unconditioned():
     checkpoint, model = checkpoint_of("pc")
     del checkpoint["meta"]["conditioning"]

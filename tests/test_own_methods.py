@@ -302,4 +302,4 @@ randomness = dict(seed=3)
     other = [*options, "model.backbone.conditioning=scaled"]
     refused = run(*test, "--cfg-options", *other, cwd=tmp_path, status=2, **path)
     (line,) = error_lines(refused.stderr)
-    assert "Centred" in line or "Shrunk" in line
+    assert all(name in line for name in COMBINED.split("+"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...attention.rules import find_sites
 from ...condition import conditioning_of, same_conditioning
 from ...methods.base import registered_methods
 from ...methods.parsing import parse
@@ -108,7 +109,10 @@ def difference(record: Record, model: nn.Module, source: str) -> str:
     other = [name for name in places if not same_conditioning(theirs.get(name, []), places[name])]
     if not other:
         return ""
-    before, now = _as_setting(theirs.get(other[0], [])), _as_setting(places[other[0]])
+    sites = [site.name for site in find_sites(model)]
+    example = next((name for name in [*other, *sites] if name in sites), None)
+    together = [name for name in places if name == example or name not in sites]
+    before, now = (_as_setting(_methods_at(together, entries)) for entries in (theirs, places))
     advice = f"set conditioning={before} in the configuration to load it as it was trained"
     if before == "'none'":
         advice += ", or make a conditioned checkpoint of it with tools/checkpoints/calibrate.py"
@@ -162,8 +166,14 @@ def _in_names_of(model: nn.Module, record: Record, checkpoint: Any) -> Record:
     return renamed
 
 
+def _methods_at(names: list[str], record: Record) -> list[dict[str, Any]]:
+    """The methods that ``record`` has at ``names``, each once: one value of ``conditioning`` sets them all."""
+    methods = [method for name in names for method in record.get(name, [])]
+    return [method for index, method in enumerate(methods) if method not in methods[:index]]
+
+
 def _as_setting(methods: list[dict[str, Any]]) -> str:
-    """Format the methods of a site as the value of ``conditioning`` in a configuration, or as recorded if unknown."""
+    """Format methods as the value of ``conditioning`` in a configuration, or as recorded if unknown."""
     try:
         return repr("+".join(map(str, parse(methods))) or "none")
     except ValueError:
