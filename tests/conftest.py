@@ -1,12 +1,13 @@
 """Fixtures of the whole test suite; the demo models are trained once and shared by all tests."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import DEMO, LOADERS, TOOLS, Run, error_lines, train
+from runs import CONFIGS, DEMO, LOADERS, TOOLS, Run, error_lines, train
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +135,22 @@ def refuse(call, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
     return refuse
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    """A function that writes a study with changed settings, beside its configuration."""
+    from tiny_study import TINY
+
+    (tmp_path / "_base_").mkdir()
+    shutil.copy(CONFIGS / "studies" / "_base_" / "vit_fashion_mnist.py", tmp_path / "_base_")
+
+    def write(*changes: tuple[str, str]) -> str:
+        text = TINY
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "tiny.py").write_text(text)
+        return str(tmp_path / "tiny.py")
+
+    return write

@@ -87,3 +87,23 @@ def test_the_readme(tmp_path):
     assigned = {target.id for node in template.body if isinstance(node, ast.Assign) for target in node.targets}
     used = {target.id for node in ast.parse(own_data).body for target in node.targets}
     assert used <= assigned and "_base_" in used
+
+
+def test_the_configs_that_convert_pretrained_weights(tmp_path):
+    """The blocks of configs/README.md change what they say, and keep the weights of the config that they inherit."""
+    pytest.importorskip("mmdet")
+    from mmengine.config import Config
+
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "configs" / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    loaded = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"config_{number}.py"
+        path.write_text(block.replace('_base_ = "', f'_base_ = "{ROOT}/configs/'))
+        loaded.append(Config.fromfile(path))
+    calibrated, effective = loaded
+    assert [hook["type"] for hook in calibrated.custom_hooks] == ["CalibrationHook"]
+    weights = calibrated.model.backbone.init_cfg
+    assert weights.type == "Pretrained"
+    assert effective.model.backbone.init_cfg == {**weights, "load": "effective"}

@@ -1,18 +1,15 @@
 """Studies: refused settings, equal initial states of all variants, and a small study from first run to report."""
 
-import gzip
+import contextlib
 import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from runs import CONFIGS, ROOT, error_lines, run
@@ -22,55 +19,15 @@ pytest.importorskip("mmpretrain")
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from tiny_study import TINY, write_images
 
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.study import run as run_module
 from condattn.openmmlab.study.check import check_metric, check_start, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
-from condattn.openmmlab.study.report import begun_studies, is_complete, write_documents, write_report
-from condattn.openmmlab.study.results import FAILED, Record, Results, versions
-from condattn.openmmlab.study.run import read_curves, training_config
+from condattn.openmmlab.study.run import training_config
+from condattn.openmmlab.study.schedule import run_command
 
 STUDIES = sorted((CONFIGS / "studies").glob("*.py"))
-TINY = """
-config = "_base_/vit_fashion_mnist.py"
-title = "Does a tiny study run?"
-data = dict(variable="FASHION_MNIST", default="data", source="the test writes them")
-options = {
-    "model.backbone.module.arch": dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16),
-    "model.head.in_channels": 16,
-    "train_dataloader.batch_size": 4,
-    "val_dataloader.dataset.held_out": True,
-    "train_cfg.max_iters": 4,
-    "param_scheduler.0.end": 1,
-    "param_scheduler.1.T_max": 4,
-    "custom_hooks": [dict(type="SpectraHook")],
-}
-metric = "accuracy/top1"
-unit = "points"
-difference = 5.0
-variants = dict(none={"model.backbone.conditioning": "none"}, pc={"model.backbone.conditioning": "pc"})
-baseline = "none"
-families = dict(methods=[("pc", "none")])
-pilot_seeds = [7]
-tuning = dict(option="optim_wrapper.optimizer.lr", grid=[1e-4, 1e-3], seeds=[5, 6], largest_grid=2)
-seeds = [0, 1]
-evaluations = 2
-"""
-
-
-def write_images(folder: Path, number: int = 60) -> Path:
-    """Write random images and labels in the format of Fashion-MNIST; one of the files is compressed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for name in ("train", "t10k"):
-        images, labels = rng.integers(0, 256, (number, 28, 28), np.uint8), rng.integers(0, 10, number, np.uint8)
-        header = struct.pack(">4B3I", 0, 0, 8, 3, number, 28, 28)
-        with gzip.open(folder / f"{name}-images-idx3-ubyte.gz", "wb") as file:
-            file.write(header + images.tobytes())
-        labels_file = folder / f"{name}-labels-idx1-ubyte"
-        labels_file.write_bytes(struct.pack(">4BI", 0, 0, 8, 1, number) + labels.tobytes())
-    return folder
 
 
 @pytest.fixture
@@ -78,23 +35,6 @@ def images(tmp_path, monkeypatch) -> Path:
     folder = write_images(tmp_path / "images")
     monkeypatch.setenv("FASHION_MNIST", str(folder))
     return folder
-
-
-@pytest.fixture
-def study_file(tmp_path):
-    """A function that writes a study with changed settings, beside its configuration."""
-    (tmp_path / "_base_").mkdir()
-    shutil.copy(CONFIGS / "studies" / "_base_" / "vit_fashion_mnist.py", tmp_path / "_base_")
-
-    def write(*changes: tuple[str, str]) -> str:
-        text = TINY
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        (tmp_path / "tiny.py").write_text(text)
-        return str(tmp_path / "tiny.py")
-
-    return write
 
 
 def test_every_seed_starts_from_its_checkpoint(study_file, tmp_path):
@@ -128,7 +68,14 @@ exploratory = True
         (("pilot_seeds = [7]", "pilot_seeds = [1]"), "seeds and pilot_seeds share \\[1\\]"),
         (('baseline = "none"', 'baseline = "nothing"'), "baseline names nothing; variants are none, pc"),
         (('[("pc", "none")]', '[("sc", "none")]'), "families.methods names sc"),
-        (("grid=[1e-4, 1e-3]", "grid=[1e-3]"), "two or more positive learning rates"),
+        (("grid=[1e-4, 1e-3]", "grid=[1e-3]"), "two or more different positive learning rates"),
+        (("grid=[1e-4, 1e-3]", "grid=[1e-3, 1e-3]"), "two or more different positive learning rates"),
+        (('tuning = dict(option="optim_wrapper.optimizer.lr", ', "tuning = dict("), r"expected tuning=dict\(option"),
+        (('families = dict(methods=[("pc", "none")])', "families = dict()"), r"expected families=dict\(NAME"),
+        (('[("pc", "none")]', "[]"), r"expected families=dict\(NAME"),
+        (('[("pc", "none")]', '[("pc", "none", "pc")]'), r"expected families=dict\(NAME"),
+        (("evaluations = 2", "evaluations = 0"), "one or more evaluations, got 0"),
+        (("evaluations = 2", "evaluations = undefined"), "cannot read the study .*NameError"),
         (("difference = 5.0", "difference = 0"), "positive difference"),
         (('unit = "points"\n', ""), "a study needs unit"),
         (('unit = "points"', 'unit = "points"\nmetrik = 1'), "unknown settings metrik"),
@@ -227,144 +174,6 @@ def test_variants_see_equal_batches_from_equal_weights(study_file, images, tmp_p
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
-def test_evaluations_of_an_interrupted_run(tmp_path):
-    """Values that were logged again after a resume replace earlier ones; an incomplete line is ignored."""
-    lines = {
-        "a": ['{"score": 1.0, "step": 2}', '{"spectra/x/entropy": 0.5, "spectra/y/entropy": 0.7, "step": 2}', '{"sco'],
-        "b": ['{"loss": 1.0, "step": 3}', '{"score": 2.0, "step": 2}', '{"score": 3.0, "step": 4}'],
-    }
-    for name, content in lines.items():
-        (tmp_path / name / "vis_data").mkdir(parents=True)
-        (tmp_path / name / "vis_data" / "scalars.json").write_text("\n".join(content))
-    assert read_curves(tmp_path, "score") == ([[2, 2.0], [4, 3.0]], {"entropy": [[2, 0.6]]})
-
-
-def a_record(run: RunId, score: float, **values) -> Record:
-    status = values.pop("status", "finished")
-    reported = {"accuracy/top1": score + 1} if run.stage == FINAL and status == "finished" else {}
-    return Record(run, status, score, reported, [[2, score - 1], [4, score]], **values)
-
-
-def finish(results: Results, scores: dict) -> None:
-    """Add every run that the study needs."""
-    while missing := [r for r in planned_runs(results.study, results.scores()) if r not in results.scores()]:
-        for one in missing:
-            rate, seed = (1.0 if one.rate == 1e-3 else 0.0), (2.0 * one.seed if one.variant == "pc" else 0.0)
-            results.add(a_record(one, scores[one.variant] + rate + seed, commit="abc"))
-
-
-def test_reports_are_the_same_every_time(study_file, tmp_path):
-    study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[1e-4, 1e-3, 1e-2]")))
-    results = Results(study, tmp_path)
-    results.write_header(commit="abc", versions={"torch": "2.11"})
-    write_report(study, results)
-    assert "Incomplete: 0 of" in (results.folder / "report.md").read_text()
-    assert not any(text in (results.folder / "report.md").read_text() for text in ("Family", "Learning curves"))
-    finish(results, {"none": 50.0, "pc": 70.0})
-    assert is_complete(study, results)
-    files = write_report(study, results)
-    before = {path: path.read_bytes() for path in files}
-    text = (results.folder / "report.md").read_text()
-    assert "Complete: 16 runs" in text and "| pc - none | +21.00 | +8.29 to +33.71 | 0.0303 |" in text
-    assert (
-        "| none | 2 of 2 | 52.00 | 0.00 | 0.001 | 100% |" in text and "| pc | 2 of 2 | 73.00 | 1.41 | 0.001 |" in text
-    )
-    page = (results.folder / "report.html").read_text()
-    assert page.count("<svg") == 1 and "http" not in page.replace("http://www.w3.org", "").replace(
-        "http://purl.org", ""
-    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
-    assert {path: path.read_bytes() for path in write_report(study, results)} == before
-
-
-def test_the_page_of_results(study_file, tmp_path):
-    """The estimate over all studies and its figure appear when the first study is complete."""
-    studies = tmp_path / "configs" / "studies"
-    study_file()
-    shutil.copytree(tmp_path / "_base_", studies / "_base_")
-    shutil.move(tmp_path / "tiny.py", studies)
-    results = Results(load_study(str(studies / "tiny.py")), tmp_path)
-    results.write_header(commit="abc", versions={"torch": "2.11"})
-    page = tmp_path / "docs" / "results.md"
-    page.parent.mkdir()
-    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("tiny", "pooled")))
-    assert write_documents(tmp_path) == [page]
-    assert "Incomplete: 0 of 12 runs" in page.read_text() and "svg)\n<!-- end pooled" not in page.read_text()
-    finish(results, {"none": 50.0, "pc": 70.0})
-    figure = page.with_name("differences.svg")
-    assert write_documents(tmp_path) == [page, figure]
-    assert "| pc | 1 |" in page.read_text() and "(differences.svg)\n<!-- end pooled -->" in page.read_text()
-    assert "tiny, pc, 2 seeds" in figure.read_text()
-
-
-def test_failed_runs_are_counted_and_named(study_file, tmp_path):
-    study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[1e-4, 1e-3, 1e-2]")))
-    results = Results(study, tmp_path)
-    results.write_header(commit="abc", versions={})
-    finish(results, {"none": 50.0, "pc": 70.0})
-    results.add(a_record(RunId(FINAL, "pc", 1, 1e-3), 0.0, status=FAILED, error="loss is not finite"))
-    write_report(study, results)
-    text = (results.folder / "report.md").read_text()
-    assert "| pc | 2 of 2 | 36.00 |" in text and text.count("| 1 |") == 1
-    assert "loss is not finite" in text
-
-
-def test_results_of_another_study(study_file, tmp_path):
-    results = Results(load_study(study_file()), tmp_path)
-    results.write_header(commit="abc", versions={})
-    other = Results(load_study(study_file(("difference = 5.0", "difference = 4.0"))), tmp_path)
-    with pytest.raises(UserError, match="written by another study.*a study that has begun is not changed"):
-        other.header()
-
-
-def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monkeypatch):
-    """A run is taken over if configuration, metric, stage, commit and packages are equal; another one is executed."""
-    first = load_study(study_file())
-    second = replace(first, name="second", variants={"base": first.variants["none"], "pc": first.variants["pc"]})
-    there, here = Results(first, tmp_path), Results(second, tmp_path)
-    finals = [RunId(FINAL, variant, 1, 1e-3) for variant in ("none", "pc")]
-    training = run_module._training(first, training_config(first, finals[0], tmp_path, tmp_path))
-    record = a_record(finals[0], 61.0, commit="abc", versions=versions(), training=training)
-    there.add(record)
-    monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
-    monkeypatch.setattr(run_module, "_call", lambda *arguments: "it was executed")
-    base = replace(finals[0], variant="base")
-    taken = run_module.execute(second, here, base, tmp_path, "abc")
-    assert taken == here.records()[base] == replace(record, run=base, origin="tiny")
-    here.write_header(commit="abc", versions={})
-    write_report(second, here)
-    assert "1 of the runs are those of tiny, the same trainings." in (here.folder / "report.md").read_text()
-    tuning = replace(base, stage="tuning")
-    for study, results, one, commit in (
-        *((second, here, replace(base, seed=0), "abc"), (second, here, replace(base, rate=1e-4), "abc")),
-        *((second, here, finals[1], "abc"), (second, here, base, "abd"), (second, here, tuning, "abc")),
-        (replace(second, metric="accuracy/top5"), here, base, "abc"),
-    ):
-        with pytest.raises(run_module.RunError, match="it was executed"):
-            run_module.execute(study, results, one, tmp_path, commit)
-
-
-def test_broken_results(study_file, tmp_path):
-    results = Results(load_study(study_file()), tmp_path)
-    results.folder.mkdir(parents=True)
-    for line, message in (('{"run"', "cannot be read as JSON"), ("{}", "not the record of a run"), ("[]", "object")):
-        (results.folder / "runs.jsonl").write_text(line + "\n")
-        with pytest.raises(UserError, match=message):
-            results.records()
-
-
-def test_the_results_in_this_repository(tmp_path):
-    """Tables equal those made from the data, byte for byte; figures depend on the version of Matplotlib."""
-    for name in ("configs", "results", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    for study, results in begun_studies(tmp_path):
-        write_report(study, results)
-        for name in ("report.md", "table.csv"):
-            committed = ROOT / "results" / study.name / name
-            assert (results.folder / name).read_bytes() == committed.read_bytes(), f"{study.name}: --report-only"
-    write_documents(tmp_path)
-    assert (tmp_path / "docs" / "results.md").read_bytes() == (ROOT / "docs" / "results.md").read_bytes()
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A repository with the tools, the package, and a tiny study with its data."""
@@ -387,6 +196,15 @@ def study(root: Path, *arguments, status: int = 0, **env: str):
     return run(*command, cwd=root, status=status, PYTHONPATH=str(root / "projects"), **env)
 
 
+def processes_of(root: Path, tool: str) -> list[str]:
+    """Command lines of running processes that name a tool below ``root``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if str(root) in line and tool in line]
+
+
 @pytest.mark.slow
 def test_from_the_first_run_to_the_report(repository):
     """The study is killed and restarted, then reported, listed and repeated, and refused with different code."""
@@ -406,6 +224,13 @@ def test_from_the_first_run_to_the_report(repository):
     process.wait()
     first = (folder / "runs.jsonl").read_text().splitlines()
     assert first
+
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not processes_of(root, "train.py") and time.monotonic() < deadline + 300:
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not processes_of(root, "train.py")
 
     output = study(root, "--jobs", "2").stdout
     assert "results/tiny/report.md" in output
@@ -452,6 +277,18 @@ def test_bad_arguments(call, study_file, tmp_path):
         status, _, errors = call("study", *arguments)
         (line,) = error_lines(errors)
         assert status == 2 and part in line
+
+
+def test_learning_rates_have_the_digits_of_the_names_of_runs(study_file):
+    """So that a run is found by its name."""
+    study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[10**-3.5, 1e-3 / 3]")))
+    assert study.grid == [0.000316228, 0.000333333]
+    assert all(float(str(run).split("/")[3]) == run.rate for run in planned_runs(study, {}))
+
+
+def test_listed_commands_name_the_data(study_file):
+    command = run_command(load_study(study_file()), "gpu", "some/data", Path("study.py"))
+    assert command[2:] == [study_file(), "--size", "gpu", "--data", str(Path("some/data").absolute()), "--run"]
 
 
 def test_pilot_runs_are_of_the_baseline(study_file):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,15 @@ def test_the_power_stated_is_the_power_found():
     assert statistics.seeds_for(difference, 1.0, level) == seeds
 
 
+@pytest.mark.parametrize("comparisons", [1, 3, 12])
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_what_few_seeds_detect(seeds, comparisons):
+    """With two seeds the t distribution has such heavy tails that hundreds of standard errors are needed."""
+    level = 0.05 / comparisons
+    difference = statistics.detectable_difference(2.0, seeds, level)
+    assert statistics.power_of(difference, 2.0, seeds, level) == pytest.approx(0.8, abs=1e-6)
+
+
 def tuned(study, **scores):
     """Tuning scores of each variant at the rates of the grid and above; the scores of both seeds differ by 0.1."""
     ratio = study.grid[1] / study.grid[0]
@@ -232,6 +242,14 @@ def test_a_grid_does_not_grow_for_ever():
     scores = tuned(study, none=range(20), pc=range(20), sc=range(20))
     assert len(current_grid(study, scores)) == 7
     assert set(chosen_rates(study, scores).values()) == {0.064}
+
+
+def test_a_grid_with_chosen_rates_at_both_ends():
+    """It grows at both ends at once, and never beyond its largest size."""
+    study = a_study(variants=("none", "pc", "sc"))
+    scores = tuned(study, none=(3.0, 2.0, 1.0), pc=(3.0, 2.0, 1.0), sc=(1.0, 2.0, 9.0))
+    assert current_grid(study, scores) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert current_grid(replace(study, largest_grid=4), scores) == [1e-3, 2e-3, 4e-3]
 
 
 def test_diverged_runs_do_not_move_the_others():

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import shutil
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -12,7 +14,7 @@ from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.study.check import check_study
 from condattn.openmmlab.study.plan import FINAL, PILOT, RunId, Study, load_study, missing_runs, pilot_runs
 from condattn.openmmlab.study.report import report_pilot, write_documents, write_report
-from condattn.openmmlab.study.results import Results, versions
+from condattn.openmmlab.study.results import FINISHED, Results, versions
 from condattn.openmmlab.study.run import RunError, execute, git
 from condattn.openmmlab.study.schedule import Pool, run_command
 
@@ -44,6 +46,7 @@ def parse_args() -> Namespace:
 def main() -> int:
     """Run, list or report the study, as the command line asks."""
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the processes of runs as well
     study = load_study(args.study, args.size)
     results = Results(study, ROOT, pilot=args.pilot or (args.run or "").startswith(PILOT))
     if unknown := [name for name in args.only if name not in study.variants]:
@@ -61,7 +64,7 @@ def main() -> int:
     if args.rerun:
         return rerun(study, results, args.rerun)
     runs = pilot_runs(study) if args.pilot else None
-    command = run_command(study, args.size, Path(__file__))
+    command = run_command(study, args.size, args.data, Path(__file__))
     if args.list:
         for run in missing_runs(study, results.scores(), args.only):
             print(shlex.join([*command, str(run)]))
@@ -93,13 +96,26 @@ def begin(study: Study, results: Results, other_packages: bool = False) -> None:
         UserError: If the code has uncommitted changes at the first start, or the packages have changed since then.
     """
     check_study(study, ROOT)
+    if results.pilot and results.started and not results.same_study():
+        print(f"{results.folder} is of another definition of the study; this pilot replaces it")
+        shutil.rmtree(results.folder)
     if not results.started:
         if changed := git(ROOT, "status", "--porcelain", "--", "projects", "tools", "configs"):
             raise UserError(f"a study runs the code of a commit; commit what is not: {changed.splitlines()[0].strip()}")
         results.write_header(commit=git(ROOT, "rev-parse", "HEAD"), versions=versions())
         return
+    if not other_packages:
+        check_packages(study, results)
+
+
+def check_packages(study: Study, results: Results) -> None:
+    """Check that the packages are those with which the study began.
+
+    Raises:
+        UserError: If they are not.
+    """
     header = results.header()
-    if header["versions"] != versions() and not other_packages:
+    if header["versions"] != versions():
         changed = sorted(set(header["versions"].items()) ^ set(versions().items()))
         names = ", ".join(sorted({name for name, _ in changed}))
         raise UserError(
@@ -115,6 +131,7 @@ def run_one(study: Study, results: Results, name: str) -> int:
         run = RunId(stage, variant, int(seed), float(rate))
     except ValueError as error:
         raise UserError(f"--run: expected STAGE/VARIANT/SEED/RATE, got {name}") from error
+    check_packages(study, results)
     known = [*missing_runs(study, results.scores()), *pilot_runs(study)]
     if run not in known:
         if run in results.records():
@@ -129,7 +146,8 @@ def run_one(study: Study, results: Results, name: str) -> int:
 
 def rerun(study: Study, results: Results, name: str) -> int:
     """Repeat a final run with the current code and packages; use them for the missing runs if the results are equal."""
-    finished = {f"{run.variant}/{run.seed}": record for run, record in results.records().items() if run.stage == FINAL}
+    records = [record for record in results.records().values() if record.status == FINISHED]
+    finished = {f"{one.run.variant}/{one.run.seed}": one for one in records if one.run.stage == FINAL}
     if name not in finished:
         raise UserError(f"--rerun: expected a finished run such as {next(iter(finished), 'none yet')}, got {name}")
     commit = git(ROOT, "rev-parse", "HEAD")

@@ -24,5 +24,6 @@ variants = {
 }
 del key, spectra
 families = dict(_delete_=True, methods=[("pc", "none"), ("pc_calibrated", "none"), ("sc_effective", "none")])
+sizes = dict(_delete_=True, cpu={})  # the pretrained checkpoints are of the small Swin
 pilot_seeds = [201, 202]
 seeds = list(range(5))

@@ -3,7 +3,15 @@
 _base_ = "nuclei_swin.py"
 config = "_base_/mask_rcnn_nuclei_xcit.py"
 title = "Does conditioning a small XCiT help Mask R-CNN to segment nuclei?"
-variants = {"sc": {"model.backbone.conditioning": dict(type="SpectralCorrection", strength=10.0)}}
+key = "model.backbone.conditioning"
+variants = {
+    "_delete_": True,
+    "none": {key: "none"},
+    "pc": {key: "pc"},
+    "sc_10": {key: dict(type="SpectralCorrection", strength=10.0)},
+}
+del key
+families = dict(_delete_=True, methods=[("pc", "none"), ("sc_10", "none")])
 sizes = dict(
     gpu={
         "_delete_": True,

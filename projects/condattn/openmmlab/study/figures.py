@@ -4,6 +4,7 @@ import io
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import cycle
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -32,8 +33,10 @@ def draw_curves(study: Study, results: Results) -> str:
     """
 
     def draw(axes: Axes, family: str) -> None:
-        for color, name in zip(COLORS, family_members(study, family), strict=False):
-            curves = [[[x, y * study.factor] for x, y in record.curve] for record in results.final(name)]
+        for color, name in zip(cycle(COLORS), family_members(study, family), strict=False):
+            records = results.final(name)
+            steps = sorted({step for record in records for step, _ in record.curve})
+            curves = [[(x, y * study.factor) for x, y in record.curve_over(steps)] for record in records]
             _band(axes, curves, name, color)
         axes.set(title=family, xlabel="iteration", ylabel=study.unit)
 
@@ -47,7 +50,7 @@ def draw_spectra(study: Study, results: Results) -> str:
     found = [q for q in QUANTITIES if any(q in record.spectra for one in records.values() for record in one)]
 
     def draw(axes: Axes, quantity: str) -> None:
-        for color, name in zip(COLORS, family, strict=False):
+        for color, name in zip(cycle(COLORS), family, strict=False):
             curves = [record.spectra[quantity] for record in records[name] if quantity in record.spectra]
             _band(axes, curves, name, color)
         axes.set(title=QUANTITIES[quantity], xlabel="iteration")
@@ -63,7 +66,8 @@ def draw_differences(found: Sequence[tuple[Study, Sequence[Comparison]]]) -> str
     Args:
         found: Studies and their comparisons with the baseline, the first study at the top.
     """
-    colors = dict(zip(dict.fromkeys(one.variant for _, family in found for one in family), COLORS[1:], strict=False))
+    names = dict.fromkeys(one.variant for _, family in found for one in family)
+    colors = dict(zip(names, cycle(COLORS[1:]), strict=False))
     rows = [(study, one) for study, family in found for one in family]
     with _style():
         figure = Figure(figsize=(7.0, 0.7 + 0.3 * len(rows)), layout="constrained")

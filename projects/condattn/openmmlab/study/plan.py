@@ -130,8 +130,8 @@ def load_study(path: str, size: str | None = None) -> Study:
         raise UserError(f"no study file {path}; the ones of this project are in configs/studies/")
     try:
         settings = Config.fromfile(path).to_dict()
-    except (SyntaxError, ImportError, FileNotFoundError, TypeError) as error:
-        raise UserError(f"cannot read the study {path}: {error}") from error
+    except Exception as error:  # a file of Python may raise anything
+        raise UserError(f"cannot read the study {path}: {type(error).__name__}: {error}") from error
     if unknown := settings.keys() - KEYS:
         raise UserError(
             f"{path}: unknown settings {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(KEYS))}"
@@ -143,7 +143,11 @@ def load_study(path: str, size: str | None = None) -> Study:
     size = next(iter(sizes)) if size is None else size
     if size not in sizes:
         raise UserError(f"{path} has no size {size!r}; it has {', '.join(map(repr, sizes))}")
-    tuning = settings["tuning"]
+    tuning, families = settings["tuning"], settings["families"]
+    if not isinstance(tuning, dict) or not {"option", "grid", "seeds"} <= tuning.keys():
+        raise UserError(f"{path}: expected tuning=dict(option=..., grid=[...], seeds=[...]), got {tuning}")
+    if not families or not all(pairs and all(len(pair) == 2 for pair in pairs) for pairs in families.values()):
+        raise UserError(f"{path}: expected families=dict(NAME=[(VARIANT, REFERENCE), ...]), got {families}")
     study = Study(
         name=Path(path).stem + ("" if size == next(iter(sizes)) else f"_{size}"),
         path=Path(path),
@@ -157,12 +161,12 @@ def load_study(path: str, size: str | None = None) -> Study:
         factor=settings.get("factor", 1.0),
         unit=settings["unit"],
         difference=settings["difference"],
-        families={name: [tuple(pair) for pair in pairs] for name, pairs in settings["families"].items()},
+        families={name: [tuple(pair) for pair in pairs] for name, pairs in families.items()},
         seeds=list(settings["seeds"]),
         tuning_seeds=list(tuning["seeds"]),
         pilot_seeds=list(settings["pilot_seeds"]),
         rate=tuning["option"],
-        grid=sorted(tuning["grid"]),
+        grid=sorted(map(_rate, tuning["grid"])),
         largest_grid=tuning.get("largest_grid", LARGEST_GRID),
         evaluations=settings.get("evaluations", 10),
         start=settings.get("start", {}),
@@ -170,6 +174,11 @@ def load_study(path: str, size: str | None = None) -> Study:
     )
     _check(study)
     return study
+
+
+def _rate(value: float) -> float:
+    """A learning rate with the six digits that the name of a run has."""
+    return float(f"{value:.6g}")
 
 
 def _check(study: Study) -> None:
@@ -196,8 +205,12 @@ def _check(study: Study) -> None:
     for (one, seeds), (other, others) in combinations(groups.items(), 2):
         if common := set(seeds) & set(others):
             raise UserError(f"{where}: {one} and {other} share {sorted(common)}; each seed is used for one purpose")
-    if len(study.grid) < 2 or study.grid[0] <= 0:
-        raise UserError(f"{where}: expected two or more positive learning rates in tuning.grid, got {study.grid}")
+    if len(set(study.grid)) < max(2, len(study.grid)) or study.grid[0] <= 0:
+        raise UserError(
+            f"{where}: expected two or more different positive learning rates in tuning.grid, got {study.grid}"
+        )
+    if type(study.evaluations) is not int or study.evaluations < 1:
+        raise UserError(f"{where}: expected one or more evaluations, got {study.evaluations}")
     if study.start and (set(study.start) != {"checkpoint", "command"} or "{seed}" not in study.start["checkpoint"]):
         raise UserError(
             f"{where}: expected start=dict(checkpoint='... {{seed}} ...', command='...'), got {study.start}"
@@ -270,10 +283,10 @@ def current_grid(study: Study, scores: Scores) -> list[float]:
     grid = list(study.grid)
     while len(grid) < study.largest_grid and (rates := rates_on_grid(study, scores, grid)):
         chosen = rates.values()
-        longer = [float(f"{grid[0] ** 2 / grid[1]:.6g}")] if grid[0] in chosen else []
+        longer = [_rate(grid[0] ** 2 / grid[1])] if grid[0] in chosen else []
         longer += grid
-        longer += [float(f"{grid[-1] ** 2 / grid[-2]:.6g}")] if grid[-1] in chosen else []
-        if len(longer) == len(grid):
+        longer += [_rate(grid[-1] ** 2 / grid[-2])] if grid[-1] in chosen else []
+        if not len(grid) < len(longer) <= study.largest_grid:
             break
         grid = longer
     return grid

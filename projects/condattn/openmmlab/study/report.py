@@ -5,6 +5,7 @@ import io
 import math
 import re
 import statistics as mean_and_spread
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +98,13 @@ def _baseline_level(study: Study, results: Results) -> float | None:
 
 def _reaches(records: Sequence[Record], target: float | None) -> str:
     """Fraction of the training after which the mean curve first reaches the level ``target``, as text."""
-    curves = [record.curve for record in records if record.curve]
-    if not curves or target is None:
+    steps = sorted({step for record in records for step, _ in record.curve})
+    if not steps or target is None:
         return ""
-    length = max(len(curve) for curve in curves)
-    for i in range(length):
-        at_step = [curve[min(i, len(curve) - 1)][1] for curve in curves]
-        if mean_and_spread.mean(at_step) >= target - 1e-12:
-            return f"{(i + 1) / length:.0%}"
+    curves = [dict(record.curve_over(steps)) for record in records]
+    for step in steps:
+        if mean_and_spread.mean(curve[step] for curve in curves if step in curve) >= target - 1e-12:
+            return f"{step / steps[-1]:.0%}"
     return "not"
 
 
@@ -149,7 +149,7 @@ def tuning_table(study: Study, results: Results) -> Table:
 
 def plan_table(study: Study, results: Results) -> Table:
     """Table of the settings that were decided before the first run."""
-    header = results.header()
+    header, records = results.header(), results.records().values()
     grid = current_grid(study, results.scores())
     families = "; ".join(
         f"{name}: {', '.join(f'{a} - {b}' for a, b in pairs)}" for name, pairs in study.families.items()
@@ -158,17 +158,28 @@ def plan_table(study: Study, results: Results) -> Table:
     rows = [
         ["question", study.title],
         ["configuration", study.config.name + (f", with {_options(study.options)}" if study.options else "")],
-        ["score", f"{study.metric} in {study.unit}, at the last iteration, on images that are used once"],
+        ["score", f"{study.metric} in {study.unit}, at the last iteration, on data that are used once"],
         ["difference that matters", f"{study.difference:g} {study.unit}"],
         ["seeds", _numbers(study.seeds)],
         ["tuning", f"{study.rate} of {', '.join(f'{r:g}' for r in study.grid)}, seeds {_numbers(study.tuning_seeds)}"],
         ["families", families],
         *options,
         ["rates tried in the end", ", ".join(f"{rate:g}" for rate in grid)],
-        ["code", header["commit"] + "".join(f"; {text}" for text in header.get("verified", ()))],
-        ["packages", ", ".join(f"{name} {version}" for name, version in header["versions"].items())],
+        ["code", _origins([record.commit for record in records] or [header["commit"]])],
+        *[["repeated bit for bit", text] for text in header.get("verified", ())],
+        ["packages", _origins([_packages(record.versions) for record in records] or [_packages(header["versions"])])],
     ]
     return Table("Decided beforehand", ["", ""], rows)
+
+
+def _packages(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+
+
+def _origins(found: Sequence[str]) -> str:
+    """What all runs have in common, or each of several with the number of its runs."""
+    numbers = Counter(found)
+    return found[0] if len(numbers) == 1 else "; ".join(f"{name} ({number} runs)" for name, number in numbers.items())
 
 
 def _numbers(seeds: Sequence[int]) -> str:
@@ -196,6 +207,9 @@ def tables(study: Study, results: Results) -> tuple[list[Table], str]:
     status += "".join(
         f" {origins.count(name)} of the runs are those of {name}, the same trainings." for name in sorted(set(origins))
     )
+    grid, rates = current_grid(study, scores), chosen_rates(study, scores) or {}
+    if ends := [name for name, rate in rates.items() if rate in (grid[0], grid[-1])]:
+        status += f" The learning rate of {', '.join(ends)} is at an end of the largest grid that was allowed."
     failed = [f"{run} ({record.error})" for run, record in results.records().items() if record.status == FAILED]
     if failed:
         status += f" Failed, and counted with their last score: {'; '.join(failed)}."
@@ -259,9 +273,13 @@ def report_pilot(study: Study, results: Results) -> str:
     records = [r for run, r in sorted(results.records().items()) if run.stage == "pilot"]
     if len(records) < 2:
         return f"pilot of {study.name}: {len(records)} of {len(study.pilot_seeds)} runs"
-    curves = [[study.factor * value for _, value in record.curve] for record in records]
-    fifth = study.evaluations // 5
-    gain = mean_and_spread.mean(curve[-1] - curve[-1 - fifth] for curve in curves)
+    failed = [record for record in records if record.status == FAILED]
+    steps = sorted({step for record in records for step, _ in record.curve})
+    if not steps:
+        return f"pilot of {study.name}: all {len(records)} runs failed: {records[0].error}"
+    curves = [[study.factor * value for _, value in record.curve_over(steps)] for record in records]
+    fifth = max(1, round(study.evaluations / 5))
+    gain = mean_and_spread.mean(curve[-1] - curve[max(-1 - fifth, -len(curve))] for curve in curves)
     deviation = mean_and_spread.stdev(curve[-1] for curve in curves)
     size = max(len(pairs) for pairs in study.families.values())
     seeds = len(study.seeds)
@@ -272,6 +290,7 @@ def report_pilot(study: Study, results: Results) -> str:
         f"standard deviation {deviation:.2f}; the last fifth of the training gains {gain:.2f}; with {seeds} seeds and "
         f"a family of {size}, differences of {visible:.2f} are found in {POWER:.0%} of the cases, if seeds have "
         "nothing in common between variants"
+        + "".join(f"; seed {record.run.seed} failed: {record.error}" for record in failed)
     )
 
 

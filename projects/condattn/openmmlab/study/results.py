@@ -4,7 +4,7 @@ import copy
 import fcntl
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -61,6 +61,15 @@ class Record:
     training: str = ""
     origin: str = ""
 
+    def curve_over(self, steps: Sequence[float]) -> list[tuple[float, float]]:
+        """The curve at ``steps``; a failed run keeps its last score, 0 if it has none, until the end."""
+        scores, last, found = dict(self.curve), 0.0, []
+        for step in steps:
+            last = scores.get(step, last)
+            if step in scores or self.status == FAILED:
+                found.append((step, last))
+        return found
+
     def same_results(self, other: "Record") -> bool:
         """Whether ``other`` is the same run with results that are equal bit for bit."""
         names = ("run", "status", "score", "reported", "curve")
@@ -90,7 +99,7 @@ class Results:
 
     def __init__(self, study: Study, root: Path, pilot: bool = False) -> None:
         name = f"{study.name}_pilot" if pilot else study.name
-        self.study, self.folder = study, root / "results" / name
+        self.study, self.pilot, self.folder = study, pilot, root / "results" / name
         self.work = root / "work_dirs" / "studies" / name
         self._lock = self.work / "lock"
         self._snapshot: dict[RunId, Record] | None = None
@@ -105,6 +114,11 @@ class Results:
     def started(self) -> bool:
         """Whether the study has begun."""
         return (self.folder / "study.json").is_file()
+
+    def same_study(self) -> bool:
+        """Whether ``study.json`` was written for this definition of the study."""
+        path = self.folder / "study.json"
+        return _parse(path.read_text(), path).get("digest") == self.study.digest()
 
     def header(self) -> dict[str, Any]:
         """Content of ``study.json``.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mmengine.config import Config
 
@@ -20,8 +20,11 @@ from .plan import FINAL, RunId, Study
 from .results import FAILED, FINISHED, Record, Results, versions
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-DIVERGED = "is not finite"
+DIVERGED = "is not finite in iteration"
 """Part of the error message of ``FiniteLossHook``."""
+
+EMPTY = {"data_time", "time", "step"}
+"""What mmengine logs of an evaluation that reports nothing."""
 
 
 class RunError(Exception):
@@ -150,27 +153,29 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
     """
     folder = results.work / "runs" / (str(run).replace("/", "_") + ("" if keep else f"_{commit[:12]}"))
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, run):
+    with _alone(folder, run) as lock:
         code = worktree(root, commit)
         config = folder / "config.py"
         cfg = training_config(study, run, code, root)
-        iterations = cfg.train_cfg.max_iters
-        cfg.dump(str(config))
+        text = f"# The code is that of commit {commit}.\n{cfg.pretty_text}"
+        if not config.is_file() or config.read_text() != text:
+            _clean(folder)
+        config.write_text(text)
         training = _training(study, cfg)
         if keep and (record := results.find_elsewhere(run, training, commit)):
             results.add(record)
             return record
-        error = _call(code, root, folder / "train.log", "train.py", config, "--work-dir", folder, "--resume")
+        error = _call(code, root, lock, folder / "train.log", "train.py", config, "--work-dir", folder, "--resume")
         curve, spectra = read_curves(folder, study.metric)
         if error and DIVERGED not in error:
             raise RunError(f"{run}: {error}; the log is {folder / 'train.log'}")
         reported: dict[str, float] = {}
         if not error:
-            if not curve or curve[-1][0] != iterations:
-                last = f"the last one is of iteration {curve[-1][0]}" if curve else "there is none"
-                raise RunError(f"{run}: no {study.metric} of iteration {iterations}; {last}")
+            if lost := _lost(cfg, curve):
+                _clean(folder)
+                raise RunError(f"{run}: no {study.metric} of iteration {', '.join(map(str, lost))}; it begins anew")
             if run.stage == FINAL:
-                reported = _evaluate(code, root, folder, config, study.metric)
+                reported = _evaluate(code, root, lock, folder, config, study.metric)
         record = Record(
             run=run,
             status=FAILED if error else FINISHED,
@@ -185,11 +190,25 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         )
         if keep:
             results.add(record)
-            for checkpoint in folder.rglob("*.pth"):
-                checkpoint.unlink()
+            _clean(folder)
         else:
             shutil.rmtree(folder)
     return record
+
+
+def _clean(folder: Path) -> None:
+    """Delete what a training wrote into the folder of its run, so that the next one begins anew; its logs stay."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix == ".pth" or path.name == "last_checkpoint":
+            path.unlink()
+
+
+def _lost(cfg: Config, curve: list[list[float]]) -> list[int]:
+    """Iterations after which the training should have been evaluated, but has no score."""
+    interval, iterations = cfg.train_cfg.val_interval, cfg.train_cfg.max_iters
+    return sorted(set(range(interval, iterations + 1, interval)) - {step for step, _ in curve})
 
 
 def _training(study: Study, cfg: Config) -> str:
@@ -199,23 +218,31 @@ def _training(study: Study, cfg: Config) -> str:
 
 
 @contextmanager
-def _alone(folder: Path, run: RunId) -> Iterator[None]:
+def _alone(folder: Path, run: RunId) -> Iterator[IO[str]]:
+    """Hold the lock of a run's folder; yields the open file, with which a child process holds the lock as well."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(f"{run} is being run by another process") from error
-        yield
+        yield file
 
 
-def _call(code: Path, root: Path, log: Path, tool: str, *arguments: str | Path) -> str:
-    """Run a tool of ``code`` with one thread; return its error message, or an empty string."""
+def _call(code: Path, root: Path, lock: IO[str], log: Path, tool: str, *arguments: str | Path) -> str:
+    """Run a tool of ``code`` with one thread; return its error message, or an empty string.
+
+    The tool holds ``lock`` as well: if this process is killed, no other one runs in the same folder before the tool
+    ends.
+    """
     paths = [str(code / "projects"), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     env = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, str(code / "tools" / tool), *map(str, arguments)]
     with log.open("a") as file:
-        process = subprocess.Popen(command, cwd=root, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        before = file.tell()
+        process = subprocess.Popen(
+            command, cwd=root, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()]
+        )
         try:
             status = process.wait()
         except BaseException:
@@ -224,22 +251,25 @@ def _call(code: Path, root: Path, log: Path, tool: str, *arguments: str | Path) 
             raise
     if not status:
         return ""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    written = log.read_bytes()[before:].decode(errors="replace")
+    lines = [line for line in written.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"{tool} ended with status {status}"])[-1].removeprefix("error: ")
 
 
-def _evaluate(code: Path, root: Path, folder: Path, config: Path, metric: str) -> dict[str, float]:
-    """Run the final evaluation of a trained model and return its scores by name."""
+def _evaluate(code: Path, root: Path, lock: IO[str], folder: Path, config: Path, metric: str) -> dict[str, float]:
+    """Run the final evaluation of a trained model and return its scores by name; 0 if the evaluator reports none."""
     checkpoint = Path((folder / "last_checkpoint").read_text().strip())
     log, work = folder / "test.log", folder / "test"
     shutil.rmtree(work, ignore_errors=True)
-    if error := _call(code, root, log, "test.py", config, checkpoint, "--work-dir", work):
+    if error := _call(code, root, lock, log, "test.py", config, checkpoint, "--work-dir", work):
         raise RunError(f"{error}; the log is {log}")
     for path in work.glob("*/*.json"):
         values = json.loads(path.read_text())
-        if metric in values:
-            scores = {name: value for name, value in values.items() if name not in ("time", "data_time")}
+        scores = {name: value for name, value in values.items() if name not in ("time", "data_time")}
+        if not scores:
+            return {metric: 0.0}
+        if metric in scores:
             return {name: value for name, value in scores.items() if isinstance(value, int | float)}
     raise RunError(f"no {metric} in what {log} reports")
 
@@ -259,6 +289,8 @@ def _scalars(folder: Path) -> list[dict[str, Any]]:
 def read_curves(folder: Path, metric: str) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
     """Read the evaluations and spectra of a run from its logs; of repeated iterations after a resume, the later count.
 
+    An evaluation that reports nothing has the score 0: mmdet's evaluator reports nothing if there is no prediction.
+
     Returns:
         List of (iteration, score); quantity -> list of (iteration, median over the attention sites).
     """
@@ -266,8 +298,8 @@ def read_curves(folder: Path, metric: str) -> tuple[list[list[float]], dict[str,
     sites: dict[str, dict[int, list[float]]] = {}
     for line in _scalars(folder):
         step = line.get("step")
-        if metric in line:
-            scores[step] = line[metric]
+        if metric in line or line.keys() == EMPTY:
+            scores[step] = line.get(metric, 0.0)
         spectra = {name: value for name, value in line.items() if name.startswith("spectra/")}
         for quantity in {name.rpartition("/")[2] for name in spectra}:
             values = [value for name, value in spectra.items() if name.rpartition("/")[2] == quantity]

@@ -152,6 +152,7 @@ class Pool:
         return f"{missing + len(self.jobs)} runs to go, about {int(minutes // 60)} h {int(minutes % 60)} min"
 
 
-def run_command(study: Study, size: str | None, tool: Path) -> list[str]:
-    """Command that executes one run of a study; the run's name has to be appended."""
-    return [sys.executable, str(tool), str(study.path), *(["--size", size] if size else []), "--run"]
+def run_command(study: Study, size: str | None, data: str | None, tool: Path) -> list[str]:
+    """Command that executes one run of a study, with data in the folder ``data``; the run's name is to be appended."""
+    options = [*(["--size", size] if size else []), *(["--data", str(Path(data).absolute())] if data else [])]
+    return [sys.executable, str(tool), str(study.path), *options, "--run"]

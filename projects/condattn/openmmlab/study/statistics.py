@@ -118,6 +118,8 @@ def detectable_difference(deviation: float, seeds: int, level: float, power: flo
         return 0.0
     scale = deviation / math.sqrt(seeds)
     high = scale * (stats.t.ppf(1 - level / 2, seeds - 1) + 10)
+    while power_of(high, deviation, seeds, level) < power:
+        high *= 2
     return float(optimize.brentq(lambda d: power_of(d, deviation, seeds, level) - power, 0.0, high))
 
 

@@ -1,0 +1,151 @@
+"""Reports of studies: the same every time, the page of all results, failed runs, and results that cannot be read."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from runs import ROOT
+
+pytest.importorskip("mmpretrain")
+
+from tiny_study import a_record, finish
+
+from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.study.plan import FINAL, RunId, load_study
+from condattn.openmmlab.study.report import _reaches as reaches
+from condattn.openmmlab.study.report import begun_studies, is_complete, report_pilot, write_documents, write_report
+from condattn.openmmlab.study.results import FAILED, Record, Results
+
+
+def test_reports_are_the_same_every_time(study_file, tmp_path):
+    study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[1e-4, 1e-3, 1e-2]")))
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={"torch": "2.11"})
+    write_report(study, results)
+    assert "Incomplete: 0 of" in (results.folder / "report.md").read_text()
+    assert not any(text in (results.folder / "report.md").read_text() for text in ("Family", "Learning curves"))
+    finish(results, {"none": 50.0, "pc": 70.0})
+    assert is_complete(study, results)
+    files = write_report(study, results)
+    before = {path: path.read_bytes() for path in files}
+    text = (results.folder / "report.md").read_text()
+    assert "Complete: 16 runs" in text and "| pc - none | +21.00 | +8.29 to +33.71 | 0.0303 |" in text
+    assert (
+        "| none | 2 of 2 | 52.00 | 0.00 | 0.001 | 100% |" in text and "| pc | 2 of 2 | 73.00 | 1.41 | 0.001 |" in text
+    )
+    page = (results.folder / "report.html").read_text()
+    assert page.count("<svg") == 1 and "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert {path: path.read_bytes() for path in write_report(study, results)} == before
+
+
+def test_the_page_of_results(study_file, tmp_path):
+    """The estimate over all studies and its figure appear when the first study is complete."""
+    studies = tmp_path / "configs" / "studies"
+    study_file()
+    shutil.copytree(tmp_path / "_base_", studies / "_base_")
+    shutil.move(tmp_path / "tiny.py", studies)
+    results = Results(load_study(str(studies / "tiny.py")), tmp_path)
+    results.write_header(commit="abc", versions={"torch": "2.11"})
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("tiny", "pooled")))
+    assert write_documents(tmp_path) == [page]
+    assert "Incomplete: 0 of 12 runs" in page.read_text() and "svg)\n<!-- end pooled" not in page.read_text()
+    finish(results, {"none": 50.0, "pc": 70.0})
+    figure = page.with_name("differences.svg")
+    assert write_documents(tmp_path) == [page, figure]
+    assert "| pc | 1 |" in page.read_text() and "(differences.svg)\n<!-- end pooled -->" in page.read_text()
+    assert "tiny, pc, 2 seeds" in figure.read_text()
+
+
+def test_failed_runs_are_counted_and_named(study_file, tmp_path):
+    study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[1e-4, 1e-3, 1e-2]")))
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={})
+    finish(results, {"none": 50.0, "pc": 70.0})
+    results.add(a_record(RunId(FINAL, "pc", 1, 1e-3), 0.0, status=FAILED, error="loss is not finite"))
+    write_report(study, results)
+    text = (results.folder / "report.md").read_text()
+    assert "| pc | 2 of 2 | 36.00 |" in text and text.count("| 1 |") == 1
+    assert "loss is not finite" in text
+
+
+def test_results_of_another_study(study_file, tmp_path):
+    results = Results(load_study(study_file()), tmp_path)
+    results.write_header(commit="abc", versions={})
+    other = Results(load_study(study_file(("difference = 5.0", "difference = 4.0"))), tmp_path)
+    with pytest.raises(UserError, match="written by another study.*a study that has begun is not changed"):
+        other.header()
+
+
+def test_broken_results(study_file, tmp_path):
+    results = Results(load_study(study_file()), tmp_path)
+    results.folder.mkdir(parents=True)
+    for line, message in (('{"run"', "cannot be read as JSON"), ("{}", "not the record of a run"), ("[]", "object")):
+        (results.folder / "runs.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=message):
+            results.records()
+
+
+def test_the_results_in_this_repository(tmp_path):
+    """Tables equal those made from the data, byte for byte; figures depend on the version of Matplotlib."""
+    for name in ("configs", "results", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for study, results in begun_studies(tmp_path):
+        write_report(study, results)
+        for name in ("report.md", "table.csv"):
+            committed = ROOT / "results" / study.name / name
+            assert (results.folder / name).read_bytes() == committed.read_bytes(), f"{study.name}: --report-only"
+    write_documents(tmp_path)
+    assert (tmp_path / "docs" / "results.md").read_bytes() == (ROOT / "docs" / "results.md").read_bytes()
+
+
+def test_curves_are_compared_at_equal_iterations(study_file):
+    """A lost evaluation leaves a gap; a failed run keeps its last score, 0 if it has none."""
+    run = RunId(FINAL, "pc", 0, 1e-3)
+    gap = Record(run, "finished", 4.0, {}, [[2, 2.0], [6, 4.0]])
+    failed = Record(run, FAILED, 1.0, {}, [[2, 1.0]])
+    nothing = Record(run, FAILED, 0.0, {}, [])
+    assert gap.curve_over([2, 4, 6]) == [(2, 2.0), (6, 4.0)]
+    assert failed.curve_over([2, 4, 6]) == [(2, 1.0), (4, 1.0), (6, 1.0)]
+    assert nothing.curve_over([2, 4]) == [(2, 0.0), (4, 0.0)]
+    whole = Record(run, "finished", 3.0, {}, [[2, 1.0], [4, 2.0], [6, 3.0]])
+    assert reaches([whole, gap], 2.0) == "67%"
+    assert reaches([whole, nothing], 2.0) == "not"
+    assert reaches([nothing], 0.0) == "" and reaches([whole], None) == ""
+
+
+def test_the_pilot(study_file, tmp_path):
+    study = load_study(
+        study_file(("pilot_seeds = [7]", "pilot_seeds = [7, 8, 9]"), ("evaluations = 2", "evaluations = 1"))
+    )
+    results = Results(study, tmp_path, pilot=True)
+    runs = [RunId("pilot", "none", seed, 1e-3) for seed in study.pilot_seeds]
+    results.add(a_record(runs[0], 50.0))
+    assert "1 of 3 runs" in report_pilot(study, results)
+    results.add(a_record(runs[1], 60.0))
+    assert "2 seeds of none; final scores 50.00, 60.00 points" in report_pilot(study, results)
+    assert "the last fifth of the training gains 1.00" in report_pilot(study, results)
+    results.add(Record(runs[2], FAILED, 0.0, {}, [], error="loss is not finite in iteration 1"))
+    assert report_pilot(study, results).endswith("; seed 9 failed: loss is not finite in iteration 1")
+    for run in runs:
+        results.add(Record(run, FAILED, 0.0, {}, [], error="loss is not finite in iteration 1"))
+    assert "all 3 runs failed: loss is not finite" in report_pilot(study, results)
+
+
+def test_the_report_names_code_and_packages_of_the_runs(study_file, tmp_path):
+    """They are those of the records, which several commits may have made."""
+    study = load_study(study_file())
+    results = Results(study, tmp_path)
+    results.write_header(commit="new", versions={"torch": "2.12"}, verified=["pc/0 at new"])
+    finish(results, {"none": 50.0, "pc": 70.0})
+    for run, record in list(results.records().items()):
+        old = run.stage == FINAL
+        results.add(replace(record, commit="old" if old else "new", versions={"torch": "2.11" if old else "2.12"}))
+    write_report(study, results)
+    text = (results.folder / "report.md").read_text()
+    assert "| code | old (4 runs); new (8 runs) |" in text and "| repeated bit for bit | pc/0 at new |" in text
+    assert "| packages | torch 2.11 (4 runs); torch 2.12 (8 runs) |" in text
+    assert "The learning rate of none, pc is at an end of the largest grid that was allowed." in text

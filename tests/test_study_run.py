@@ -1,0 +1,241 @@
+"""Single runs of studies: what is read from their logs, taken over from other studies, resumed and begun anew."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmpretrain")
+
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from tiny_study import a_record
+
+from condattn.openmmlab.hooks.empty_evaluation import EmptyEvaluationHook
+from condattn.openmmlab.study import run as run_module
+from condattn.openmmlab.study.plan import FINAL, RunId, load_study
+from condattn.openmmlab.study.report import write_report
+from condattn.openmmlab.study.results import FAILED, FINISHED, Results, versions
+from condattn.openmmlab.study.run import RunError, execute, read_curves, training_config
+
+RUN = RunId("tuning", "pc", 5, 1e-3)
+
+
+def test_evaluations_of_an_interrupted_run(tmp_path):
+    """Values that were logged again after a resume replace earlier ones; an incomplete line is ignored."""
+    lines = {
+        "a": ['{"score": 1.0, "step": 2}', '{"spectra/x/entropy": 0.5, "spectra/y/entropy": 0.7, "step": 2}', '{"sco'],
+        "b": ['{"loss": 1.0, "step": 3}', '{"score": 2.0, "step": 2}', '{"score": 3.0, "step": 4}'],
+    }
+    for name, content in lines.items():
+        (tmp_path / name / "vis_data").mkdir(parents=True)
+        (tmp_path / name / "vis_data" / "scalars.json").write_text("\n".join(content))
+    assert read_curves(tmp_path, "score") == ([[2, 2.0], [4, 3.0]], {"entropy": [[2, 0.6]]})
+
+
+def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monkeypatch):
+    """A run is taken over if configuration, metric, stage, commit and packages are equal; another one is executed."""
+    first = load_study(study_file())
+    second = replace(first, name="second", variants={"base": first.variants["none"], "pc": first.variants["pc"]})
+    there, here = Results(first, tmp_path), Results(second, tmp_path)
+    finals = [RunId(FINAL, variant, 1, 1e-3) for variant in ("none", "pc")]
+    training = run_module._training(first, training_config(first, finals[0], tmp_path, tmp_path))
+    record = a_record(finals[0], 61.0, commit="abc", versions=versions(), training=training)
+    there.add(record)
+    monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
+    monkeypatch.setattr(run_module, "_call", lambda *arguments: "it was executed")
+    base = replace(finals[0], variant="base")
+    taken = run_module.execute(second, here, base, tmp_path, "abc")
+    assert taken == here.records()[base] == replace(record, run=base, origin="tiny")
+    here.write_header(commit="abc", versions={})
+    write_report(second, here)
+    assert "1 of the runs are those of tiny, the same trainings." in (here.folder / "report.md").read_text()
+    tuning = replace(base, stage="tuning")
+    for study, results, one, commit in (
+        *((second, here, replace(base, seed=0), "abc"), (second, here, replace(base, rate=1e-4), "abc")),
+        *((second, here, finals[1], "abc"), (second, here, base, "abd"), (second, here, tuning, "abc")),
+        (replace(second, metric="accuracy/top5"), here, base, "abc"),
+    ):
+        with pytest.raises(run_module.RunError, match="it was executed"):
+            run_module.execute(study, results, one, tmp_path, commit)
+
+
+@pytest.fixture
+def training(study_file, tmp_path, monkeypatch):
+    """A function that executes ``RUN``, for which a training is pretended that logs given lines and ends as given."""
+    study = load_study(study_file())
+    results = Results(study, tmp_path)
+    monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
+    folder = results.work / "runs" / "tuning_pc_5_0.001"
+    found = []
+
+    def run(lines, error="", commit="abc"):
+        def call(code, root, lock, log, tool, config, *arguments):
+            found[:] = sorted(path.name for path in folder.iterdir() if path.name not in ("lock", "config.py"))
+            logs = folder / "20260101" / "vis_data"
+            logs.mkdir(parents=True, exist_ok=True)
+            (logs / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (folder / "iter_4.pth").touch()
+            (folder / "last_checkpoint").touch()
+            return error
+
+        monkeypatch.setattr(run_module, "_call", call)
+        return execute(study, results, RUN, tmp_path, commit)
+
+    run.folder, run.found, run.results = folder, found, results
+    return run
+
+
+def scores(*values):
+    return [{"accuracy/top1": value, "step": 2 * step + 2} for step, value in enumerate(values)]
+
+
+def test_what_a_finished_run_leaves(training):
+    """Its logs alone, so that it begins anew if its record is lost."""
+    record = training(scores(40.0, 50.0))
+    assert (record.status, record.score, record.curve) == (FINISHED, 50.0, [[2, 40.0], [4, 50.0]])
+    assert training.results.records() == {RUN: record}
+    assert sorted(path.name for path in training.folder.iterdir()) == ["config.py", "lock"]
+
+
+def test_an_interrupted_run_is_resumed_with_its_own_code_and_settings_alone(training):
+    for commit, files in (("abc", []), ("abc", ["20260101", "iter_4.pth", "last_checkpoint"]), ("abd", [])):
+        with pytest.raises(RunError, match="out of memory; the log is .*train.log"):
+            training(scores(40.0), "out of memory", commit)
+        assert training.found == files
+
+
+def test_a_run_that_lost_an_evaluation_begins_anew(training):
+    with pytest.raises(RunError, match="no accuracy/top1 of iteration 2; it begins anew"):
+        training(scores(40.0, 50.0)[1:])
+    training(scores(40.0, 50.0))
+    assert training.found == []
+
+
+def test_what_counts_as_diverged(training):
+    """A loss that is not finite, and no error of the data."""
+    with pytest.raises(RunError, match="its bbox is not finite"):
+        training([], "image 3: its bbox is not finite, or is beyond every image")
+    record = training(scores(40.0), "loss is not finite in iteration 3; lower the learning rate")
+    assert (record.status, record.score, record.reported) == (FAILED, 40.0, {})
+
+
+def test_an_evaluation_without_predictions_scores_0(training, tmp_path, monkeypatch):
+    """mmdet's evaluator then reports nothing."""
+    empty = {"data_time": 0.1, "time": 0.2, "step": 4}
+    assert training([*scores(40.0), empty]).curve == [[2, 40.0], [4, 0.0]]
+    (tmp_path / "last_checkpoint").write_text("iter_4.pth")
+
+    def test(code, root, lock, log, tool, config, checkpoint, option, work):
+        (work / "20260101").mkdir(parents=True)
+        (work / "20260101" / "20260101.json").write_text('{"data_time": 0.1, "time": 0.2}')
+        return ""
+
+    monkeypatch.setattr(run_module, "_call", test)
+    arguments = (tmp_path, tmp_path, None, tmp_path, tmp_path / "config.py")
+    assert run_module._evaluate(*arguments, "coco/segm_mAP") == {"coco/segm_mAP": 0.0}
+
+
+class Sum(BaseModel):
+    """A model of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, *rows, mode):
+        y = self.layer(torch.stack(rows))
+        return {"loss": y.square().mean()} if mode == "loss" else [y.sum()]
+
+
+class Sometimes(BaseMetric):
+    """Reports nothing in the second evaluation."""
+
+    values = iter([{"error": 1.0}, {}, {"error": 3.0}])
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return next(self.values)
+
+
+@pytest.mark.parametrize("hooks", [[], [EmptyEvaluationHook()]], ids=["mmengine alone", "with the hook"])
+def test_scores_of_an_earlier_evaluation_are_not_logged_again(hooks, tmp_path):
+    data = torch.linspace(-1, 1, 8).view(4, 2)
+    loader = dict(batch_size=2, sampler=dict(type="DefaultSampler", shuffle=False), dataset=data)
+    Sometimes.values = iter([{"error": 1.0}, {}, {"error": 3.0}])
+    Runner(
+        model=Sum(),
+        work_dir=str(tmp_path),
+        train_dataloader=dict(loader, sampler=dict(type="InfiniteSampler", shuffle=False)),
+        train_cfg=dict(by_epoch=False, max_iters=6, val_interval=2),
+        val_dataloader=loader,
+        val_cfg={},
+        val_evaluator=Evaluator(Sometimes()),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        default_hooks=dict(logger=dict(type="LoggerHook", log_metric_by_epoch=False)),
+        custom_hooks=hooks,
+        experiment_name=f"empty evaluation {len(hooks)}",
+    ).train()
+    found = read_curves(tmp_path, "error")[0]
+    assert found == [[2, 1.0], [4, 0.0 if hooks else 1.0], [6, 3.0]]
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """A function that calls a tool with the given code."""
+    (tmp_path / "tools").mkdir()
+
+    def call(code):
+        (tmp_path / "tools" / "tool.py").write_text(code)
+        with run_module._alone(tmp_path, RUN) as lock:
+            return run_module._call(tmp_path, tmp_path, lock, tmp_path / "log", "tool.py")
+
+    return call
+
+
+def test_the_error_message_is_that_of_the_last_call(tool):
+    assert tool("print('error: no memory'); exit(1)") == "no memory"
+    assert tool("import os; os.kill(os.getpid(), 9)") == "tool.py ended with status -9"
+    assert tool("print('a note'); exit(1)") == "a note"
+    assert tool("") == ""
+
+
+def test_a_tool_that_survives_its_parent_keeps_the_lock(tmp_path):
+    """So that no second training runs in the same folder."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "tool.py").write_text(
+        "import os, time; print(os.getpid(), file=open('pid', 'w')); time.sleep(60)"
+    )
+    code = """
+from pathlib import Path
+from condattn.openmmlab.study import run
+from condattn.openmmlab.study.plan import RunId
+with run._alone(Path("."), RunId("tuning", "pc", 5, 1e-3)) as lock:
+    run._call(Path("."), Path("."), lock, Path("log"), "tool.py")
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    with pytest.raises(RunError, match="is being run by another process"), run_module._alone(tmp_path, RUN):
+        pass
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    while True:
+        try:
+            with run_module._alone(tmp_path, RUN):
+                return
+        except RunError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
