@@ -1,6 +1,7 @@
 """Conditioned embedded tokens: the correction and its gradient, where the tokens enter, masks, and what is refused."""
 
 import importlib.util
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import condattn
 from condattn import EmbeddedTokens
 from condattn.attention.tokens import find_token_entries, known_token_rules
-from condattn.kernels.polar import newton_schulz_correction, svd_correction
+from condattn.kernels.polar import newton_schulz_correction, rounding, svd_correction
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers") if importlib.util.find_spec("transformers") else None
@@ -60,6 +61,54 @@ def test_the_rank_stays(rows, columns, data):
     values = singular_values(x + svd_correction(x))
     assert len(values) == rank and values[0] / values[-1] <= 2 + 1e-9
     assert not svd_correction(torch.zeros(rows, columns)).any()
+
+
+@pytest.mark.parametrize("correct", [svd_correction, partial(newton_schulz_correction, iterations=40)])
+@pytest.mark.parametrize("tokens", [100, 20000])
+def test_many_tokens_in_single_precision(correct, tokens):
+    """The rank is not underestimated where there are many tokens, as in large images."""
+    x = matrix(tokens, 48, 3e3, 0, rank=24).float()
+    values = singular_values(x + correct(x))
+    assert values[23] >= values[0] / 2.1 and values[24] < 0.05 * values[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["svd", "newton_schulz"])
+def test_rounding_errors_of_half_precision_are_not_amplified(dtype, form):
+    """Directions that the tokens have through rounding alone are not corrected, also where a norm follows."""
+    x = 3 * matrix(400, 32, 20.0, 0, rank=16).float()
+    exact, rounded = svd_correction(x), x.to(dtype).float()
+    method = EmbeddedTokens(form=form, iterations=60)
+    found = method.correction(rounded[None], rounding(dtype))[0]
+    assert (found - exact).norm() < (0.02 if form == "svd" else 0.35) * exact.norm()
+    assert (svd_correction(rounded) - exact).norm() > 0.5 * exact.norm()
+
+
+def test_tokens_under_autocast():
+    """Their rounding errors are those of half precision, although a norm returns them in single precision."""
+
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project, self.norm = nn.Linear(12, 32), nn.LayerNorm(32)
+            self.blocks = nn.ModuleList([nn.Identity()])
+
+        def forward(self, x):
+            return self.blocks[0](self.norm(self.project(x)).float())
+
+    torch.manual_seed(0)
+    model = Embedding()
+    with registrations_undone():
+        condattn.register_token_rule(
+            f"{Embedding.__module__}.{Embedding.__qualname__}", lambda m: dict(module=m.blocks[0])
+        )
+        condattn.condition(model, "ct")
+    x = torch.randn(1, 200, 12)
+    wanted = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (2, 6, 3)])
@@ -236,6 +285,36 @@ def test_masked_tokens_take_no_part(bert, attention):
 
 
 @needs_transformers
+@torch.no_grad()
+def test_masked_tokens_anywhere(bert):
+    """They are not changed at all, wherever they are; a mask that differs between queries is refused."""
+    condattn.condition(bert, "ct")
+    words, seen = torch.randint(0, 30, (2, 40)), []
+    mask = (torch.arange(80).view(2, 40) % 3 > 0).long()
+    bert.encoder.layer[0].attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    bert(words, attention_mask=mask)
+    kept = mask == 0
+    assert torch.equal(seen[0][kept], bert.embeddings(words)[kept])
+    assert not torch.equal(seen[0][~kept], bert.embeddings(words)[~kept])
+    causal = torch.ones(2, 40, 40).tril()
+    with pytest.raises(ValueError, match="lets queries see different tokens; expected a mask of padding alone"):
+        bert(words, attention_mask=causal)
+
+
+@needs_transformers
+def test_what_is_left_out_is_not_conditioned(bert):
+    """Whole models are, by patterns of their attention sites; a causal one among them does not matter."""
+    both = nn.ModuleDict({"one": bert, "two": transformers.BertModel(bert.config)})
+    assert condattn.condition(both, "ct+pc", include="one").elsewhere == ("one.encoder.layer.0",)
+    assert condattn.condition(both, "ct", include="two.encoder.layer.1").elsewhere == ("two.encoder.layer.0",)
+    gpt = transformers.GPT2Model(transformers.GPT2Config(30, 16, 24, 2, 3))
+    mixed = nn.ModuleDict({"vision": transformers.BertModel(bert.config), "text": gpt})
+    with pytest.raises(ValueError, match=r"text.h.0 \(GPT2Block\): its embedded tokens cannot be conditioned"):
+        condattn.condition(mixed, "ct")
+    assert condattn.condition(mixed, "ct", exclude="text").elsewhere == ("vision.encoder.layer.0",)
+
+
+@needs_transformers
 def test_causal_models_are_refused(bert):
     """With C the first token would depend on the last one."""
     gpt = transformers.GPT2Model(transformers.GPT2Config(30, 16, 24, 2, 3))
@@ -256,6 +335,29 @@ def test_models_without_a_rule_are_refused():
     with pytest.raises(ValueError, match=r"no rule says where .* TransformerEncoder enter .*register_token_rule\("):
         condattn.condition(model, "sc+ct")
     assert not any(condattn.conditioning_of(model).values())
+
+
+def test_a_model_without_a_known_attention_class():
+    """CT needs a rule for the tokens alone; what is missing is said."""
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+
+        def forward(self, x):
+            return self.blocks[0](x)
+
+    with pytest.raises(ValueError, match=r"no rule says where .* Mixer enter .*register_token_rule\("):
+        condattn.condition(Mixer(), "ct")
+    with pytest.raises(ValueError, match="Mixer has no attention site to condition"):
+        condattn.condition(Mixer(), "ct+pc")
+    with registrations_undone():
+        condattn.register_token_rule(f"{Mixer.__module__}.{Mixer.__qualname__}", lambda m: dict(module=m.blocks[0]))
+        report = condattn.condition(model := Mixer(), "ct")
+        assert str(report) == "conditioned the input of blocks.0: ct"
+        x = torch.randn(1, 5, 8)
+        torch.testing.assert_close(model(x), model.blocks[0].forward(by_hand(x).float()), rtol=1e-4, atol=1e-5)
 
 
 def test_rules_of_users():

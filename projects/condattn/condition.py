@@ -87,7 +87,7 @@ def condition(
     if not methods and include is None and exclude is None:
         return Report((), (), ())
     sites, unsupported = find_sites(model), find_unsupported(model)
-    if not sites:
+    if not sites and (not methods or any(method.acts_at_sites() for method in methods)):
         reasons = f"; {describe_unsupported(unsupported)}" if unsupported else ""
         raise ValueError(
             f"{type(model).__name__} has no attention site to condition: none of its modules is of the "
@@ -97,7 +97,7 @@ def condition(
     if methods and (left := [one for one in selected if isinstance(one, UnsupportedAttention)]):
         warnings.warn(f"left unconditioned: {describe_unsupported(left)}", stacklevel=2)
     chosen = [one for one in selected if isinstance(one, AttentionSite)]
-    if not chosen:
+    if sites and not chosen:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no attention site to condition")
     places = [(method, place) for method in methods for place in method.places(model, chosen)]
     taken = {type(method): {id(place.module) for place, _ in method.find(model, sites)} for method in methods}

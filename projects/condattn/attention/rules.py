@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .classes import look_up, qualified_name
-from .site import AttentionSite, HeadOutputs, Place, Projection
+from .site import AttentionSite, HeadOutputs, Place, Projection, is_within
 
 Describe = Callable[[Any], Mapping[str, Any]]
 _RULES: dict[str, Describe] = {}
@@ -113,7 +113,7 @@ def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
         else:
             calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE) is not None
             weights = any(parameter.ndim > 1 for parameter in module.parameters())
-            found = calls_itself and weights and not any(_contains(name, s) or _contains(s, name) for s in sites)
+            found = calls_itself and weights and not any(is_within(s, name) or is_within(name, s) for s in sites)
         if found:
             unsupported.append(UnsupportedAttention(name, module, reason))
     return unsupported
@@ -156,7 +156,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield all modules except those inside attention that is registered as having no site."""
     excepted: list[str] = []
     for name, module in model.named_modules():
-        if not any(_contains(outer, name) for outer in excepted):
+        if not any(is_within(name, outer) for outer in excepted):
             yield name, module
             if _attends(type(module)):
                 excepted.append(name)
@@ -165,7 +165,3 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _attends(cls: type) -> bool:
     """Return whether the class is registered as attention that has no site."""
     return any(qualified_name(base) in _ATTENDING for base in cls.__mro__)
-
-
-def _contains(outer: str, inner: str) -> bool:
-    return not outer or f"{inner}.".startswith(f"{outer}.")

@@ -84,6 +84,11 @@ class Place:
         return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
 
 
+def is_within(name: str, module: str) -> bool:
+    """Whether the module called ``name`` is the one called ``module``, or in it; '' is the whole model."""
+    return not module or name == module or name.startswith(f"{module}.")
+
+
 @dataclass(frozen=True)
 class AttentionSite(Place):
     """Where one attention module, the host, projects q, k and v, and where its head outputs go.

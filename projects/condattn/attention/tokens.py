@@ -20,12 +20,14 @@ class TokenEntry(Place):
     Attributes:
         name: As of :class:`~.site.Place`.
         module: The first block.
+        model: Name of the module that the rule is for, in the model that was searched.
         layout: 'tokens' for (batch, tokens, channels), 'channels_last' for (batch, height, width, channels),
             'channels_first' for (batch, channels, height, width).
         mask: Name of the argument of the block (its second, or a keyword) that masks padding tokens; '' if it has none.
         obstacle: Why tokens must not be mixed, as the end of a sentence "cannot be conditioned: ..."; '' if they may.
     """
 
+    model: str = ""
     layout: str = "tokens"
     mask: str = ""
     obstacle: str = ""
@@ -37,8 +39,8 @@ def register_token_rule(class_name: str, describe: Callable[[Any], Mapping[str, 
     Args:
         class_name: Qualified name of the class, for instance ``'timm.models.vision_transformer.VisionTransformer'``.
             Subclasses have the rule as well.
-        describe: Takes an instance and returns the fields of its :class:`TokenEntry` but ``name``; ``module`` is
-            required.
+        describe: Takes an instance and returns the fields of its :class:`TokenEntry` but ``name`` and ``model``;
+            ``module`` is required.
 
     Raises:
         ValueError: If the class has a rule already.
@@ -65,7 +67,7 @@ def find_token_entries(model: nn.Module) -> list[TokenEntry]:
                     f"the rule for the tokens of {qualified_name(type(module))} is wrong: expected a module in it, and "
                     f"a layout out of {', '.join(LAYOUTS)}, found a {type(block).__name__} and {layout!r}"
                 )
-            found.setdefault(id(block), TokenEntry(name=names[id(block)], **fields))
+            found.setdefault(id(block), TokenEntry(name=names[id(block)], model=names[id(module)], **fields))
     if not found:
         raise ValueError(
             f"no rule says where the embedded tokens of {type(model).__name__} enter its first block; add one: "

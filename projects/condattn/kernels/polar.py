@@ -6,12 +6,25 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-11
-"""What is added to the Gram matrix in Newton-Schulz iterations, relative to the bound of its largest eigenvalue."""
+"""What is added to the Gram matrix in Newton-Schulz iterations at least, relative to the bound of its largest
+eigenvalue."""
 SQUARINGS = 9
 """Number of squarings of the Gram matrix from which its largest eigenvalue is taken."""
 
 
-def svd_correction(x: Tensor, detach: bool = True) -> Tensor:
+def rounding(dtype: torch.dtype) -> float:
+    """The part of the largest singular value below which one counts as an error of a matrix computed in ``dtype``.
+
+    The rounding errors of N by D entries have singular values in proportion to the square root of N, as the entries
+    themselves have, so that the ratio does not depend on N. For tokens of a patch embedding it is 1.3 eps in single
+    precision, where there is room for the errors of more layers, and 0.07 to 0.16 eps in half precision, where a larger
+    part would count directions that images have.
+    """
+    info = torch.finfo(dtype)
+    return 16 * info.eps if info.bits >= 32 else info.eps / 4
+
+
+def svd_correction(x: Tensor, detach: bool = True, zero: float | None = None) -> Tensor:
     """C = sigma_max U V^T, with which kappa(X + C) <= 2, as every singular value s of X becomes s + sigma_max.
 
     Singular values that are zero to rounding (repeated or missing rows) stay zero: C has the rank of X.
@@ -20,6 +33,7 @@ def svd_correction(x: Tensor, detach: bool = True) -> Tensor:
         x: Matrices X, (..., N, D), in single or double precision.
         detach: Treat C as a constant in backpropagation. If False, its gradient is exact where X has full rank. It has
             sums of singular values in the denominator and no differences, so that equal singular values do no harm.
+        zero: Singular values count as zero up to this part of the largest; default: :func:`rounding` of the dtype.
 
     Returns:
         C, of the shape of ``x``.
@@ -29,12 +43,12 @@ def svd_correction(x: Tensor, detach: bool = True) -> Tensor:
     """
     if detach or not (x.requires_grad and torch.is_grad_enabled()):
         with torch.no_grad():
-            u, s, vh, kept = _svd(x.detach())
+            u, s, vh, kept = _svd(x.detach(), zero)
             return s[..., :1, None] * ((u * kept[..., None, :]) @ vh)
-    return _ScaledPolarFactor.apply(x)
+    return _ScaledPolarFactor.apply(x, zero)
 
 
-def newton_schulz_correction(x: Tensor, iterations: int = 24, detach: bool = True) -> Tensor:
+def newton_schulz_correction(x: Tensor, iterations: int = 24, detach: bool = True, zero: float | None = None) -> Tensor:
     """C of :func:`svd_correction` without a decomposition, from the inverse square root of the Gram matrix.
 
     It is computed in double precision, since the Gram matrix has the square of the condition number. Directions whose
@@ -45,36 +59,39 @@ def newton_schulz_correction(x: Tensor, iterations: int = 24, detach: bool = Tru
         x: Matrices X, (..., N, D), in single or double precision.
         iterations: Number of Newton-Schulz iterations.
         detach: Treat C as a constant in backpropagation.
+        zero: As in :func:`svd_correction`, but there is no sharp limit: a direction of twice this size is
+            corrected by 71 %, and one of half this size by 24 %. Default: the limits above.
 
     Returns:
         C, of the shape of ``x``.
     """
+    ridge = RIDGE if zero is None else max(RIDGE, (2 * zero) ** 2)
     if detach:
         with torch.no_grad():
-            return _newton_schulz(x.detach().double(), iterations).to(x.dtype)
-    return _newton_schulz(x.double(), iterations).to(x.dtype)
+            return _newton_schulz(x.detach().double(), iterations, ridge).to(x.dtype)
+    return _newton_schulz(x.double(), iterations, ridge).to(x.dtype)
 
 
-def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The thin decomposition, and which singular values are not zero to rounding."""
+def _svd(x: Tensor, zero: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The thin decomposition, and which singular values do not count as zero."""
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    return u, s, vh, s > s[..., :1] * (max(x.shape[-2:]) * torch.finfo(x.dtype).eps)
+    return u, s, vh, s > s[..., :1] * (rounding(x.dtype) if zero is None else zero)
 
 
 class _ScaledPolarFactor(torch.autograd.Function):
     """sigma_max U V^T with its gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, zero: float | None) -> Tensor:
         """Compute C."""
-        u, s, vh, kept = _svd(x)
+        u, s, vh, kept = _svd(x, zero)
         u = u * kept[..., None, :]
         ctx.save_for_backward(u, s, vh, kept)
         return s[..., :1, None] * (u @ vh)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         """The adjoint of dC = d sigma_max P + sigma_max dP, P = U V^T, for a fixed rank."""
         u, s, vh, kept = ctx.saved_tensors
         v = vh.mT * kept[..., None, :]
@@ -86,15 +103,15 @@ class _ScaledPolarFactor(torch.autograd.Function):
         left = (grad @ v - u @ inner) * inverse @ v.mT
         right = (u * inverse) @ (u.mT @ grad - inner @ v.mT)
         largest = (inner.diagonal(dim1=-2, dim2=-1).sum(-1))[..., None, None] * (u[..., :, :1] @ v[..., :, :1].mT)
-        return largest + s[..., :1, None] * (within + left + right)
+        return largest + s[..., :1, None] * (within + left + right), None
 
 
-def _newton_schulz(x: Tensor, iterations: int) -> Tensor:
+def _newton_schulz(x: Tensor, iterations: int, ridge: float) -> Tensor:
     tall = x.shape[-2] >= x.shape[-1]
     gram = x.mT @ x if tall else x @ x.mT
     unit = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
     bound = torch.linalg.matrix_norm(gram, 1)[..., None, None].clamp_min(torch.finfo(x.dtype).tiny)
-    root, inverse = gram / bound + RIDGE * unit, unit.expand_as(gram)
+    root, inverse = gram / bound + ridge * unit, unit.expand_as(gram)
     for _ in range(iterations):
         step = 1.5 * unit - 0.5 * inverse @ root
         root, inverse = root @ step, step @ inverse

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.switch import autocast
+from ..kernels.polar import rounding
+from ..kernels.switch import autocast, autocast_dtype, is_compiling
 
 LARGE = -1e4
 """Masks that are added to scores hold 0 for tokens that take part, and less than this for the others."""
@@ -43,18 +44,26 @@ class TokenCorrection(InputTransform):
     C is computed in single precision at least. Masked tokens take no part, and are not changed.
 
     Args:
-        function: Takes tokens (batch, tokens, channels), and returns C.
+        function: Takes tokens (batch, tokens, channels) and, if they were computed in half precision, the part of the
+            largest singular value below which others are rounding errors; returns C.
         method: As of :class:`InputTransform`.
         layout: See :class:`condattn.attention.tokens.TokenEntry`.
         mask: See there.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], method: object, layout: str, mask: str) -> None:
-        super().__init__(function, method)
-        self.layout, self.mask = layout, mask
+    def __init__(
+        self, function: Callable[[Tensor, float | None], Tensor], method: object, layout: str, mask: str
+    ) -> None:
+        self.function, self.method, self.layout, self.mask = function, method, layout, mask
 
     def transform(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """X + C, in the layout and the dtype of ``x``."""
+        """X + C, in the layout and the dtype of ``x``.
+
+        Raises:
+            ValueError: If the mask differs between queries, as that of a decoder does.
+        """
+        dtype = x.dtype if x.dtype.itemsize < 4 else autocast_dtype(x)
+        zero = None if dtype is None else rounding(dtype)
         tokens = {"tokens": x, "channels_last": x.flatten(1, -2), "channels_first": x.flatten(2).mT}[self.layout]
         with autocast(x, None):
             exact = tokens if tokens.dtype == torch.float64 else tokens.float()
@@ -62,7 +71,8 @@ class TokenCorrection(InputTransform):
             if seen is not None:
                 exact = exact * seen[..., None]
             # Values that are not finite reach the loss, whose check names where they come from.
-            constant = self.function(exact.nan_to_num(0.0, 0.0, 0.0)).to(x.dtype)
+            constant = self.function(exact.nan_to_num(0.0, 0.0, 0.0), zero)
+            constant = (constant if seen is None else constant * seen[..., None]).to(x.dtype)
         return x + (constant.mT if self.layout == "channels_first" else constant).reshape(x.shape)
 
     def _seen(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -72,5 +82,13 @@ class TokenCorrection(InputTransform):
         mask = kwargs.get(self.mask, args[1] if len(args) > 1 else None)
         if not isinstance(mask, Tensor):
             return None
-        rows = mask.flatten(1, -2)[:, 0] if mask.dim() > 2 else mask  # in encoders all queries see the same tokens
+        rows = mask
+        if mask.dim() > 2:
+            every = mask.flatten(1, -2)
+            rows = every[:, 0]
+            if every.shape[1] > 1 and not is_compiling() and not torch.equal(every, rows[:, None].expand_as(every)):
+                raise ValueError(
+                    f"the tokens of a {type(self.method).__name__} are mixed with one another, but the mask "
+                    f"{self.mask!r} lets queries see different tokens; expected a mask of padding alone"
+                )
         return rows if rows.dtype == torch.bool else rows > (LARGE if mask.dim() > 2 else 0)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..attention.site import AttentionSite, Place
+from ..attention.rules import find_sites
+from ..attention.site import AttentionSite, Place, is_within
 from ..attention.tokens import find_token_entries
 from ..kernels.polar import newton_schulz_correction, svd_correction
 from ..layers.input_transform import TokenCorrection
@@ -25,7 +26,8 @@ class EmbeddedTokens(ModelInputMethod):
 
     X, (tokens, channels), is what enters the first block: after positions, class token, patch norm and dropout. That is
     our reading of the paper's "embedded tokens". Padding of images consists of tokens like others and takes part;
-    tokens that a mask excludes (BERT) do not. Adds no parameter.
+    tokens that a mask excludes (BERT) do not. Directions whose singular values are rounding errors of the precision in
+    which the tokens were computed (:func:`condattn.kernels.polar.rounding`) are not corrected. Adds no parameter.
 
     Attributes:
         form: 'svd' decomposes the tokens in every forward, as the paper does. 'newton_schulz' approximates C by
@@ -50,16 +52,27 @@ class EmbeddedTokens(ModelInputMethod):
         if type(self.iterations) is not int or self.iterations < 1:
             raise ValueError(f"EmbeddedTokens: iterations is {self.iterations!r}; expected a whole number from 1 up")
 
-    def correction(self, x: Tensor) -> Tensor:
-        """C of tokens (batch, tokens, channels), in single or double precision."""
+    def correction(self, x: Tensor, zero: float | None = None) -> Tensor:
+        """C of tokens (batch, tokens, channels) in single or double precision; see :class:`TokenCorrection`."""
         if self.form == "svd":
-            return svd_correction(x, self.detach)
-        return newton_schulz_correction(x, self.iterations, self.detach)
+            return svd_correction(x, self.detach, zero)
+        return newton_schulz_correction(x, self.iterations, self.detach, zero)
 
     @classmethod
     def places(cls, model: nn.Module, sites: Sequence[AttentionSite]) -> Sequence[Place]:
-        """The first blocks in ``model``, by the rules of :mod:`condattn.attention.tokens`."""
-        return find_token_entries(model)
+        """The first blocks in ``model``, by the rules of :mod:`condattn.attention.tokens`.
+
+        A model whose attention sites are all left out (``include``, ``exclude``) is left out too.
+        """
+        chosen, known = {site.name for site in sites}, [site.name for site in find_sites(model)]
+        entries = [
+            entry
+            for entry in find_token_entries(model)
+            if not (inside := [name for name in known if is_within(name, entry.model)]) or chosen & set(inside)
+        ]
+        if not entries:
+            raise ValueError("include and exclude leave no model whose embedded tokens could be conditioned")
+        return entries
 
     def check(self, place: Any) -> None:
         """Raise if the tokens must not be mixed, or another method changes them."""
