@@ -215,11 +215,14 @@ def blocks():
 
 def test_the_commands_of_the_readme():
     """Every one is run, here or below, or its configuration is one of those that are built above."""
-    tools = [command[1] for command in blocks()]
-    assert set(tools) == {"-m", "tools/train.py", "tools/test.py", "tools/study.py"}
-    named = {ROOT / part for command in blocks() for part in command if part.startswith("projects/")}
+    commands = [command for command in blocks() if command[0] == "python"]
+    assert {command[1] for command in commands} == {"-m", "tools/train.py", "tools/test.py", "tools/study.py"}
+    named = {ROOT / part for command in commands for part in command if part.startswith("projects/")}
     assert named == set(CONFIGS)
-    assert all(command[0] == "python" for command in blocks())
+    text = (PROJECT / "README.md").read_text()
+    archives = set(re.findall(r"\(https:\S+/(\S+gz)\)", text))
+    unpacked = [command for command in blocks() if command[0] != "python"]
+    assert sorted(unpacked) == sorted(["tar", "xzf", name, "-C", "data"] for name in archives) and len(archives) == 3
 
 
 def test_a_training(tmp_path, call):

@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import shutil
 import statistics
 import struct
 from pathlib import Path
@@ -14,7 +15,7 @@ from runs import Malice
 pytest.importorskip("transformers")
 pytest.importorskip("mmengine")
 
-from long_range import SMALL, SPLITS
+from long_range import PROJECT, SMALL, SPLITS
 from long_range_arena import generate as generator
 from long_range_arena import grammar, registry  # noqa: F401
 from long_range_arena.datasets.aan import AanPairs
@@ -24,6 +25,8 @@ from long_range_arena.datasets.listops import NUMBERS, ListOps
 from long_range_arena.datasets.pathfinder import Pathfinder32
 from long_range_arena.errors import DataError
 from long_range_arena.grammar import from_source
+from mmengine.config import Config
+from mmengine.registry import DATASETS
 from PIL import Image
 
 
@@ -231,6 +234,27 @@ def test_pathfinder(tmp_path):
     (folder / "metadata" / "0.npy").write_text("imgs/0 sample_0.png\n")
     with pytest.raises(DataError, match="0.npy, line 1: expected folder and name of an image"):
         Pathfinder32(str(tmp_path), "val")
+
+
+def test_the_folders_of_the_archive(tmp_path, monkeypatch):
+    """The archive has the folder lra_release twice; the configurations find the data in either."""
+    monkeypatch.setenv("LRA_DATA", str(tmp_path))
+    datasets = {
+        name: Config.fromfile(PROJECT / "configs" / f"{name}.py").test_dataloader.dataset
+        for name in ("listops", "retrieval", "pathfinder")
+    }
+    for outer in ("lra_release", "lra_release/lra_release"):
+        release = tmp_path / outer
+        write(release / "listops-1000")
+        (release / "tsv_data").mkdir()
+        (release / "tsv_data" / "new_aan_pairs.test.tsv").write_text("1\te\tf\tz\tw\n")
+        write_curves(release / "pathfinder32")
+        for dataset in datasets.values():
+            assert Path(DATASETS.build(dataset).data_root).parent == release
+        for name in ("listops-1000", "tsv_data", "pathfinder32"):
+            shutil.rmtree(release / name)
+    with pytest.raises(DataError, match=r"no data at .*lra_release/tsv_data/new_aan.*: tar xzf lra_release.gz -C data"):
+        DATASETS.build(datasets["retrieval"])
 
 
 def test_a_split_that_does_not_exist(tmp_path):

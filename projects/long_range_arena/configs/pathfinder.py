@@ -1,7 +1,7 @@
 """Nystromformer on Pathfinder: whether a dashed curve joins two points, from the sequence of 1,024 grey levels.
 
-Of the authors' settings, see _base_/nystromformer.py: batches of 256, 62,400 iterations with 312 of warm-up. The most
-difficult of the three sets of images, curv_contour_length_14, is our choice.
+Of the authors' settings, see _base_/nystromformer.py: batches of 256, 62,400 iterations with 312 of warm-up, and the
+most difficult of the three sets of images, curv_contour_length_14.
 """
 
 _base_ = "_base_/nystromformer.py"

@@ -8,7 +8,7 @@ import numpy as np
 from mmengine.registry import DATASETS
 
 from ..errors import DataError
-from .base import SequenceDataset, byte_numbers
+from .base import ARCHIVE, SequenceDataset, byte_numbers
 
 LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
 PARTS = dict(train="train", val="eval", test="test")
@@ -18,13 +18,13 @@ PARTS = dict(train="train", val="eval", test="test")
 class AanPairs(SequenceDataset):
     """Pairs of papers in ``new_aan_pairs.{train,eval,test}.tsv``: label, two names and two texts, without a header.
 
-    Texts are cut off after ``length`` bytes, as the benchmark does. They stay on the disk until they are needed.
+    Texts are cut off after ``length`` bytes. They stay on the disk until they are needed.
 
     Raises:
         DataError: If a file is missing or not in this format.
     """
 
-    SOURCE = "unpack the benchmark's archive lra_release.gz into data/, whose folder tsv_data has it"
+    SOURCE = f"its folder tsv_data is in {ARCHIVE}"
 
     def needed(self, root: Path) -> Iterable[Path]:
         """The file of the split."""

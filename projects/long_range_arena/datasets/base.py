@@ -15,6 +15,10 @@ from ..errors import DataError
 PADDING = 0
 """Number of the padding token; those of all others are from 1 up."""
 SPLITS = ("train", "val", "test")
+ARCHIVE = (
+    "the benchmark's archive, https://storage.googleapis.com/long-range-arena/lra_release.gz, which is unpacked by: "
+    "tar xzf lra_release.gz -C data"
+)
 
 
 class SequenceDataset(BaseDataset):
@@ -25,7 +29,8 @@ class SequenceDataset(BaseDataset):
     ``BaseDataElement`` with ``gt_label`` and, as meta information, ``sample_id``.
 
     Args:
-        data_root: Folder with the data.
+        data_root: Folder with the data, such as data/lra_release/tsv_data. If they are not there, they are looked for
+            in data/lra_release/lra_release/tsv_data, as the benchmark's archive has that folder twice.
         split: 'train', 'val' or 'test'.
         length: Number of tokens of a sequence, padding included.
         **kwargs: Of mmengine's ``BaseDataset``, but for ``pipeline``.
@@ -41,10 +46,14 @@ class SequenceDataset(BaseDataset):
         if split not in SPLITS:
             raise DataError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         self.split, self.length = split, length
-        for path in self.needed(Path(data_root)):
+        root = next(filter(self._is_complete, _roots(Path(data_root))), Path(data_root))
+        for path in self.needed(root):
             if not path.exists():
                 raise DataError(f"no data at {path}; {self.SOURCE}, or set data_root to where it is")
-        super().__init__(data_root=data_root, pipeline=[], **kwargs)
+        super().__init__(data_root=str(root), pipeline=[], **kwargs)
+
+    def _is_complete(self, root: Path) -> bool:
+        return all(path.exists() for path in self.needed(root))
 
     @abstractmethod
     def needed(self, root: Path) -> Iterable[Path]:
@@ -78,6 +87,11 @@ class SequenceDataset(BaseDataset):
             row[: len(numbers)] = torch.from_numpy(numbers.astype(np.int64))
         sample = BaseDataElement(metainfo=dict(sample_id=info["sample_id"]), gt_label=torch.tensor(info["gt_label"]))
         return dict(inputs=inputs, data_samples=sample)
+
+
+def _roots(folder: Path) -> tuple[Path, Path]:
+    """The folder, and the same one below a second folder with the name of its parent."""
+    return folder, folder.parent / folder.parent.name / folder.name
 
 
 def byte_numbers(values: bytes | np.ndarray) -> np.ndarray:

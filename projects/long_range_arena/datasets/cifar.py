@@ -26,7 +26,10 @@ class GreyCifar10(SequenceDataset):
         DataError: If a file is missing or not in this format, or ``length`` is not 1,024.
     """
 
-    SOURCE = "unpack the Python version of CIFAR-10, cifar-10-python.tar.gz, into data/"
+    SOURCE = (
+        "unpack the Python version of CIFAR-10, https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz, by: "
+        "tar xzf cifar-10-python.tar.gz -C data"
+    )
 
     def __init__(self, data_root: str, split: str, length: int = 1024, **kwargs: Any) -> None:
         if length != 1024:

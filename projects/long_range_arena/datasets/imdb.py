@@ -13,7 +13,7 @@ from .base import SequenceDataset, byte_numbers
 
 @DATASETS.register_module()
 class ImdbReviews(SequenceDataset):
-    """Reviews in ``{train,test}/{neg,pos}/*.txt``, cut off after ``length`` bytes, as the benchmark does.
+    """Reviews in ``{train,test}/{neg,pos}/*.txt``, cut off after ``length`` bytes.
 
     Every tenth review of each class of the training data validates, and does not train. (The benchmark validates on
     the test reviews, so that choosing a checkpoint there would be choosing it by the figure that is reported.)
@@ -22,7 +22,10 @@ class ImdbReviews(SequenceDataset):
         DataError: If a folder is missing or has no reviews.
     """
 
-    SOURCE = "unpack the Large Movie Review Dataset, aclImdb_v1.tar.gz, into data/"
+    SOURCE = (
+        "unpack the Large Movie Review Dataset, https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz, by: "
+        "tar xzf aclImdb_v1.tar.gz -C data"
+    )
 
     def _part(self) -> str:
         return "test" if self.split == "test" else "train"

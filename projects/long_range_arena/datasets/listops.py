@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS
 from ..errors import DataError
 from ..generate import COLUMNS
 from ..grammar import TOKENS, from_source, hash_of
-from .base import SequenceDataset
+from .base import ARCHIVE, SequenceDataset
 
 NUMBERS = {token: number for number, token in enumerate(TOKENS, 1)}
 
@@ -27,8 +27,7 @@ class ListOps(SequenceDataset):
     """
 
     SOURCE = (
-        "generate it with python -m long_range_arena.generate FOLDER, or unpack the benchmark's archive lra_release.gz "
-        "into data/, whose folder listops-1000 has it"
+        "generate it with python -m long_range_arena.generate FOLDER, or take the folder listops-1000 from " + ARCHIVE
     )
 
     def needed(self, root: Path) -> Iterable[Path]:

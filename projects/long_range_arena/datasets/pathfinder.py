@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
-from .base import SequenceDataset, byte_numbers
+from .base import ARCHIVE, SequenceDataset, byte_numbers
 
 DIFFICULTIES = ("curv_baseline", "curv_contour_length_9", "curv_contour_length_14")
 TENTHS = dict(train=(0, 8), val=(8, 9), test=(9, 10))
@@ -22,7 +22,7 @@ class Pathfinder32(SequenceDataset):
 
     In each line of these files, which are texts, the first two fields are folder and name of an image, and the fourth
     is its label. Images are shuffled, always in the same way; eight tenths train, one validates, one tests. Images
-    whose files are empty, of which the archive has some, are left out, as the benchmark does.
+    whose files are empty, of which the archive has some, are left out.
 
     Args:
         data_root: The folder pathfinder32.
@@ -35,7 +35,7 @@ class Pathfinder32(SequenceDataset):
         DataError: If a file is missing or not in this format, or a setting is wrong.
     """
 
-    SOURCE = "unpack the benchmark's archive lra_release.gz into data/, whose folder pathfinder32 has it"
+    SOURCE = f"its folder pathfinder32 is in {ARCHIVE}"
 
     def __init__(
         self, data_root: str, split: str, length: int = 1024, difficulty: str = DIFFICULTIES[-1], **kwargs: Any
