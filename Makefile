@@ -130,7 +130,7 @@ endef
 
 benchmark: setup
 	$(call measure,train,--models upstream$(,)none:plain$(,)none$(,)pc$(,)sc$(,)sc+pc)
-	$(call measure,infer,--models upstream$(,)none$(,)pc$(,)sc$(,)sc:folded --mode infer)
+	$(call measure,infer,--models upstream$(,)none$(,)pc$(,)sc:folded --mode infer)
 	$(call measure,sweep,--models upstream$(,)pc --sweep --repeats 2)
 	$(call measure,mask_rcnn,--models upstream$(,)pc --network mask-rcnn --repeats 3)
 	$(call measure,mask_rcnn_infer,--models upstream$(,)pc --network mask-rcnn --mode infer --repeats 3)
