@@ -325,7 +325,7 @@ def write_images(folder, classes):
 
 
 def test_a_folder_of_images(call, tmp_path, monkeypatch):
-    (line,) = commands("IMAGE_FOLDER=")
+    line, test = commands("IMAGE_FOLDER=")
     variable, folder = line[0].split("=")
     assert str(write_images(tmp_path / "data" / "images", dict.fromkeys(("train", "val"), "abc"))).endswith(folder)
     monkeypatch.setenv(variable, folder)
@@ -334,6 +334,8 @@ def test_a_folder_of_images(call, tmp_path, monkeypatch):
     assert "train: CustomDataset, 9 samples" in output
     weights = torch.load("work_dirs/swin_image_folder/iter_2.pth", weights_only=False)["state_dict"]
     assert weights["head.fc.weight"].shape == (3, 128)
+    status, output, errors = run_readme(call, test, TINY)
+    assert not status and "accuracy/top1" in output, errors
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path, refuse, monkeypatch):

@@ -50,9 +50,13 @@ def test_the_page_of_results(study_file, tmp_path):
     results.write_header(commit="abc", versions={"torch": "2.11"})
     page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
-    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("tiny", "pooled")))
+    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("tiny", "later", "pooled")))
     assert write_documents(tmp_path) == [page]
-    assert "Incomplete: 0 of 12 runs" in page.read_text() and "svg)\n<!-- end pooled" not in page.read_text()
+    assert page.read_text().startswith("<!-- begin tiny -->\nIncomplete: 0 of 12 runs")
+    assert (
+        "\n<!-- begin later -->\nNo run is finished yet.\n<!-- end later -->" in page.read_text()
+        and "svg)\n<!-- end pooled" not in page.read_text()
+    )
     finish(results, {"none": 50.0, "pc": 70.0})
     figure = page.with_name("differences.svg")
     assert write_documents(tmp_path) == [page, figure]

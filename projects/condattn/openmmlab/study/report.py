@@ -22,6 +22,11 @@ from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_dif
 TEMPLATE = Path(__file__).with_name("report.html")
 POOLED = "pooled"
 """Marker of the section of docs/results.md about all studies."""
+POOLING = (
+    "An estimate needs two or more complete studies. Points of accuracy, AP and mIoU are pooled as they are; "
+    "exploratory studies are left out."
+)
+"""Below the table in that section."""
 FIGURE = "differences.svg"
 """Name of the figure in that section."""
 METHODS = ("pc", "sc")
@@ -305,9 +310,10 @@ def write_documents(root: Path) -> list[Path]:
         return []
     text = path.read_text()
     found = begun_studies(root)
-    for study, results in found:
-        text = _fill(text, study.name, _summary(study, results))
-    pooled, written = pooled_table(found).markdown(), []
+    summaries = {study.name: _summary(study, results) for study, results in found}
+    for name in re.findall(r"<!-- begin (\w+) -->", text):
+        text = _fill(text, name, summaries.get(name, "No run is finished yet."))
+    pooled, written = f"{pooled_table(found).markdown()}\n\n{POOLING}", []
     differences = [(study, [*effects(study, results).values()]) for study, results in found if counts(study, results)]
     if any(family for _, family in differences):
         pooled += f"\n\n![differences with their intervals]({FIGURE})"
@@ -334,9 +340,9 @@ def begun_studies(root: Path) -> list[tuple[Study, Results]]:
 
 def _summary(study: Study, results: Results) -> str:
     found, status = tables(study, results)
-    shown = [table for table in found if table.title.startswith(("Family", "Variants"))]
-    parts = [f"{status} [Report](../results/{study.name}/report.md)", *(table.markdown() for table in shown)]
+    parts = [f"{status} [Report](../results/{study.name}/report.md)"]
     if any(map(results.final, study.variants)):
+        parts += [table.markdown() for table in found if table.title.startswith(("Family", "Variants"))]
         parts.append(f"![learning curves](../results/{study.name}/curves.svg)")
     return "\n\n".join(parts)
 
