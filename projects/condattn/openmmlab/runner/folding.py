@@ -1,0 +1,71 @@
+"""The configuration of a model whose corrections of weights are merged into the weights."""
+
+import copy
+
+from mmengine.config import Config, ConfigDict
+from mmengine.model import revert_sync_batchnorm
+from torch import nn
+
+from ...methods.parsing import DEFAULT, parse
+from ...methods.weight import WeightMethod
+from ..errors import UserError
+from ..models.loading import difference, record_of
+from ..models.settings import class_name, conditioned_parts, module_settings
+from .launch import build_model
+
+UPSTREAM = {
+    "ConditionedSwinTransformer": "SwinTransformer",
+    "ConditionedVisionTransformer": "mmseg.VisionTransformer",  # mmdet has no class of this name
+}
+"""Conditioned subclass -> the class that it is derived from."""
+
+
+def fold_config(cfg: Config) -> Config:
+    """Make the configuration of the model of ``cfg`` after :func:`condattn.fold`.
+
+    The methods that were merged, and those that only set initial weights, are removed from every ``conditioning``. A
+    part of the model without any other method becomes upstream's own where there is one.
+    """
+    cfg = copy.deepcopy(cfg)
+    for part in reversed(list(conditioned_parts(cfg.model))):  # inner parts first, as outer ones may become them
+        _fold_part(part)
+    if not any(conditioned_parts(cfg.model)):
+        imports = [name for name in cfg.get("custom_imports", {}).get("imports", []) if name != "condattn.registry"]
+        if imports:
+            cfg.custom_imports.imports = imports
+        else:
+            cfg.pop("custom_imports", None)
+    return cfg
+
+
+def _fold_part(part: ConfigDict) -> None:
+    methods = parse(part.get("conditioning", DEFAULT))
+    left = [method for method in methods if method.changes_function and not isinstance(method, WeightMethod)]
+    name = class_name(part)
+    if left:
+        part.conditioning = "+".join(map(str, left))
+    elif name == "Conditioned":
+        module = module_settings(part)
+        part.clear()
+        part.update(module)
+    elif name in UPSTREAM:
+        part.type = UPSTREAM[name] if "." in UPSTREAM[name] else part.type.removesuffix(name) + UPSTREAM[name]
+        part.pop("conditioning", None)
+    else:
+        part.conditioning = "none"
+
+
+def rebuild(cfg: Config, folded: nn.Module) -> nn.Module:
+    """Build the model of ``cfg``, made by :func:`fold_config`, with the weights of ``folded``.
+
+    Raises:
+        UserError: If it cannot be built, has other weights, or is conditioned otherwise.
+    """
+    model = revert_sync_batchnorm(build_model(cfg))
+    try:
+        model.load_state_dict(folded.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"the configuration of the folded model is of another model: {error}") from error
+    if problem := difference(record_of(folded), model, "the folded checkpoint is"):
+        raise UserError(problem)
+    return model.to(next(folded.parameters()).device).eval()
