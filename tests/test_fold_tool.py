@@ -13,6 +13,7 @@ pytest.importorskip("mmseg")
 from whole_models import small
 
 import condattn
+from condattn.openmmlab.runner.checkpoints import drop_pretrained
 from condattn.openmmlab.runner.folding import fold_config
 from condattn.openmmlab.runner.launch import build_model, load_config
 from condattn.openmmlab.runner.rewriting import write_checkpoint
@@ -68,6 +69,7 @@ def fold(call, scenes, tmp_path):
         cfg.dump(tmp_path / "given.py")
         cfg = load_config(str(tmp_path / "given.py"))
         model = build_model(cfg)
+        drop_pretrained(model, replaced=set(model.state_dict()))
         model.init_weights()
         for site in condattn.find_sites(model):  # output projections of zeros would hide what is before them
             torch.nn.init.normal_(site.out.projection.weight, std=0.1)
@@ -100,6 +102,15 @@ def test_a_part_of_a_detector_stays_conditioned(fold):
     assert new.model.conditioning == "pc" and new.model.include == ["decoder"]
     conditioned = [name for name, methods in checkpoint["meta"]["conditioning"].items() if methods]
     assert conditioned and all(name.startswith("decoder") for name in conditioned)
+
+
+def test_upstream_has_none_of_our_settings(fold):
+    cfg = Config.fromfile(DEMO / "mask_rcnn_swin_pc.py")
+    start = dict(type="Pretrained", checkpoint="swin.pth", load="effective", unsafe=True, other_conditioning=True)
+    cfg.model.backbone.update(conditioning="sc", fast_attention=False, init_cfg=start)
+    new, _, _ = fold(cfg)
+    assert new.model.backbone.type == "SwinTransformer" and "fast_attention" not in new.model.backbone
+    assert new.model.backbone.init_cfg == dict(type="Pretrained", checkpoint="swin.pth")
 
 
 def test_a_backbone_of_timm_whose_first_site_is_left_out(fold):

@@ -17,6 +17,8 @@ from .loading import check_start, guard_loading
 
 TIMM = "timm:"
 """Prefix of a checkpoint that is the name of a timm model: its public weights, which timm downloads."""
+PRETRAINED_SETTINGS = ("load", "unsafe", "other_conditioning")
+"""Settings of an ``init_cfg`` of type 'Pretrained' that mmengine does not have."""
 
 
 class ConditionedBackbone:
@@ -103,7 +105,7 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
     """
     refuse_initial_weights(model)
     settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location", "prefix")}
-    known_settings = ("checkpoint", "load", "unsafe", "other_conditioning")
+    known_settings = ("checkpoint", *PRETRAINED_SETTINGS)
     if unknown := settings.keys() - set(known_settings):
         raise ValueError(
             f"init_cfg of type 'Pretrained' has {', '.join(sorted(unknown))}; its settings are "

@@ -9,6 +9,7 @@ from torch import nn
 from ...methods.parsing import DEFAULT, parse
 from ...methods.weight import WeightMethod
 from ..errors import UserError
+from ..models.base import PRETRAINED_SETTINGS, is_pretrained
 from ..models.loading import difference, record_of
 from ..models.settings import class_name, conditioned_parts, module_settings
 from .launch import build_model
@@ -18,6 +19,8 @@ UPSTREAM = {
     "ConditionedVisionTransformer": "mmseg.VisionTransformer",  # mmdet has no class of this name
 }
 """Conditioned subclass -> the class that it is derived from."""
+OWN_SETTINGS = ("conditioning", "fast_attention")
+"""Settings of a conditioned subclass that upstream's class does not have."""
 
 
 def fold_config(cfg: Config) -> Config:
@@ -50,7 +53,10 @@ def _fold_part(part: ConfigDict) -> None:
         part.update(module)
     elif name in UPSTREAM:
         part.type = UPSTREAM[name] if "." in UPSTREAM[name] else part.type.removesuffix(name) + UPSTREAM[name]
-        part.pop("conditioning", None)
+        for key in OWN_SETTINGS:
+            part.pop(key, None)
+        for key in PRETRAINED_SETTINGS if is_pretrained(part.get("init_cfg")) else ():
+            part.init_cfg.pop(key, None)
     else:
         part.conditioning = "none"
 
