@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from runs import DEMO
+from runs import CONFIGS, DEMO
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -14,7 +14,7 @@ from whole_models import small
 
 import condattn
 from condattn.openmmlab.runner.checkpoints import drop_pretrained
-from condattn.openmmlab.runner.folding import fold_config
+from condattn.openmmlab.runner.folding import fold_config, own_classes
 from condattn.openmmlab.runner.launch import build_model, load_config
 from condattn.openmmlab.runner.rewriting import write_checkpoint
 
@@ -59,6 +59,27 @@ def test_the_methods_that_are_left(conditioning, left):
 )
 def test_a_part_that_is_not_conditioned_any_more(part, upstream, conditioning):
     assert folded(ConfigDict(backbone=dict(**part, conditioning=conditioning))).backbone == upstream
+
+
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("mask_rcnn_swin_sc", []),
+        ("upernet_swin_sc", []),
+        ("mask_rcnn_xcit-s_sc_3x", ["ConditionedTimmBackbone"]),
+        ("demo/mask_rcnn_swin_sc", ["DigitScenesDetection", "SpectraHook"]),
+        ("own_data/coco", ["WarmUpLR"]),
+    ],
+)
+@pytest.mark.parametrize("imports", [["condattn.registry"], ["json", "condattn.registry"], "condattn.registry"])
+def test_the_package_is_imported_for_classes_that_are_left(name, own, imports):
+    cfg = load_config(str(CONFIGS / f"{name}.py"))
+    cfg.model.backbone.conditioning = "sc"
+    cfg.custom_imports.imports = imports
+    new = fold_config(cfg)
+    assert own_classes(new) == own
+    left = new.get("custom_imports", {}).get("imports")
+    assert left == (imports if own else ["json"] if "json" in imports else None)
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     if not is_config(args.config):
         return build_timm(args, conditioning, paths, device)
     cfg = load_config(args.config, args.cfg_options)
-    conditioned = list(conditioned_parts(cfg.model))
+    conditioned = conditioned_parts(cfg.model)
     for part in conditioned if conditioning else []:
         part.conditioning = conditioning
     other = args.other_conditioning or bool(conditioning)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 import condattn
 from condattn.kernels.switch import plain
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.runner.folding import fold_config, rebuild
+from condattn.openmmlab.runner.folding import fold_config, own_classes, rebuild
 from condattn.openmmlab.runner.inference import Predictor
 from condattn.openmmlab.runner.launch import choose_device
 from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, refuse_existing, write_checkpoint
 from condattn.weights.atomic import write_whole
+from condattn.wording import listed
 
 TOLERANCE = 1e-5
 
@@ -47,7 +48,8 @@ def main() -> None:
     print(f"{args.out}: {len(predictor.model.state_dict())} weights")
     if args.config_out:
         write_whole(args.config_out, lambda part: part.write_text(folded.pretty_text))
-        print(f"{args.config_out}: {'needs condattn' if 'condattn' in folded.pretty_text else 'needs no condattn'}")
+        used = own_classes(folded)
+        print(f"{args.config_out}: needs {f'condattn, for {listed(used)}' if used else 'no condattn'}")
 
 
 def outputs(predictor: Predictor, images: list[Path]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Find and read the conditioned parts in the settings of a model."""
+"""Find and read the settings of classes in a configuration, above all those of conditioned modules."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,16 +11,18 @@ def class_name(settings: dict) -> str:
     return str(settings.get("type")).rpartition(".")[2]
 
 
-def conditioned_parts(node: Any) -> Iterator[ConfigDict]:
-    """Yield the settings below ``node`` that have a ``conditioning``, outer ones first."""
-    if isinstance(node, dict):
-        if class_name(node).startswith("Conditioned"):
-            yield node
-        children = node.values()
-    else:
-        children = node if isinstance(node, list | tuple) else ()
-    for child in children:
-        yield from conditioned_parts(child)
+def parts(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield the settings in ``node`` with a type, outer ones first, and their paths, which begin with ``path``."""
+    if isinstance(node, dict) and "type" in node:
+        yield path, node
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, child in children:
+        yield from parts(child, f"{path}.{key}")
+
+
+def conditioned_parts(node: Any) -> list[ConfigDict]:
+    """The settings in ``node`` that have a ``conditioning``, outer ones first."""
+    return [part for _, part in parts(node) if class_name(part).startswith("Conditioned")]
 
 
 def module_settings(part: ConfigDict) -> ConfigDict:

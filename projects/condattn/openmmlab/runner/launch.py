@@ -10,7 +10,6 @@ import re
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
@@ -35,6 +34,7 @@ from ..hooks.exact_resume import ExactResumeHook
 from ..hooks.finite_loss import FiniteLossHook
 from ..hooks.progress import ProgressHook
 from ..hooks.schedule import ScheduleHook
+from ..models.settings import parts
 from ..processes import LAUNCHERS, start_processes
 from .checkpoints import read_safely
 from .sharding import check_sharding
@@ -194,7 +194,7 @@ def build_model(cfg: Config) -> nn.Module:
 def _hint(settings: Any, message: str) -> str:
     """Name the setting that ``message`` complains about, with its path, and the most similar one that its class has."""
     found = re.search(r"unexpected keyword argument '(\w+)'", message)
-    for path, part in _parts(settings, "model") if found else ():
+    for path, part in parts(settings, "model") if found else ():
         cls = class_of(part, MODELS)
         if found[1] not in part or not isinstance(cls, type):
             continue
@@ -202,15 +202,6 @@ def _hint(settings: Any, message: str) -> str:
         similar = get_close_matches(found[1], known - {found[1]}, n=1)
         return f"; it is {path}.{found[1]}" + (f"; did you mean {path}.{similar[0]}?" if similar else "")
     return ""
-
-
-def _parts(node: Any, path: str) -> Iterator[tuple[str, dict]]:
-    """Yield the dictionaries of a configuration that name a type, outer ones first, with their paths."""
-    if isinstance(node, dict) and "type" in node:
-        yield path, node
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    for key, child in children:
-        yield from _parts(child, f"{path}.{key}")
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:
