@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ...weights.calibrate import calibrate
+from ..models.forward import forward
 from ..models.wrapping import unwrapped
 
 
@@ -34,13 +35,14 @@ class CalibrationHook(Hook):
         if runner.iter > 0:
             return
         model = unwrapped(runner.model)
-        samples = list(islice(runner.train_dataloader, self.batches))
+        with torch.random.fork_rng():
+            samples = islice(runner.train_dataloader, self.batches)
+            batches = [model.data_preprocessor(sample, training=True) for sample in samples]
 
         def run() -> None:
-            for sample in samples:
-                data = model.data_preprocessor(sample, training=False)
-                with torch.random.fork_rng():
-                    model(data["inputs"], data["data_samples"], mode="loss")
+            with torch.random.fork_rng():
+                for batch in batches:
+                    forward(model, batch)
 
         for site in calibrate(model, run, reduce=_mean):
             runner.logger.info(site)
