@@ -54,6 +54,7 @@ def test_the_methods_that_are_left(conditioning, left):
             dict(type="Conditioned", module=dict(type="DETR"), include=["decoder"], data_preprocessor=dict(mean=1)),
             dict(type="DETR", data_preprocessor=dict(mean=1)),
         ),
+        (dict(type="Conditioned", module="DETR", include=["decoder"], neck=None), dict(type="DETR", neck=None)),
         (dict(type="Conditioned", module=dict(**SWIN, conditioning="sc")), dict(type="SwinTransformer")),
     ],
 )

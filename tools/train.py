@@ -144,7 +144,7 @@ def check_weights(cfg: Config, args: Namespace) -> set[str]:
             check_conditioning(checkpoint, path, model)
     drop_pretrained(model, replaced=loaded)
     if first:
-        check_pretrained(model, "model.module" if cfg.model.type == "Conditioned" else "model", args.unsafe)
+        check_pretrained(model, cfg.model, args.unsafe)
     return loaded
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 from mmengine.config import ConfigDict
 
+CONDITIONED = ("type", "module", "conditioning", "include", "exclude", "data_preprocessor")
+"""Settings of :func:`.factory.Conditioned` that are not those of its module."""
+
 
 def class_name(settings: dict) -> str:
     """The type in ``settings``, without its scope."""
@@ -25,7 +28,20 @@ def conditioned_parts(node: Any) -> list[ConfigDict]:
     return [part for _, part in parts(node) if class_name(part).startswith("Conditioned")]
 
 
-def module_settings(part: ConfigDict) -> ConfigDict:
+def module_settings(part: dict) -> ConfigDict:
     """The settings of the module that ``part``, settings of :func:`.factory.Conditioned`, builds and conditions."""
-    inherited = {key: part[key] for key in ("data_preprocessor",) if part.get(key) is not None}
-    return ConfigDict({**inherited, **part.module})
+    module, inherited = part["module"], part.get("data_preprocessor")
+    module = module if isinstance(module, dict) else dict(type=module)
+    own = {key: value for key, value in part.items() if key not in CONDITIONED}
+    return ConfigDict({**({} if inherited is None else dict(data_preprocessor=inherited)), **module, **own})
+
+
+def setting_path(settings: dict, module: str, path: str = "model") -> str:
+    """The path in a configuration to the settings of ``module``, a name in the model of ``settings`` at ``path``."""
+    if class_name(settings) == "Conditioned" and isinstance(settings["module"], dict):
+        return setting_path(settings["module"], module, f"{path}.module")
+    if not module:
+        return path
+    name, _, rest = module.partition(".")
+    child = settings.get(name)
+    return setting_path(child if isinstance(child, dict) else {}, rest, f"{path}.{name}")

@@ -20,6 +20,7 @@ from ...weights.files import BadFileError, describe_wrong_hash, read_file, weigh
 from ...wording import some
 from ..errors import UserError
 from ..models.base import is_pretrained
+from ..models.settings import setting_path
 from ..models.wrapping import unwrapped
 
 HUBS = {
@@ -242,12 +243,12 @@ def _size(value: Any) -> str:
     )
 
 
-def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False) -> None:
+def check_pretrained(model: nn.Module, settings: dict, unsafe: bool = False) -> None:
     """Read (and so download, once) the pretrained weights that ``model`` will start from, and load them into it.
 
     Args:
         model: The model.
-        key: Key of the model in the configuration.
+        settings: Its settings in the configuration.
         unsafe: Whether code in the files may be executed; this project's own backbones have a setting for that.
 
     Raises:
@@ -255,7 +256,7 @@ def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False)
     """
     for name, init_cfg in list(_pretrained(model)):
         module = model.get_submodule(name)
-        place = ".".join(filter(None, (key, name)))
+        place = setting_path(settings, name)
         setting = getattr(module, "weights_setting", "init_cfg.checkpoint")
         nothing = (
             ["init_cfg=None"] if setting == "init_cfg.checkpoint" else ["pretrained=False", "checkpoint_path=None"]

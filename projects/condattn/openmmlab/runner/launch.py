@@ -34,7 +34,7 @@ from ..hooks.exact_resume import ExactResumeHook
 from ..hooks.finite_loss import FiniteLossHook
 from ..hooks.progress import ProgressHook
 from ..hooks.schedule import ScheduleHook
-from ..models.settings import parts
+from ..models.settings import CONDITIONED, class_name, module_settings, parts
 from ..processes import LAUNCHERS, start_processes
 from .checkpoints import read_safely
 from .sharding import check_sharding
@@ -195,10 +195,12 @@ def _hint(settings: Any, message: str) -> str:
     """Name the setting that ``message`` complains about, with its path, and the most similar one that its class has."""
     found = re.search(r"unexpected keyword argument '(\w+)'", message)
     for path, part in parts(settings, "model") if found else ():
-        cls = class_of(part, MODELS)
+        conditioned = class_name(part) == "Conditioned"
+        cls = class_of(module_settings(part) if conditioned else part, MODELS)
         if found[1] not in part or not isinstance(cls, type):
             continue
         known = {name for base in cls.__mro__ for name in signature(base.__init__).parameters}
+        known.update(CONDITIONED if conditioned else ())
         similar = get_close_matches(found[1], known - {found[1]}, n=1)
         return f"; it is {path}.{found[1]}" + (f"; did you mean {path}.{similar[0]}?" if similar else "")
     return ""
