@@ -4,11 +4,14 @@ import copy
 import hashlib
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import EMAHook
+from mmengine.runner.priority import get_priority
 from runs import DEMO, Malice
 from torch import nn
 
@@ -164,6 +167,27 @@ def test_the_hook_records_and_refuses():
     with pytest.raises(UserError, match="conditioning='none'"):
         ConditioningGuardHook().after_load_checkpoint(Runner, {})
     ConditioningGuardHook(allow_other=True).after_load_checkpoint(Runner, {})
+
+
+def test_the_hook_acts_before_a_moving_average():
+    """``EMAHook`` copies the weights of a checkpoint itself, and swaps those that are saved."""
+
+    def run(point, model, checkpoint):
+        runner = SimpleNamespace(model=model, _resume=False, iter=0)
+        average, guard = EMAHook(), ConditioningGuardHook(allow_other=True)
+        average.before_run(runner)
+        for hook in sorted((average, guard), key=lambda hook: get_priority(hook.priority)):
+            getattr(hook, point)(runner, checkpoint)
+
+    def build(conditioning):
+        return Conditioned(nn.TransformerEncoderLayer(8, 2, 16), conditioning).requires_grad_(False)
+
+    checkpoint = {"meta": {}, "state_dict": build("pc").state_dict()}
+    run("before_save_checkpoint", build("pc"), checkpoint)
+    with pytest.raises(ValueError, match="conditioning='pc'"):
+        build("none").load_state_dict(checkpoint["state_dict"])
+    run("after_load_checkpoint", build("none"), checkpoint)
+    build("none").load_state_dict(checkpoint["state_dict"])
 
 
 def test_tools_refuse_a_checkpoint_of_another_conditioning(refuse, detection, scenes):
