@@ -20,6 +20,7 @@ from whole_models import NAMES, small
 from condattn.openmmlab.hooks.calibration import CalibrationHook
 from condattn.openmmlab.hooks.spectra import SpectraHook
 from condattn.openmmlab.runner.launch import build_model, load_config
+from condattn.openmmlab.runner.rewriting import write_checkpoint
 
 SIZES = ((64, 48), (40, 64))
 
@@ -54,12 +55,15 @@ def batch(scope, sizes=SIZES):
     return {"inputs": images, "data_samples": samples}
 
 
-def calibrate(model, batches):
-    """Run the hook, and return what it logs."""
+def calibrate(model, batches, loaded=None):
+    """Run the hook, after it has seen the checkpoint ``loaded``, and return what it logs."""
     lines = []
     logger = SimpleNamespace(info=lambda line: lines.append(str(line)))
     runner = SimpleNamespace(iter=0, model=model, train_dataloader=batches, logger=logger)
-    CalibrationHook(batches=len(batches)).before_train(runner)
+    hook = CalibrationHook(batches=len(batches))
+    if loaded is not None:
+        hook.after_load_checkpoint(runner, loaded)
+    hook.before_train(runner)
     return lines
 
 
@@ -98,6 +102,32 @@ def test_both_passes_see_the_same_images(tmp_path, monkeypatch):
     calibrate(model, [batch("mmseg"), batch("mmseg")])
     assert len(seen) == 4 and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(
+    "start, trained_with",
+    [(start, method) for start in ("load_from", "init_cfg", "init_cfg of the model") for method in ("pc", "sc+pc")]
+    + [("load_from", "none"), ("init_cfg", "none")],
+)
+def test_weights_that_were_trained_with_a_preconditioner_are_left_alone(start, trained_with, tmp_path):
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    cfg.model.data_preprocessor.size = (64, 64)
+    cfg.model.backbone.conditioning = trained_with
+    model = build(cfg, tmp_path)
+    write_checkpoint(tmp_path / "model.pth", model, {})
+    write_checkpoint(tmp_path / "backbone.pth", model.backbone, {})
+    cfg.model.backbone.conditioning = "pc" if trained_with == "none" else trained_with
+    if start == "init_cfg":
+        cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "backbone.pth"))
+    elif start != "load_from":
+        cfg.model.init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "model.pth"))
+    model = build(cfg, tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loaded = torch.load(tmp_path / "model.pth", weights_only=False) if start == "load_from" else None
+    lines = calibrate(model, [batch("mmseg")], loaded)
+    changed = any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert changed == (trained_with == "none" and len(lines) == 8)
+    assert changed or lines == ["CalibrationHook leaves weights alone that were trained with RowPreconditioner"]
 
 
 @pytest.mark.parametrize("name", NAMES)

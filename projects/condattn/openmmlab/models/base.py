@@ -13,7 +13,7 @@ from ...methods.initial_weights import InitialWeightsMethod
 from ...methods.parsing import DEFAULT, Conditioning
 from ...weights.files import describe_wrong_hash, read_file
 from ...weights.load import LoadReport, load_pretrained
-from .loading import check_start, guard_loading
+from .loading import TRAINED_WITH, check_start, guard_loading, recorded
 
 TIMM = "timm:"
 """Prefix of a checkpoint that is the name of a timm model: its public weights, which timm downloads."""
@@ -113,8 +113,10 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
         )
     if not isinstance(path := settings.pop("checkpoint", None), str | Path):
         raise ValueError(f"init_cfg of type 'Pretrained' expects checkpoint=FILE_OR_ADDRESS, found {path!r}")
+    checkpoint = read_file(path, settings.get("unsafe", False))
     if not settings.pop("other_conditioning", False):
-        check_start(read_file(path, settings.get("unsafe", False)), path, model, settings.get("load", "raw"))
+        check_start(checkpoint, path, model, settings.get("load", "raw"))
+    setattr(model, TRAINED_WITH, recorded(checkpoint))
     report = load_pretrained(model, path, known=known, **settings)
     if wrong := describe_wrong_hash(path):
         print_log(wrong, logger="current", level=logging.WARNING)
