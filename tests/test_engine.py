@@ -18,6 +18,7 @@ from condattn.openmmlab.hooks.progress import ProgressHook
 from condattn.openmmlab.models.settings import setting_path
 from condattn.openmmlab.runner import launch
 from condattn.openmmlab.runner.checkpoints import check_fit, check_pretrained, drop_pretrained
+from condattn.openmmlab.runner.tta import add_tta
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,15 @@ def test_the_setting_of_pretrained_weights_in_a_conditioned_model():
         assert setting_path(model, "backbone") == path
         assert setting_path(model, "backbone.layer1") == f"{path}.layer1"
         assert setting_path(model, "head") == f"{path.partition('.backbone')[0]}.head"
+
+
+@pytest.mark.parametrize("wrapped, path", [(False, "model.roi_head"), (True, "model.module.roi_head")])
+def test_masks_of_augmented_images_are_not_merged(wrapped, path):
+    cfg = launch.load_config(str(CONFIGS / "demo/mask_rcnn_swin_pc.py"))
+    if wrapped:
+        cfg.model = dict(type="Conditioned", module=cfg.model)
+    with pytest.raises(UserError, match=f"--cfg-options {path}.mask_head=None"):
+        add_tta(cfg, SimpleNamespace(with_mask=True))
 
 
 @pytest.mark.parametrize("setting, meant", [("num_querys", "num_queries"), ("conditionin", "conditioning")])

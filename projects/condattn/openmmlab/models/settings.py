@@ -36,6 +36,11 @@ def module_settings(part: dict) -> ConfigDict:
     return ConfigDict({**({} if inherited is None else dict(data_preprocessor=inherited)), **module, **own})
 
 
+def inner_settings(settings: dict) -> dict:
+    """The settings of a model: those inside :func:`.factory.Conditioned`, or ``settings``."""
+    return inner_settings(module_settings(settings)) if class_name(settings) == "Conditioned" else settings
+
+
 def setting_path(settings: dict, module: str, path: str = "model") -> str:
     """The path in a configuration to the settings of ``module``, a name in the model of ``settings`` at ``path``."""
     if class_name(settings) == "Conditioned" and isinstance(settings["module"], dict):

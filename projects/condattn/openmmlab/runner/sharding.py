@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ...attention.rules import find_sites
 from ...weights.atomic import write_whole
 from ..errors import UserError
-from ..models.settings import class_name
+from ..models.settings import class_name, inner_settings, setting_path
 
 
 @STRATEGIES.register_module()
@@ -129,10 +129,11 @@ def check_sharding(cfg: Config) -> None:
             raise UserError(f"FSDP2Strategy expects custom_hooks without {hook}: {why}")
     if cfg.get("find_unused_parameters"):
         raise UserError("FSDP2Strategy expects every process to use every parameter, found find_unused_parameters=True")
-    if (cfg.model.get("test_cfg") or {}).get("mode") == "slide":
+    if (inner_settings(cfg.model).get("test_cfg") or {}).get("mode") == "slide":
         raise UserError(
-            "FSDP2Strategy expects processes that run the model equally often, found model.test_cfg.mode='slide'; "
-            "set it to 'whole', and evaluate checkpoints in one process"
+            "FSDP2Strategy expects processes that run the model equally often, found "
+            f"{setting_path(cfg.model, 'test_cfg')}.mode='slide'; set it to 'whole', and evaluate checkpoints in one "
+            "process"
         )
 
 
