@@ -298,6 +298,14 @@ def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(cal
     refuse("checkpoints/fold", SWIN, vanilla, *fold[3:], "--cfg-options", NONE, parts=("no spectral correction",))
 
 
+def test_initial_weights_that_pretrained_ones_would_replace(refuse, detection, vanilla):
+    options = ["--cfg-options", *detection.options, "model.backbone.conditioning=ci"]
+    parts = ("conditioning='ci' sets initial weights, which the pretrained weights would replace",)
+    refuse("train", SWIN, *options, f"load_from={vanilla}", parts=parts)
+    pretrained = ["model.init_cfg.type=Pretrained", f"model.init_cfg.checkpoint={vanilla}"]
+    refuse("train", SWIN, *options, *pretrained, parts=parts)
+
+
 def test_publish(call, refuse, detection, tmp_path):
     status, output, _ = call("checkpoints/publish", detection.checkpoint, "swin.pth")
     assert not status and "optimizer" in output

@@ -83,14 +83,20 @@ def initialize_as_upstream(model: nn.Module, init_weights: Callable[[], None]) -
         initialize(model)
 
 
-def refuse_initial_weights(model: nn.Module) -> None:
+def refuse_initial_weights(model: nn.Module, loaded: Collection[str] | None = None) -> None:
     """Check that no method sets initial weights of ``model``, into which pretrained weights are loaded.
+
+    Args:
+        model: The model.
+        loaded: Names of the weights that are loaded. Default: all.
 
     Raises:
         ValueError: If one does.
     """
     for place, method in conditioned_places(model):
-        if isinstance(method, InitialWeightsMethod):
+        prefix = f"{place.name}." if place.name else ""
+        replaced = loaded is None or any(name.startswith(prefix) for name in loaded)
+        if isinstance(method, InitialWeightsMethod) and replaced:
             raise ValueError(
                 f"{place}: conditioning={str(method)!r} sets initial weights, which the pretrained weights would "
                 "replace; train from scratch, or leave the method out"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...weights.files import BadFileError, describe_wrong_hash, read_file, weights_of
 from ...wording import some
 from ..errors import UserError
-from ..models.base import is_pretrained
+from ..models.base import is_pretrained, refuse_initial_weights
 from ..models.settings import setting_path
 from ..models.wrapping import unwrapped
 
@@ -277,6 +277,24 @@ def check_pretrained(model: nn.Module, settings: dict, unsafe: bool = False) -> 
                 f"--cfg-options {place}.{setting}=FILE or from scratch with --cfg-options "
                 f"{' '.join(f'{place}.{option}' for option in nothing)} ({error})"
             ) from error
+
+
+def check_initial_weights(model: nn.Module, loaded: set[str]) -> None:
+    """Check that a training starts from the initial weights that the conditioning of ``model`` sets.
+
+    Args:
+        model: The model.
+        loaded: Keys of the weights that a checkpoint provides at the start of the training.
+
+    Raises:
+        UserError: If that checkpoint, or the pretrained weights of a part of ``model``, would replace them.
+    """
+    try:
+        refuse_initial_weights(model, loaded)
+        for name, _ in _pretrained(model):
+            refuse_initial_weights(model.get_submodule(name))
+    except ValueError as error:
+        raise UserError(error) from error
 
 
 def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:
