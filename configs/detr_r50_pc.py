@@ -5,4 +5,4 @@ Reference: mmdet's detr/detr_r50_8xb2-150e_coco.py.
 
 _base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"
 custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
-model = dict(_delete_=True, type="Conditioned", module={{_base_.model}}, conditioning="pc")
+model = dict(type="Conditioned", module="DETR", conditioning="pc")

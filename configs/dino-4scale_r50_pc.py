@@ -5,4 +5,4 @@ Reference: mmdet's dino/dino-4scale_r50_8xb2-12e_coco.py.
 
 _base_ = "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py"
 custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
-model = dict(_delete_=True, type="Conditioned", module={{_base_.model}}, conditioning="pc")
+model = dict(type="Conditioned", module="DINO", conditioning="pc")

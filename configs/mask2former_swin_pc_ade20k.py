@@ -6,4 +6,4 @@ Reference: mmseg's mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py. T
 
 _base_ = __import__("mmseg").__path__[0] + "/.mim/configs/mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py"
 custom_imports = dict(imports=["condattn.registry"], allow_failed_imports=False)
-model = dict(_delete_=True, type="Conditioned", module={{_base_.model}}, conditioning="pc")
+model = dict(type="Conditioned", module="EncoderDecoder", conditioning="pc")

@@ -309,6 +309,15 @@ class TestFactory:
         module = nn.MultiheadAttention(8, 2)
         assert build("mmdet", "Conditioned", module=module, conditioning="pc") is module
 
+    def test_takes_the_settings_of_the_module_beside_its_type(self):
+        model = build("mmdet", "Conditioned", module="SwinTransformer", **SMALL, conditioning="pc", include="stages.3")
+        assert len([n for n, m in condattn.conditioning_of(model).items() if m]) == 2 and len(model.stages) == 4
+        module = dict(type="SwinTransformer", **SMALL)
+        model = build("mmdet", "Conditioned", module=module, depths=(1, 1, 1, 1))
+        assert len(condattn.conditioning_of(model)) == 4
+        with pytest.raises(ValueError, match="has depths beside a module that is built already"):
+            build("mmdet", "Conditioned", module=nn.MultiheadAttention(8, 2), depths=3)
+
     def test_hands_the_data_preprocessor_on(self):
         """mmengine's runner passes the data preprocessor to the model, wherever the config defines it."""
         given = dict(type="SegDataPreProcessor", size=(32, 32), mean=[1.0] * 3, std=[1.0] * 3)

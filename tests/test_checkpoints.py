@@ -4,11 +4,14 @@ import copy
 import hashlib
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import EMAHook
+from mmengine.runner.priority import get_priority
 from runs import DEMO, Malice
 from torch import nn
 
@@ -166,6 +169,27 @@ def test_the_hook_records_and_refuses():
     ConditioningGuardHook(allow_other=True).after_load_checkpoint(Runner, {})
 
 
+def test_the_hook_acts_before_a_moving_average():
+    """``EMAHook`` copies the weights of a checkpoint itself, and swaps those that are saved."""
+
+    def run(point, model, checkpoint):
+        runner = SimpleNamespace(model=model, _resume=False, iter=0)
+        average, guard = EMAHook(), ConditioningGuardHook(allow_other=True)
+        average.before_run(runner)
+        for hook in sorted((average, guard), key=lambda hook: get_priority(hook.priority)):
+            getattr(hook, point)(runner, checkpoint)
+
+    def build(conditioning):
+        return Conditioned(nn.TransformerEncoderLayer(8, 2, 16), conditioning).requires_grad_(False)
+
+    checkpoint = {"meta": {}, "state_dict": build("pc").state_dict()}
+    run("before_save_checkpoint", build("pc"), checkpoint)
+    with pytest.raises(ValueError, match="conditioning='pc'"):
+        build("none").load_state_dict(checkpoint["state_dict"])
+    run("after_load_checkpoint", build("none"), checkpoint)
+    build("none").load_state_dict(checkpoint["state_dict"])
+
+
 def test_tools_refuse_a_checkpoint_of_another_conditioning(refuse, detection, scenes):
     options = ["--cfg-options", *detection.options, NONE]
     parts = ("conditioning='pc'", "conditioning='none'", "--other-conditioning")
@@ -256,13 +280,13 @@ def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(cal
     fold = ["checkpoints/fold", SWIN, "sc.pth", "--images", images, "--out", "plain.pth", "--config-out", "plain.py"]
     status, output, _ = call(*fold, *options)
     assert not status and re.search(r"agrees to [\d.e+-]+ of its size on 4 images", output)
-    assert "needs no condattn" in output
+    assert "plain.py: needs condattn, for 'DigitScenesDetection', 'SpectraHook'" in output
     old, new = (torch.load(path, weights_only=False)["state_dict"] for path in (vanilla, "plain.pth"))
     assert old.keys() == new.keys()
     for name in old:
         torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-5)
     cfg = Config.fromfile("plain.py")
-    assert cfg.model.backbone.type == "SwinTransformer" and "condattn" not in cfg.pretty_text
+    assert cfg.model.backbone.type == "SwinTransformer" and cfg.custom_imports.imports == ["condattn.registry"]
     from mmdet.apis import inference_detector, init_detector
 
     cfg.test_dataloader.dataset.data_root = str(scenes)
@@ -272,6 +296,14 @@ def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(cal
     refuse(*fold, *options, parts=("plain.pth exists already",))
     fold[6], fold[8] = "other.pth", "other.py"
     refuse("checkpoints/fold", SWIN, vanilla, *fold[3:], "--cfg-options", NONE, parts=("no spectral correction",))
+
+
+def test_initial_weights_that_pretrained_ones_would_replace(refuse, detection, vanilla):
+    options = ["--cfg-options", *detection.options, "model.backbone.conditioning=ci"]
+    parts = ("conditioning='ci' sets initial weights, which the pretrained weights would replace",)
+    refuse("train", SWIN, *options, f"load_from={vanilla}", parts=parts)
+    pretrained = ["model.init_cfg.type=Pretrained", f"model.init_cfg.checkpoint={vanilla}"]
+    refuse("train", SWIN, *options, *pretrained, parts=parts)
 
 
 def test_publish(call, refuse, detection, tmp_path):

@@ -23,6 +23,7 @@ from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 
 import condattn
+from condattn.openmmlab.models.settings import module_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 UNREAD = ("_base_", "studies")  # base files, and studies, which tests/test_study.py tests
@@ -99,7 +100,7 @@ def dicts(node):
 def shrink(cfg, depths=None):
     """Remove what a test cannot use: downloads, mixed precision without a GPU, thousands of proposals."""
     few = {"nms_pre": 50, "max_per_img": 20, "num": 16, "num_queries": 20, "num_points": 64}
-    model = cfg.model.get("module", cfg.model)
+    model = cfg.model
     for node in dicts(model):
         if (node.get("init_cfg") or {}).get("type") == "Pretrained":
             del node["init_cfg"]
@@ -247,7 +248,7 @@ def test_is_its_published_reference_but_for_the_conditioning(name):
     toolbox, path = REFERENCES[name]
     ours, reference = load(f"{name}.py"), Config.fromfile(Path(toolbox.__file__).parent / ".mim/configs" / path)
     if ours.model.type == "Conditioned":
-        ours.model = ours.model.module
+        ours.model = module_settings(ours.model)
     else:
         backbone = ours.model.backbone
         backbone.pop("conditioning", None)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import CONFIGS
 from torch import nn
 
 pytest.importorskip("mmdet")
@@ -14,8 +15,10 @@ pytest.importorskip("mmseg")
 
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.progress import ProgressHook
+from condattn.openmmlab.models.settings import setting_path
 from condattn.openmmlab.runner import launch
 from condattn.openmmlab.runner.checkpoints import check_fit, check_pretrained, drop_pretrained
+from condattn.openmmlab.runner.tta import add_tta
 
 
 @pytest.mark.parametrize(
@@ -76,9 +79,37 @@ def test_pretrained_weights_are_not_read_when_a_checkpoint_replaces_them(tmp_pat
     model = nn.Sequential(backbone, nn.Linear(2, 2))
     drop_pretrained(model, replaced={"0.layer.weight", "1.weight"})
     with pytest.raises(UserError, match=r"model\.0\.init_cfg\.checkpoint=FILE"):
-        check_pretrained(model)
+        check_pretrained(model, {})
     drop_pretrained(model, replaced={"0.layer.weight", "0.layer.bias"})
-    check_pretrained(model)
+    check_pretrained(model, {})
+
+
+def test_the_setting_of_pretrained_weights_in_a_conditioned_model():
+    backbone = dict(type="Conditioned", module=dict(type="ResNet"))
+    for model, path in (
+        (dict(type="DETR", backbone=backbone), "model.backbone.module"),
+        (dict(type="Conditioned", module="DETR", backbone=dict(type="ResNet")), "model.backbone"),
+        (dict(type="Conditioned", module=dict(type="DETR", backbone=backbone)), "model.module.backbone.module"),
+    ):
+        assert setting_path(model, "backbone") == path
+        assert setting_path(model, "backbone.layer1") == f"{path}.layer1"
+        assert setting_path(model, "head") == f"{path.partition('.backbone')[0]}.head"
+
+
+@pytest.mark.parametrize("wrapped, path", [(False, "model.roi_head"), (True, "model.module.roi_head")])
+def test_masks_of_augmented_images_are_not_merged(wrapped, path):
+    cfg = launch.load_config(str(CONFIGS / "demo/mask_rcnn_swin_pc.py"))
+    if wrapped:
+        cfg.model = dict(type="Conditioned", module=cfg.model)
+    with pytest.raises(UserError, match=f"--cfg-options {path}.mask_head=None"):
+        add_tta(cfg, SimpleNamespace(with_mask=True))
+
+
+@pytest.mark.parametrize("setting, meant", [("num_querys", "num_queries"), ("conditionin", "conditioning")])
+def test_a_misspelt_setting_of_a_conditioned_model(setting, meant):
+    cfg = launch.load_config(str(CONFIGS / "detr_r50_pc.py"), {f"model.{setting}": 3})
+    with pytest.raises(UserError, match=f"it is model.{setting}; did you mean model.{meant}"):
+        launch.build_model(cfg)
 
 
 class Terminal:

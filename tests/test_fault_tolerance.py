@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from torch import nn
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
+
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.fileio import BaseStorageBackend, FileClient, register_backend
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
 
 import condattn
 from condattn.openmmlab.errors import UserError
@@ -272,3 +278,89 @@ def test_trouble_is_named_by_site():
             "head outputs that are not finite at broken",
         ]
     )
+
+
+class Bucket(BaseStorageBackend):
+    """A store that is no file system."""
+
+    content: ClassVar[dict[str, bytes]] = {}
+
+    def get(self, filepath):
+        return self.content[filepath]
+
+    get_text = get
+
+    def put(self, obj, filepath):
+        self.content[filepath] = obj
+
+    def join_path(self, *parts):
+        return "/".join(parts)
+
+    def isfile(self, filepath):
+        return filepath in self.content
+
+    def isdir(self, filepath):
+        return False
+
+    def remove(self, filepath):
+        del self.content[filepath]
+
+
+class Toy(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, inputs, data_samples=None, mode="tensor"):
+        return {"loss": self.layer(torch.stack(inputs)).sum()} if mode == "loss" else [0]
+
+
+class Rising(BaseMetric):
+    """A score that is better each time."""
+
+    score = 0
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        Rising.score += 1
+        return {"score": Rising.score}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(out_dir="bucket://here"),
+        dict(out_dir="bucket://here", backend_args={}),
+        dict(out_dir="bucket://here", file_client_args=dict(backend="bucket")),
+        dict(file_client_args=dict(backend="disk")),
+        {},
+    ],
+    ids=str,
+)
+def test_checkpoints_are_written_where_the_settings_say(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Bucket, "content", {})
+    register_backend("bucket", Bucket, force=True, prefixes="bucket")
+    FileClient.register_backend("bucket", Bucket, force=True, prefixes="bucket")
+    loader = dict(dataset=[{"inputs": torch.ones(2)}] * 4, sampler=dict(type="DefaultSampler", shuffle=False))
+    saving = dict(interval=1, by_epoch=True, max_keep_ckpts=1, save_best="score", rule="greater", **settings)
+    runner = Runner(
+        model=Toy(),
+        work_dir=str(tmp_path / "run"),
+        train_dataloader=loader,
+        val_dataloader=loader,
+        train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=1),
+        val_cfg={},
+        val_evaluator=Evaluator(Rising()),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        default_hooks=dict(checkpoint=dict(type="WholeCheckpointHook", **saving)),
+        experiment_name=f"store {settings}",
+    )
+    runner.train()
+    names = ["best_score_epoch_3.pth", "epoch_3.pth"]
+    remote = [f"bucket://here/run/{name}" for name in names] if "out_dir" in settings else []
+    assert sorted(Bucket.content) == remote
+    assert sorted(path.name for path in tmp_path.rglob("*.pth")) == ([] if remote else names)
+    assert not (tmp_path / "bucket:").exists()

@@ -167,6 +167,31 @@ def test_pretrained_weights_are_refused(tmp_path):
     assert all(torch.equal(site.v.weight, torch.eye(192)) for site in sites)
 
 
+def test_pretrained_weights_of_the_whole_model_are_refused():
+    pytest.importorskip("mmpretrain")
+    from mmengine.registry import MODELS, DefaultScope
+
+    from condattn.openmmlab.errors import UserError
+    from condattn.openmmlab.runner.checkpoints import check_initial_weights
+
+    def classifier(conditioning, **start):
+        timm_backbone = dict(type="ConditionedTimmBackbone", model_name="vit_tiny_patch16_224")
+        with DefaultScope.overwrite_default_scope("mmpretrain"):
+            backbone = dict(**timm_backbone, conditioning=conditioning)
+            return MODELS.build(dict(type="ImageClassifier", backbone=backbone, **start))
+
+    check_initial_weights(classifier("ci"), set())
+    check_initial_weights(classifier("ci"), {"backbone.model.pos_embed", "head.weight"})
+    check_initial_weights(classifier("pc", pretrained="vit.pth"), {"backbone.model.blocks.0.attn.qkv.weight"})
+    for start, loaded in (
+        (dict(pretrained="vit.pth"), set()),
+        (dict(init_cfg=dict(type="Pretrained", checkpoint="vit.pth")), set()),
+        ({}, {"backbone.model.blocks.0.attn.qkv.weight"}),
+    ):
+        with pytest.raises(UserError, match="'ci' sets initial weights, which the pretrained weights would replace"):
+            check_initial_weights(classifier("ci", **start), loaded)
+
+
 def test_a_layout_that_is_none():
     with pytest.raises(ValueError, match="ConditionedInitialization: layout is 'whole'; expected one of"):
         ConditionedInitialization("whole")

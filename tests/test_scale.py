@@ -34,6 +34,7 @@ DISTRIBUTED = (TOOLS / "train.py", "--launcher", "pytorch")
 OFTEN = "default_hooks.checkpoint.interval=1"
 CLIPPED = "optim_wrapper.clip_grad.max_norm=1.0"
 SHARDED = ("runner_type=FlexibleRunner", "strategy.type=FSDP2Strategy")
+SLIDING = "dict(test_cfg=dict(mode='slide', crop_size=(9, 9), stride=(9, 9)))"
 # With a validation, and thus a best checkpoint, before the last iteration.
 HALVES = ("train_dataloader.batch_size=2", CLIPPED, OFTEN, "train_cfg.val_interval=2", *SHARDED)
 sharding = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="this torch has no FSDP2")
@@ -229,7 +230,9 @@ def test_corrected_weights_are_sharded_and_loaded(group, tmp_path, settings):
         ("custom_hooks = [dict(type='CalibrationHook')]", SHARDED, "calibrate.py"),
         ("custom_hooks = [dict(type='SpectraHook')]", SHARDED, "tools/analysis/spectra.py"),
         ("find_unused_parameters = True", SHARDED, "find_unused_parameters"),
-        ("model = dict(test_cfg=dict(mode='slide', crop_size=(9, 9), stride=(9, 9)))", SHARDED, "slide"),
+        (f"model = {SLIDING}", SHARDED, "model.test_cfg.mode='slide'"),
+        (f"model = dict(_delete_=True, type='Conditioned', module={SLIDING})", SHARDED, "model.module.test_cfg.mode"),
+        (f"model = dict(type='Conditioned', module='EncoderDecoder', {SLIDING[5:]}", SHARDED, "model.test_cfg.mode"),
         ("", SHARDED[1:], "FlexibleRunner"),
     ],
 )

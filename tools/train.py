@@ -15,6 +15,7 @@ from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import (
     add_checkpoint_arguments,
     check_fit,
+    check_initial_weights,
     check_pretrained,
     check_resumable,
     drop_pretrained,
@@ -142,9 +143,11 @@ def check_weights(cfg: Config, args: Namespace) -> set[str]:
         loaded = check_fit(checkpoint, path, model, warn=first)
         if not args.other_conditioning:
             check_conditioning(checkpoint, path, model)
+    if not resuming:
+        check_initial_weights(model, loaded)
     drop_pretrained(model, replaced=loaded)
     if first:
-        check_pretrained(model, "model.module" if cfg.model.type == "Conditioned" else "model", args.unsafe)
+        check_pretrained(model, cfg.model, args.unsafe)
     return loaded
 
 

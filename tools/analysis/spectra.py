@@ -2,7 +2,7 @@
 
 import copy
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import condattn
 from condattn.methods.parsing import split_names
 from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.models.settings import conditioned_parts
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
 from condattn.openmmlab.runner.inference import Predictor, find_images, is_readable
 from condattn.openmmlab.runner.launch import add_config_arguments, choose_device, load_config
@@ -99,7 +100,7 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     if not is_config(args.config):
         return build_timm(args, conditioning, paths, device)
     cfg = load_config(args.config, args.cfg_options)
-    conditioned = list(conditioned_parts(cfg.model))
+    conditioned = conditioned_parts(cfg.model)
     for part in conditioned if conditioning else []:
         part.conditioning = conditioning
     other = args.other_conditioning or bool(conditioning)
@@ -135,18 +136,6 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
     model.to(device)
     inputs = [transform(Image.open(path).convert("RGB"))[None].to(device) for path in paths]
     return model, (lambda: [model(one) for one in inputs]) if inputs else None
-
-
-def conditioned_parts(node: object) -> Iterator[Config]:
-    """Yield the parts of a model's configuration that have a setting ``conditioning``."""
-    if isinstance(node, dict):
-        if str(node.get("type")).rpartition(".")[2].startswith("Conditioned"):
-            yield node
-        children = node.values()
-    else:
-        children = node if isinstance(node, list | tuple) else ()
-    for child in children:
-        yield from conditioned_parts(child)
 
 
 def dataset_images(cfg: Config, name: str, count: int) -> list[Path]:

@@ -1,24 +1,23 @@
 """Convert a spectrally conditioned checkpoint into a plain one with the same function, by replacing W by W + C."""
 
-import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmengine.config import Config
 from torch import Tensor, nn
 
 import condattn
+from condattn.kernels.switch import plain
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.models.loading import record_of
+from condattn.openmmlab.runner.folding import fold_config, own_classes, rebuild
 from condattn.openmmlab.runner.inference import Predictor
 from condattn.openmmlab.runner.launch import choose_device
 from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, refuse_existing, write_checkpoint
 from condattn.weights.atomic import write_whole
+from condattn.wording import listed
 
 TOLERANCE = 1e-5
-PLAIN = {"ConditionedSwinTransformer": "SwinTransformer", "ConditionedVisionTransformer": "VisionTransformer"}
 
 
 def parse_args() -> Namespace:
@@ -36,20 +35,21 @@ def main() -> None:
     if args.config_out:
         refuse_existing(args.config_out)
     predictor = Predictor(cfg, args.checkpoint, choose_device(args.device), unsafe=args.unsafe)
-    before = outputs(predictor, images)
-    if not condattn.fold(predictor.model):
-        raise UserError(f"the model of {args.config} has no spectral correction; there is nothing to fold")
-    after = outputs(predictor, images)
-    difference = max(relative(a, b) for a, b in zip(before, after, strict=True))
-    if not difference <= TOLERANCE:
-        raise UserError(f"the folded model's attention differs by {difference:.1e} of its size; nothing was written")
+    with plain():  # in which upstream's classes and those of this project compute the same
+        before = outputs(predictor, images)
+        if not condattn.fold(predictor.model):
+            raise UserError(f"the model of {args.config} has no spectral correction; there is nothing to fold")
+        difference = compare(before, outputs(predictor, images), "the folded model")
+        folded = fold_config(cfg)
+        predictor.model = rebuild(folded, predictor.model)
+        difference = max(difference, compare(before, outputs(predictor, images), "the model of the new configuration"))
     print(f"attention before and after folding agrees to {difference:.1e} of its size on {len(images)} images")
-    folded = fold_config(cfg, next(iter(record_of(predictor.model).values())))
     write_checkpoint(args.out, predictor.model, {**checkpoint.get("meta", {}), "cfg": folded.pretty_text})
     print(f"{args.out}: {len(predictor.model.state_dict())} weights")
     if args.config_out:
         write_whole(args.config_out, lambda part: part.write_text(folded.pretty_text))
-        print(f"{args.config_out}: {'needs condattn' if 'condattn' in folded.pretty_text else 'needs no condattn'}")
+        used = own_classes(folded)
+        print(f"{args.config_out}: needs {f'condattn, for {listed(used)}' if used else 'no condattn'}")
 
 
 def outputs(predictor: Predictor, images: list[Path]) -> list[Tensor]:
@@ -78,31 +78,21 @@ def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def compare(before: list[Tensor], after: list[Tensor], what: str) -> float:
+    """Return the largest relative difference between outputs of the original model and of ``what``.
+
+    Raises:
+        UserError: If it is not small.
+    """
+    difference = max(relative(a, b) for a, b in zip(before, after, strict=True))
+    if not difference <= TOLERANCE:
+        raise UserError(f"the attention of {what} differs by {difference:.1e} of its size; nothing was written")
+    return difference
+
+
 def relative(one: Tensor, other: Tensor) -> float:
     """Largest absolute difference, relative to the largest absolute value of ``one``."""
     return ((one - other).abs().max() / one.abs().max().clamp_min(1e-12)).item()
-
-
-def fold_config(cfg: Config, methods: list[dict]) -> Config:
-    """Make the configuration of the folded model, with upstream's classes if no other method remains in ``methods``."""
-    cfg = copy.deepcopy(cfg)
-    if cfg.model.type == "Conditioned":
-        if methods:
-            cfg.model.conditioning = methods
-        else:
-            cfg.model = cfg.model.module
-    elif methods or cfg.model.backbone.type not in PLAIN:
-        cfg.model.backbone.conditioning = methods or "none"
-    else:
-        cfg.model.backbone.type = PLAIN[cfg.model.backbone.type]
-        cfg.model.backbone.pop("conditioning", None)
-    if "Conditioned" not in str(cfg.model):
-        imports = [name for name in cfg.get("custom_imports", {}).get("imports", []) if name != "condattn.registry"]
-        if imports:
-            cfg.custom_imports.imports = imports
-        else:
-            cfg.pop("custom_imports", None)
-    return cfg
 
 
 if __name__ == "__main__":

@@ -37,11 +37,15 @@ class WholeCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook`` with atomic writes, so that no crash or full disk destroys an earlier checkpoint.
 
     A file gets its final name when it is complete and on the disk. After that ``last_checkpoint`` is updated, and only
-    then the oldest checkpoint is removed. The arguments are those of the upstream class.
+    then the oldest checkpoint is removed. The arguments are those of the upstream class; where they name a backend, or
+    an address as ``out_dir``, that backend writes.
     """
 
-    def __init__(self, *args, backend_args: dict | None = None, **kwargs) -> None:
-        super().__init__(*args, backend_args=backend_args or {"backend": "whole_file"}, **kwargs)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        is_local = "://" not in str(self.out_dir)
+        if is_local and not self.backend_args and self.file_client_args is None:
+            self.backend_args = {"backend": "whole_file"}
         self._meta: dict[str, int] = {}
         self._after_validation = False
 
@@ -76,6 +80,7 @@ class WholeCheckpointHook(CheckpointHook):
             runner.save_checkpoint(
                 self.out_dir,
                 name,
+                self.file_client_args,
                 save_optimizer=self.save_optimizer,
                 save_param_scheduler=self.save_param_scheduler,
                 meta=meta,
@@ -102,11 +107,11 @@ class WholeCheckpointHook(CheckpointHook):
         """Save the best checkpoint; delete the previous best one only when the new one has been written."""
         surplus: list[tuple[Callable, str]] = []
         backend = self.file_backend
-        remove, rmtree = backend.remove, backend.rmtree
+        deletions = {name: getattr(backend, name) for name in ("remove", "rmtree") if hasattr(backend, name)}
         self._meta = {"epoch": runner.epoch, "iter": runner.iter}
         self._after_validation = True
-        backend.remove = lambda path: surplus.append((remove, path))
-        backend.rmtree = lambda path: surplus.append((rmtree, path))
+        for name, delete in deletions.items():
+            setattr(backend, name, lambda path, delete=delete: surplus.append((delete, path)))
         try:
             super()._save_best_checkpoint(runner, metrics)
         except OSError as error:
@@ -115,7 +120,8 @@ class WholeCheckpointHook(CheckpointHook):
                 f"the best checkpoint could not be written ({error}); the one before it is {kept}"
             ) from error
         finally:
-            del backend.remove, backend.rmtree
+            for name in deletions:
+                delattr(backend, name)
             self._meta = {}
             self._after_validation = False
         for delete, path in surplus:

@@ -8,7 +8,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ...methods import HeadOutputMethod
 from ...weights.calibrate import calibrate
+from ..models.forward import forward
+from ..models.loading import methods_in, recorded, trained_with
 from ..models.wrapping import unwrapped
 
 
@@ -17,8 +20,8 @@ class CalibrationHook(Hook):
     """Fold the mean row norms of pretrained attention into the output projections before the training starts.
 
     For weights that were trained without a preconditioner; see :func:`condattn.weights.calibrate.calibrate`. A
-    resumed run is not calibrated. In a distributed run each process measures its part of the data, and folds in the
-    mean over all processes.
+    resumed run is not calibrated, nor are weights whose checkpoint records a preconditioner. In a distributed run each
+    process measures its part of the data, and folds in the mean over all processes.
 
     Args:
         batches: Number of batches of the training data that are measured.
@@ -28,19 +31,28 @@ class CalibrationHook(Hook):
         if batches < 1:
             raise ValueError(f"CalibrationHook: batches is {batches}; expected at least 1")
         self.batches = batches
+        self._loaded: list[str] = []
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note with which preconditioners the weights were trained that the run starts from."""
+        self._loaded = methods_in(recorded(checkpoint), HeadOutputMethod)
 
     def before_train(self, runner: Runner) -> None:
         """Calibrate the model, and log the effect on each site."""
         if runner.iter > 0:
             return
         model = unwrapped(runner.model)
-        samples = list(islice(runner.train_dataloader, self.batches))
+        if methods := self._loaded or trained_with(model, HeadOutputMethod):
+            runner.logger.info(f"CalibrationHook leaves weights alone that were trained with {', '.join(methods)}")
+            return
+        with torch.random.fork_rng():
+            samples = islice(runner.train_dataloader, self.batches)
+            batches = [model.data_preprocessor(sample, training=True) for sample in samples]
 
         def run() -> None:
-            for sample in samples:
-                data = model.data_preprocessor(sample, training=False)
-                with torch.random.fork_rng():
-                    model(data["inputs"], data["data_samples"], mode="loss")
+            with torch.random.fork_rng():
+                for batch in batches:
+                    forward(model, batch)
 
         for site in calibrate(model, run, reduce=_mean):
             runner.logger.info(site)

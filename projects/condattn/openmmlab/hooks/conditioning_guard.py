@@ -16,7 +16,7 @@ class ConditioningGuardHook(Hook):
         allow_other: Load such checkpoints instead of refusing them.
     """
 
-    priority = "VERY_LOW"
+    priority = "VERY_HIGH"  # before EMAHook, which loads the same weights into its copy of the model
 
     def __init__(self, allow_other: bool = False) -> None:
         self.allow_other = allow_other

@@ -14,6 +14,7 @@ from ...attention.rules import find_sites
 from ...spectra import Measurement, measure
 from ...spectra.advice import find_warnings
 from ...spectra.measure import spread
+from ..models.forward import forward
 from ..models.wrapping import unwrapped
 
 PLAIN = str.maketrans("", "", "() ")
@@ -85,8 +86,7 @@ class SpectraHook(Hook):
         first = {name: copy.deepcopy(values[: self.images]) for name, values in batch.items()}
 
         def run() -> None:
-            data = model.data_preprocessor(first, training=False)
-            model(data["inputs"], data["data_samples"], mode="tensor")
+            forward(model, model.data_preprocessor(first, training=False))
 
         measurement = measure(model, run, self.quantities, spread(names, self.max_sites), max_heads=1)
         values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}

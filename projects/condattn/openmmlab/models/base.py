@@ -13,10 +13,12 @@ from ...methods.initial_weights import InitialWeightsMethod
 from ...methods.parsing import DEFAULT, Conditioning
 from ...weights.files import describe_wrong_hash, read_file
 from ...weights.load import LoadReport, load_pretrained
-from .loading import check_start, guard_loading
+from .loading import TRAINED_WITH, check_start, guard_loading, recorded
 
 TIMM = "timm:"
 """Prefix of a checkpoint that is the name of a timm model: its public weights, which timm downloads."""
+PRETRAINED_SETTINGS = ("load", "unsafe", "other_conditioning")
+"""Settings of an ``init_cfg`` of type 'Pretrained' that mmengine does not have."""
 
 
 class ConditionedBackbone:
@@ -81,14 +83,20 @@ def initialize_as_upstream(model: nn.Module, init_weights: Callable[[], None]) -
         initialize(model)
 
 
-def refuse_initial_weights(model: nn.Module) -> None:
+def refuse_initial_weights(model: nn.Module, loaded: Collection[str] | None = None) -> None:
     """Check that no method sets initial weights of ``model``, into which pretrained weights are loaded.
+
+    Args:
+        model: The model.
+        loaded: Names of the weights that are loaded. Default: all.
 
     Raises:
         ValueError: If one does.
     """
     for place, method in conditioned_places(model):
-        if isinstance(method, InitialWeightsMethod):
+        prefix = f"{place.name}." if place.name else ""
+        replaced = loaded is None or any(name.startswith(prefix) for name in loaded)
+        if isinstance(method, InitialWeightsMethod) and replaced:
             raise ValueError(
                 f"{place}: conditioning={str(method)!r} sets initial weights, which the pretrained weights would "
                 "replace; train from scratch, or leave the method out"
@@ -103,7 +111,7 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
     """
     refuse_initial_weights(model)
     settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location", "prefix")}
-    known_settings = ("checkpoint", "load", "unsafe", "other_conditioning")
+    known_settings = ("checkpoint", *PRETRAINED_SETTINGS)
     if unknown := settings.keys() - set(known_settings):
         raise ValueError(
             f"init_cfg of type 'Pretrained' has {', '.join(sorted(unknown))}; its settings are "
@@ -111,8 +119,10 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
         )
     if not isinstance(path := settings.pop("checkpoint", None), str | Path):
         raise ValueError(f"init_cfg of type 'Pretrained' expects checkpoint=FILE_OR_ADDRESS, found {path!r}")
+    checkpoint = read_file(path, settings.get("unsafe", False))
     if not settings.pop("other_conditioning", False):
-        check_start(read_file(path, settings.get("unsafe", False)), path, model, settings.get("load", "raw"))
+        check_start(checkpoint, path, model, settings.get("load", "raw"))
+    setattr(model, TRAINED_WITH, recorded(checkpoint))
     report = load_pretrained(model, path, known=known, **settings)
     if wrong := describe_wrong_hash(path):
         print_log(wrong, logger="current", level=logging.WARNING)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
@@ -14,39 +13,44 @@ from ...methods.initial_weights import InitialWeightsMethod
 from ...methods.parsing import DEFAULT, Conditioning
 from .base import initialize_as_upstream
 from .loading import guard_loading
+from .settings import module_settings
 
 
 @MODELS.register_module()
 def Conditioned(
-    module: Mapping[str, Any] | nn.Module,
+    module: str | Mapping[str, Any] | nn.Module,
     conditioning: Conditioning = DEFAULT,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     data_preprocessor: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Build ``module``, a whole detector or any part of a model, in the current scope and condition its attention.
 
-    Config::
+    Config, where the base has ``model = dict(type='DETR', ...)``::
 
-        model = dict(_delete_=True, type='Conditioned', module={{_base_.model}}, conditioning='pc', include=['decoder'])
+        model = dict(type='Conditioned', module='DETR', conditioning='pc', include=['decoder'])
 
     Args:
-        module: Config of the module, or the module itself.
+        module: The type of the module, whose own settings are beside it, as tools of OpenMMLab expect those of a
+            detector; or the config of the module; or the module itself.
         conditioning: See :func:`condattn.condition`.
         include: Glob patterns of the module names to condition; default: every attention site.
         exclude: Glob patterns of module names to leave out.
         data_preprocessor: Passed on to ``module``, unless that has its own: mmengine's runner gives a model the
             config's ``data_preprocessor`` in this way.
+        **settings: The settings of the module; they replace those in its config.
 
     Returns:
         The module itself, conditioned in place.
 
     Raises:
-        ValueError: As :func:`condattn.condition`.
+        ValueError: As :func:`condattn.condition`, and for settings of a module that is built already.
     """
     if not isinstance(module, nn.Module):
-        inherited = {} if data_preprocessor is None else dict(data_preprocessor=data_preprocessor)
-        module = MODELS.build(ConfigDict({**inherited, **module}))
+        module = MODELS.build(module_settings(dict(settings, module=module, data_preprocessor=data_preprocessor)))
+    elif settings:
+        raise ValueError(f"Conditioned has {', '.join(settings)} beside a module that is built already; leave that out")
     report = condition(module, conditioning, include, exclude)
     guard_loading(module)
     initial = any(isinstance(method, InitialWeightsMethod) for method in report.methods)

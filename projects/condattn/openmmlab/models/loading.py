@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...attention.rules import find_sites
 from ...condition import conditioning_of, same_conditioning
-from ...methods.base import registered_methods
+from ...methods.base import Method, registered_methods
 from ...methods.parsing import parse
 from ...methods.weight import WeightMethod
 from ...weights.files import weights_of
@@ -26,6 +26,8 @@ from .wrapping import unwrapped
 
 ENTRY = "conditioning"
 """Key of the record in ``meta`` and in a module's metadata."""
+TRAINED_WITH = "trained_with"
+"""Name of the attribute of a module that holds the record of the weights which were loaded into it, if they had one."""
 Record = Mapping[str, list[dict[str, Any]]]
 
 
@@ -38,6 +40,12 @@ def recorded(checkpoint: Any) -> Record:
     """The record in a checkpoint; empty if it has none."""
     meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
     return (meta.get(ENTRY) if isinstance(meta, Mapping) else None) or {}
+
+
+def methods_in(record: Record, kind: type[Method]) -> list[str]:
+    """Names of the methods in ``record`` that are subclasses of ``kind``."""
+    names = {method.get("type") for methods in record.values() for method in methods}
+    return sorted(names & {cls.__name__ for cls in registered_methods() if issubclass(cls, kind)})
 
 
 def check_conditioning(checkpoint: Mapping[str, Any], path: str, model: nn.Module) -> None:
@@ -63,9 +71,7 @@ def check_start(checkpoint: Any, path: str, model: nn.Module, load: str) -> None
     record = recorded(checkpoint)
     if not any(record.values()):
         return
-    correcting = {cls.__name__ for cls in registered_methods() if issubclass(cls, WeightMethod)}
-    names = {method.get("type") for methods in record.values() for method in methods}
-    if load == "effective" and (found := sorted(names & correcting)):
+    if load == "effective" and (found := methods_in(record, WeightMethod)):
         raise ValueError(
             f"{path} was trained with corrected weights ({', '.join(found)}); load='effective' is for weights that "
             "were not"
@@ -75,9 +81,18 @@ def check_start(checkpoint: Any, path: str, model: nn.Module, load: str) -> None
 
 
 def guard_loading(module: nn.Module) -> None:
-    """Make ``module`` raise a ``ValueError`` when it loads weights that were saved with another conditioning."""
+    """Make ``module`` raise a ``ValueError`` when it loads weights that were saved with another conditioning.
+
+    The record of the weights that it loads is kept for :func:`trained_with`.
+    """
     module.refuses_other_conditioning = True
     module.register_load_state_dict_pre_hook(_refuse)
+
+
+def trained_with(model: nn.Module, kind: type[Method]) -> list[str]:
+    """Names of the methods of ``kind`` that the weights which ``model`` has loaded were trained with, as recorded."""
+    records = [getattr(module, TRAINED_WITH, {}) for module in model.modules()]
+    return sorted({name for record in records for name in methods_in(record, kind)})
 
 
 def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
@@ -182,6 +197,9 @@ def _as_setting(methods: list[dict[str, Any]]) -> str:
 
 def _refuse(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: dict, *_: Any) -> None:
     """Raise if ``local_metadata`` records another conditioning than that of ``module``; a pre-hook of loading."""
+    if ENTRY not in local_metadata:
+        return
     source = f"the checkpoint of {prefix.rstrip('.') or 'the model'} is"
-    if ENTRY in local_metadata and (problem := difference(local_metadata[ENTRY], module, source)):
+    if problem := difference(local_metadata[ENTRY], module, source):
         raise ValueError(f"{problem}, or let tools/predict.py or tools/test.py load it with --other-conditioning")
+    setattr(module, TRAINED_WITH, local_metadata[ENTRY])

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ...weights.files import BadFileError, describe_wrong_hash, read_file, weights_of
 from ...wording import some
 from ..errors import UserError
-from ..models.base import is_pretrained
+from ..models.base import is_pretrained, refuse_initial_weights
+from ..models.settings import setting_path
 from ..models.wrapping import unwrapped
 
 HUBS = {
@@ -242,12 +243,12 @@ def _size(value: Any) -> str:
     )
 
 
-def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False) -> None:
+def check_pretrained(model: nn.Module, settings: dict, unsafe: bool = False) -> None:
     """Read (and so download, once) the pretrained weights that ``model`` will start from, and load them into it.
 
     Args:
         model: The model.
-        key: Key of the model in the configuration.
+        settings: Its settings in the configuration.
         unsafe: Whether code in the files may be executed; this project's own backbones have a setting for that.
 
     Raises:
@@ -255,7 +256,7 @@ def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False)
     """
     for name, init_cfg in list(_pretrained(model)):
         module = model.get_submodule(name)
-        place = ".".join(filter(None, (key, name)))
+        place = setting_path(settings, name)
         setting = getattr(module, "weights_setting", "init_cfg.checkpoint")
         nothing = (
             ["init_cfg=None"] if setting == "init_cfg.checkpoint" else ["pretrained=False", "checkpoint_path=None"]
@@ -276,6 +277,24 @@ def check_pretrained(model: nn.Module, key: str = "model", unsafe: bool = False)
                 f"--cfg-options {place}.{setting}=FILE or from scratch with --cfg-options "
                 f"{' '.join(f'{place}.{option}' for option in nothing)} ({error})"
             ) from error
+
+
+def check_initial_weights(model: nn.Module, loaded: set[str]) -> None:
+    """Check that a training starts from the initial weights that the conditioning of ``model`` sets.
+
+    Args:
+        model: The model.
+        loaded: Keys of the weights that a checkpoint provides at the start of the training.
+
+    Raises:
+        UserError: If that checkpoint, or the pretrained weights of a part of ``model``, would replace them.
+    """
+    try:
+        refuse_initial_weights(model, loaded)
+        for name, _ in _pretrained(model):
+            refuse_initial_weights(model.get_submodule(name))
+    except ValueError as error:
+        raise UserError(error) from error
 
 
 def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:

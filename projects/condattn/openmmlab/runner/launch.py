@@ -10,7 +10,6 @@ import re
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
@@ -36,6 +35,7 @@ from ..hooks.exact_resume import ExactResumeHook
 from ..hooks.finite_loss import FiniteLossHook
 from ..hooks.progress import ProgressHook
 from ..hooks.schedule import ScheduleHook
+from ..models.settings import CONDITIONED, class_name, module_settings, parts
 from ..processes import LAUNCHERS, start_processes
 from .checkpoints import read_safely
 from .sharding import check_sharding
@@ -195,23 +195,16 @@ def build_model(cfg: Config) -> nn.Module:
 def _hint(settings: Any, message: str) -> str:
     """Name the setting that ``message`` complains about, with its path, and the most similar one that its class has."""
     found = re.search(r"unexpected keyword argument '(\w+)'", message)
-    for path, part in _parts(settings, "model") if found else ():
-        cls = class_of(part, MODELS)
+    for path, part in parts(settings, "model") if found else ():
+        conditioned = class_name(part) == "Conditioned"
+        cls = class_of(module_settings(part) if conditioned else part, MODELS)
         if found[1] not in part or not isinstance(cls, type):
             continue
         known = {name for base in cls.__mro__ for name in signature(base.__init__).parameters}
+        known.update(CONDITIONED if conditioned else ())
         similar = get_close_matches(found[1], known - {found[1]}, n=1)
         return f"; it is {path}.{found[1]}" + (f"; did you mean {path}.{similar[0]}?" if similar else "")
     return ""
-
-
-def _parts(node: Any, path: str) -> Iterator[tuple[str, dict]]:
-    """Yield the dictionaries of a configuration that name a type, outer ones first, with their paths."""
-    if isinstance(node, dict) and "type" in node:
-        yield path, node
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    for key, child in children:
-        yield from _parts(child, f"{path}.{key}")
 
 
 def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | None = None) -> Runner:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from ...attention.rules import find_sites
 from ...weights.atomic import write_whole
 from ..errors import UserError
+from ..models.settings import class_name, inner_settings, setting_path
 
 
 @STRATEGIES.register_module()
@@ -103,7 +104,7 @@ class FSDP2Strategy(DDPStrategy):
 
 def is_sharded(cfg: Config) -> bool:
     """Whether the run of ``cfg`` shards its model: with ``FSDP2Strategy`` and several processes."""
-    return _name(cfg.get("strategy") or {}) == "FSDP2Strategy" and cfg.launcher != "none"
+    return class_name(cfg.get("strategy") or {}) == "FSDP2Strategy" and cfg.launcher != "none"
 
 
 def check_sharding(cfg: Config) -> None:
@@ -118,7 +119,7 @@ def check_sharding(cfg: Config) -> None:
         raise UserError(f"FSDP2Strategy expects runner_type='FlexibleRunner', found {cfg.get('runner_type')}")
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         raise UserError(f"FSDP2Strategy expects torch 2.6 or newer, found {torch.__version__}")
-    hooks = [_name(hook) for hook in cfg.get("custom_hooks") or [] if isinstance(hook, dict)]
+    hooks = [class_name(hook) for hook in cfg.get("custom_hooks") or [] if isinstance(hook, dict)]
     for hook, why in (
         ("EMAHook", "it copies the model, which a sharded one does not allow"),
         ("SpectraHook", "it measures whole weights; use tools/analysis/spectra.py on a checkpoint"),
@@ -128,10 +129,11 @@ def check_sharding(cfg: Config) -> None:
             raise UserError(f"FSDP2Strategy expects custom_hooks without {hook}: {why}")
     if cfg.get("find_unused_parameters"):
         raise UserError("FSDP2Strategy expects every process to use every parameter, found find_unused_parameters=True")
-    if (cfg.model.get("test_cfg") or {}).get("mode") == "slide":
+    if (inner_settings(cfg.model).get("test_cfg") or {}).get("mode") == "slide":
         raise UserError(
-            "FSDP2Strategy expects processes that run the model equally often, found model.test_cfg.mode='slide'; "
-            "set it to 'whole', and evaluate checkpoints in one process"
+            "FSDP2Strategy expects processes that run the model equally often, found "
+            f"{setting_path(cfg.model, 'test_cfg')}.mode='slide'; set it to 'whole', and evaluate checkpoints in one "
+            "process"
         )
 
 
@@ -169,11 +171,6 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
         if all(own.count(one) == places.count(one) for one in set(own)):
             blocks.append(modules[name])
     return blocks
-
-
-def _name(settings: dict) -> str:
-    """The type in ``settings``, without its scope."""
-    return str(settings.get("type")).rpartition(".")[2]
 
 
 def _gather(value: Any) -> Any:

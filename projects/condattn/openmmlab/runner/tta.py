@@ -7,6 +7,7 @@ from torch import nn
 
 from ..data_check.settings import leaves
 from ..errors import UserError
+from ..models.settings import setting_path
 
 _MODELS = {
     "mmdet": {
@@ -33,7 +34,7 @@ def add_tta(cfg: Config, model: nn.Module) -> None:
     if cfg.default_scope == "mmdet" and getattr(model, "with_mask", False):
         raise UserError(
             "--tta: mmdet merges boxes of augmented images, not masks, and this model predicts masks; test "
-            "without --tta, or its boxes alone: --cfg-options model.roi_head.mask_head=None "
+            f"without --tta, or its boxes alone: --cfg-options {setting_path(cfg.model, 'roi_head')}.mask_head=None "
             "test_evaluator.metric=bbox"
         )
     datasets = list(leaves(cfg.test_dataloader.dataset))  # the same data set may occur twice

@@ -1,0 +1,145 @@
+"""Calibration before the first iteration: on batches as the training has them, of all kinds of models."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.structures import InstanceData, PixelData
+from runs import CONFIGS
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmseg.structures import SegDataSample
+from whole_models import NAMES, small
+
+from condattn.openmmlab.hooks.calibration import CalibrationHook
+from condattn.openmmlab.hooks.spectra import SpectraHook
+from condattn.openmmlab.runner.launch import build_model, load_config
+from condattn.openmmlab.runner.rewriting import write_checkpoint
+
+SIZES = ((64, 48), (40, 64))
+
+
+def build(cfg, tmp_path):
+    """Build the model of a configuration, with random weights."""
+    cfg.dump(tmp_path / "config.py")
+    model = build_model(load_config(str(tmp_path / "config.py")))
+    model.init_weights()
+    return model.train()
+
+
+def detections(height, width, objects):
+    boxes = torch.tensor([[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 30.0, 25.0]])[:objects]
+    masks = np.zeros((objects, height, width), dtype=np.uint8)
+    masks[:, 8:20, 8:20] = 1
+    instances = InstanceData(bboxes=boxes, labels=torch.arange(objects), masks=BitmapMasks(masks, height, width))
+    return DetDataSample(gt_instances=instances)
+
+
+def label_map(height, width, objects):
+    return SegDataSample(gt_sem_seg=PixelData(data=torch.randint(objects, (1, height, width))))
+
+
+def batch(scope, sizes=SIZES):
+    """A batch of images of different sizes, with different numbers of objects, as a data loader of the scope has it."""
+    make = {"mmdet": detections, "mmseg": label_map}[scope]
+    samples = [make(*size, objects) for objects, size in enumerate(sizes, 1)]
+    for sample, size in zip(samples, sizes, strict=True):
+        sample.set_metainfo({"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
+    return {"inputs": images, "data_samples": samples}
+
+
+def calibrate(model, batches, loaded=None):
+    """Run the hook, after it has seen the checkpoint ``loaded``, and return what it logs."""
+    lines = []
+    logger = SimpleNamespace(info=lambda line: lines.append(str(line)))
+    runner = SimpleNamespace(iter=0, model=model, train_dataloader=batches, logger=logger)
+    hook = CalibrationHook(batches=len(batches))
+    if loaded is not None:
+        hook.after_load_checkpoint(runner, loaded)
+    hook.before_train(runner)
+    return lines
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_models_are_calibrated(name, tmp_path):
+    cfg = small(name)
+    model, batches = build(cfg, tmp_path), [batch(cfg.default_scope)]
+    state = torch.get_rng_state()
+    lines = calibrate(model, batches)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert any("relative error of the output" in line for line in lines)
+    assert not any("no input reached it" in line for line in lines)
+
+
+def test_crops_of_different_sizes(tmp_path):
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    cfg.model.data_preprocessor.size = (64, 64)
+    model = build(cfg, tmp_path)
+    lines = calibrate(model, [batch("mmseg"), batch("mmseg", SIZES[::-1])])
+    assert len(lines) == 8 and all("relative error of the output" in line for line in lines)
+
+
+def test_both_passes_see_the_same_images(tmp_path, monkeypatch):
+    """Images are scaled at random by a data preprocessor, once."""
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    cfg.model.data_preprocessor.size = (64, 64)
+    model = build(cfg, tmp_path)
+    prepare, seen = type(model.data_preprocessor).forward, []
+
+    def scaled(self, data, training=False):
+        data = prepare(self, data, training)
+        return {**data, "inputs": data["inputs"] * torch.rand(())}
+
+    monkeypatch.setattr(type(model.data_preprocessor), "forward", scaled)
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    calibrate(model, [batch("mmseg"), batch("mmseg")])
+    assert len(seen) == 4 and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(
+    "start, trained_with",
+    [(start, method) for start in ("load_from", "init_cfg", "init_cfg of the model") for method in ("pc", "sc+pc")]
+    + [("load_from", "none"), ("init_cfg", "none")],
+)
+def test_weights_that_were_trained_with_a_preconditioner_are_left_alone(start, trained_with, tmp_path):
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    cfg.model.data_preprocessor.size = (64, 64)
+    cfg.model.backbone.conditioning = trained_with
+    model = build(cfg, tmp_path)
+    write_checkpoint(tmp_path / "model.pth", model, {})
+    write_checkpoint(tmp_path / "backbone.pth", model.backbone, {})
+    cfg.model.backbone.conditioning = "pc" if trained_with == "none" else trained_with
+    if start == "init_cfg":
+        cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "backbone.pth"))
+    elif start != "load_from":
+        cfg.model.init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "model.pth"))
+    model = build(cfg, tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loaded = torch.load(tmp_path / "model.pth", weights_only=False) if start == "load_from" else None
+    lines = calibrate(model, [batch("mmseg")], loaded)
+    changed = any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert changed == (trained_with == "none" and len(lines) == 8)
+    assert changed or lines == ["CalibrationHook leaves weights alone that were trained with RowPreconditioner"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spectra_of_whole_models_are_measured(name, tmp_path):
+    cfg = small(name)
+    scalars, warnings = {}, []
+    runner = SimpleNamespace(
+        iter=0,
+        max_iters=1000,
+        model=build(cfg, tmp_path),
+        logger=SimpleNamespace(warning=warnings.append),
+        visualizer=SimpleNamespace(add_scalars=lambda values, step: scalars.update(values)),
+    )
+    SpectraHook(max_sites=2).after_train_iter(runner, 0, batch(cfg.default_scope))
+    assert scalars and not any("measures no more" in line for line in warnings)
