@@ -86,6 +86,18 @@ def test_absolute_identity_of_a_model_built_on_the_meta_device():
     assert torch.equal(run(module), run(attention("sc")))
 
 
+@pytest.mark.parametrize("method", ["sc", EXACT, RELATIVE], ids=str)
+def test_a_model_built_on_the_meta_device_that_is_initialised(method):
+    with torch.device("meta"):
+        module = attention(method)
+    module.to_empty(device="cpu")
+    weights = nn.MultiheadAttention(12, 3, batch_first=True)
+    for parameter, value in zip(module.parameters(), weights.parameters(), strict=True):
+        nn.init.zeros_(parameter).data.add_(value)
+    condattn.condition(weights, method)
+    assert torch.equal(run(module), run(weights))
+
+
 def test_absolute_identity_adds_no_key():
     assert set(attention("sc").state_dict()) == set(nn.MultiheadAttention(12, 3).state_dict())
 
@@ -178,6 +190,21 @@ class TestConstantsOfTheWeights:
         module.load_state_dict(weights.state_dict(), assign=assign)
         condattn.condition(weights, method)
         assert torch.equal(run(module), run(weights))
+
+    @pytest.mark.parametrize("assign", [False, True], ids=["", "assign"])
+    @pytest.mark.parametrize("settled", [False, True], ids=["open", "fixed"])
+    def test_a_model_built_on_the_meta_device_loads_its_own_checkpoint(self, method, assign, settled):
+        saved = attention(method, seed=3)
+        if settled:
+            run(saved)
+            with torch.no_grad():
+                saved.in_proj_weight.mul_(5.0)
+        with torch.device("meta"):
+            module = attention(method)
+        if not assign:
+            module.to_empty(device="cpu")
+        module.load_state_dict(copy.deepcopy(saved.state_dict()), assign=assign)
+        assert torch.equal(run(module), run(saved))
 
     def test_loading_other_modules_does_not_touch_them(self, method):
         model = nn.ModuleDict({"attention": attention(method), "head": nn.Linear(2, 2)})

@@ -168,16 +168,30 @@ class CorrectedModule(nn.Module):
     def _register(self, parameter: str, correction: Correction) -> None:
         """Register the buffers of a correction, on the weight's device: C, and the columns of its entries."""
         weight = self._matrix(_gathered(getattr(self, parameter)))
-        columns = correction.columns(weight)
         name = correction.buffer(parameter)
+        has_columns = self._register_columns(parameter, correction)
         if correction.depends_on_weight:
-            constant = weight.new_full(weight.shape if columns is None else weight.shape[:1], torch.nan)
+            constant = weight.new_full(weight.shape[:1] if has_columns else weight.shape, torch.nan)
             self.unsettled |= {name}
         else:
             constant = correction.compute(weight)
         self.register_buffer(name, constant, persistent=correction.depends_on_weight)
+
+    def _register_columns(self, parameter: str, correction: Correction) -> bool:
+        """Register the columns of the entries of C on the weight's device; return whether there are any."""
+        columns = correction.columns(self._matrix(getattr(self, parameter)))
         if columns is not None:
             self.register_buffer(correction.columns_buffer(parameter), columns, persistent=False)
+        return columns is not None
+
+    def _apply(self, fn, recurse=True):
+        """Register the buffers again where ``to_empty`` moves a weight away from the meta device."""
+        abstract = {parameter for parameter in self.corrections if getattr(self, parameter).is_meta}
+        super()._apply(fn, recurse)
+        for parameter, correction in self._all_corrections():
+            if parameter in abstract and not getattr(self, parameter).is_meta:
+                self._register(parameter, correction)
+        return self
 
     def _all_corrections(self) -> Iterator[tuple[str, Correction]]:
         """Yield the corrections, each with the name of its weight."""
@@ -274,6 +288,7 @@ class CorrectedModule(nn.Module):
             name = correction.buffer(parameter)
             key = prefix + name
             if correction.depends_on_weight and key in state_dict:
+                self._register_columns(parameter, correction)  # they are not saved, and may be on the meta device
                 self.unsettled |= {name}  # the checkpoint may have been saved before the first forward
             elif prefix + parameter in state_dict:
                 # Compute C from the loaded weight. This also covers a module that was built on the meta device.
