@@ -82,6 +82,16 @@ def test_calibration_of_multihead_attention_is_exact_where_rows_have_one_norm():
     assert site.after < 1e-6 < site.before
 
 
+def test_calibration_does_not_write_a_weight_that_another_layer_uses_too():
+    model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2, batch_first=True) for name in "ab"})
+    model["b"].out_proj.weight = model["a"].out_proj.weight
+    condattn.condition(model, "pc", exclude="b")
+    before, x = model["a"].out_proj.weight.clone(), torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match="a.out_proj.weight and b.out_proj.weight are one parameter"):
+        calibrate(model, lambda: model["a"](x, x, x))
+    assert torch.equal(model["a"].out_proj.weight, before)
+
+
 def test_calibration_says_what_it_cannot_do():
     timm = pytest.importorskip("timm")
     with pytest.raises(ValueError, match="has no preconditioned attention site"):

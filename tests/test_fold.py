@@ -3,9 +3,11 @@
 import pytest
 import torch
 from small_transformer import SITES, output, transformer
+from torch import nn
 
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
+from condattn.layers.correction import subtract_corrections
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -43,6 +45,21 @@ def test_folded_correction_is_the_vanilla_model():
     assert all(p is parameters[n] for n, p in model.named_parameters())
     vanilla.load_state_dict(model.state_dict())
     torch.testing.assert_close(output(vanilla), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("write", [condattn.fold, subtract_corrections])
+def test_a_weight_that_another_layer_uses_too_is_not_written(write):
+    """Neither that of a layer without a correction, nor that of another corrected layer."""
+    model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2) for name in "abc"})
+    condattn.condition(model, "sc", include=["a", "c"])
+    for other in "bc":
+        model[other].in_proj_weight = model["a"].in_proj_weight
+        before = model["a"].in_proj_weight.clone()
+        with pytest.raises(ValueError, match=rf"a.in_proj_weight and {other}.in_proj_weight are one parameter"):
+            write(model)
+        assert torch.equal(model["a"].in_proj_weight, before)
+        model[other].in_proj_weight = nn.Parameter(before.clone())
+    assert write(model) == 2
 
 
 def test_fold_keeps_the_preconditioner():

@@ -4,7 +4,7 @@ All weights are treated as matrices (out features, in features), in whatever lay
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.site import Projection, indices
+from ..attention.stored import check_writable
 
 
 @dataclass(frozen=True)
@@ -306,12 +307,26 @@ def corrections_of(projection: Projection) -> list[Correction]:
     return [correction for correction in corrections if rows & correction.rows]
 
 
+def corrected_modules(model: nn.Module) -> list[CorrectedModule]:
+    """Return the modules in ``model`` that have corrections."""
+    return [module for module in model.modules() if isinstance(module, CorrectedModule) and module.corrections]
+
+
+def check_weights_of(model: nn.Module, corrected: Iterable[CorrectedModule]) -> None:
+    """Raise a one-line ``ValueError`` unless the corrected weights of modules in ``model`` can be written."""
+    check_writable(model, [(module, parameter) for module in corrected for parameter in module.corrections])
+
+
 def subtract_corrections(model: nn.Module) -> int:
     """Call :meth:`CorrectedModule.subtract_corrections` on all corrected modules in ``model``.
 
     Returns the number of corrected weights.
+
+    Raises:
+        ValueError: If a weight cannot be written, see :func:`check_weights_of`; in this case nothing is changed.
     """
-    corrected = [module for module in model.modules() if isinstance(module, CorrectedModule) and module.corrections]
+    corrected = corrected_modules(model)
+    check_weights_of(model, corrected)
     for module in corrected:
         module.subtract_corrections()
     return sum(len(module.corrections) for module in corrected)
