@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from computed_weights import COMPUTED
 from small_transformer import SITES, output, transformer
 from torch import nn
 
@@ -60,6 +61,20 @@ def test_a_weight_that_another_layer_uses_too_is_not_written(write):
         assert torch.equal(model["a"].in_proj_weight, before)
         model[other].in_proj_weight = nn.Parameter(before.clone())
     assert write(model) == 2
+
+
+@pytest.mark.parametrize("write", [condattn.fold, subtract_corrections])
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_that_is_computed_is_not_written(compute, write):
+    timm = pytest.importorskip("timm")
+    model = nn.ModuleList(timm.layers.Attention(8, 2) for _ in range(2))
+    condattn.condition(model, "sc(strength=2.0, relative=True)")
+    compute(model[1].qkv)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"cannot be (written|merged).* make it a parameter with|remove_parametriz"):
+        write(model)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_fold_keeps_the_preconditioner():

@@ -131,8 +131,8 @@ def fold(model: nn.Module) -> int:
         The number of modules whose weights were merged.
 
     Raises:
-        ValueError: If a weight to be merged is parametrized, or is the weight of another layer as well; in this case
-            nothing is merged.
+        ValueError: If a weight to be merged is computed (pruned, or parametrized), or is that of another layer as well;
+            in this case nothing is merged.
     """
     foldable = corrected_modules(model)
     for module in foldable:

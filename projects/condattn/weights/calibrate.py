@@ -67,7 +67,7 @@ def calibrate(
 
     Raises:
         ValueError: If the model has no such site, ``run`` reaches none of them, or the weight of an output projection
-            is that of another layer as well.
+            is computed (pruned, or parametrized), or is that of another layer as well.
     """
     found = [site for site in find_sites(model) if head_transform_of(site)]
     if not found:

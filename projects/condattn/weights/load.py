@@ -78,8 +78,8 @@ def load_pretrained(
         BadFileError: If the file cannot be read, or holds no weights.
         ConversionError: If no weight fits, a block of the model is not in the file, a block of the file is not in the
             model, shapes differ, or values are not finite; the model is unchanged in these cases.
-        ValueError: If ``load`` is neither 'raw' nor 'effective', or is 'effective' and a corrected weight is that of
-            another layer as well.
+        ValueError: If ``load`` is neither 'raw' nor 'effective', or is 'effective' and a corrected weight is computed
+            (pruned), or is that of another layer as well.
     """
     weights, beside, where = weights_of(read_file(path, unsafe), path)
     report = load_weights(model, weights, str(path), load, known)
