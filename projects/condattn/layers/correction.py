@@ -163,7 +163,11 @@ class CorrectedModule(nn.Module):
     @property
     def corrected_by(self) -> list[object]:
         """The settings of the methods that correct weights of the module."""
-        return list(dict.fromkeys(correction.method for _, correction in self._all_corrections()))
+        methods: list[object] = []
+        for _, correction in self._all_corrections():
+            if correction.method not in methods:  # a method with a dictionary as a setting has no hash
+                methods.append(correction.method)
+        return methods
 
     @torch.no_grad()
     def _register(self, parameter: str, correction: Correction) -> None:
