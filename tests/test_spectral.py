@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -168,6 +169,41 @@ class TestConstantsOfTheWeights:
             torch.testing.assert_close(
                 average.module.in_proj_weight_correction, module.in_proj_weight_correction, rtol=1e-6, atol=1e-7
             )
+
+    @pytest.mark.parametrize("kind", ["ModelEmaV2", "ModelEmaV3"])
+    def test_a_moving_average_of_timm_has_the_same_ones(self, method, kind):
+        """It is copied before the first forward, and averages what it finds in the state dict of the copy."""
+        averaging = getattr(pytest.importorskip("timm.utils"), kind)
+        module = attention(method)
+        average = averaging(module, decay=0.5)
+        for _ in range(3):
+            run(module)
+            with torch.no_grad():
+                module.in_proj_weight.mul_(1.1)
+            average.update(module)
+        assert not torch.equal(average.module.in_proj_weight, module.in_proj_weight)
+        run(average.module)
+        torch.testing.assert_close(
+            average.module.in_proj_weight_correction, module.in_proj_weight_correction, rtol=1e-6, atol=1e-7
+        )
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+    def test_a_copy_does_not_fix_those_of_the_original(self, method, copied):
+        module = attention(method)
+        other = copied(module)
+        before = copy.deepcopy(module)
+        with torch.no_grad():
+            module.in_proj_weight.mul_(2.0)
+            other.in_proj_weight.mul_(3.0)
+        run(module), run(other), run(before)
+        torch.testing.assert_close(module.in_proj_weight_correction, 2 * before.in_proj_weight_correction)
+        assert torch.equal(other.in_proj_weight_correction, before.in_proj_weight_correction)
+
+    def test_a_copy_on_the_meta_device(self, method):
+        with torch.device("meta"):
+            module = copy.deepcopy(attention(method))
+        module.to_empty(device="cpu").load_state_dict(attention(method).state_dict())
+        assert torch.equal(run(module), run(attention(method)))
 
     def test_a_vanilla_checkpoint_starts_over_from_its_weights(self, method):
         torch.manual_seed(3)

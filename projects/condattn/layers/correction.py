@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,9 +139,10 @@ class CorrectedModule(nn.Module):
 
     The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``.
     It is fixed by the first forward, by a checkpoint that contains it, or when an adapter (LoRA) is put around the
-    module. Until then it is NaN, so that weights may still be initialised again or loaded. Loading a checkpoint without
-    the buffer resets it, and C is computed from the loaded weights. A C that does not depend on the weights is not
-    saved. Several corrections of one weight are added; each is computed from W alone.
+    module. Until then it is NaN, so that weights may still be initialised again or loaded. In a copy of the module it
+    is fixed from the start, because a moving average would compute it from averaged weights. Loading a checkpoint
+    without the buffer resets it, and C is computed from the loaded weights. A C that does not depend on the weights is
+    not saved. Several corrections of one weight are added; each is computed from W alone.
 
     Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace how C is fixed.
     """
@@ -280,6 +282,19 @@ class CorrectedModule(nn.Module):
             weight = getattr(self, parameter)
             if correction.buffer(parameter) in self.unsettled and not weight.is_meta:
                 self._settle(parameter, correction, self._matrix(weight))
+
+    @torch.no_grad()
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, in which the corrections are fixed as the module's own weights determine them."""
+        fixed = {}
+        for parameter, correction in self._all_corrections():
+            weight, name = getattr(self, parameter), correction.buffer(parameter)
+            if name in self.unsettled and not weight.is_meta:
+                constant = getattr(self, name)
+                fixed[name] = correction.compute(self._matrix(weight)) if constant.isnan().any() else constant
+        if not fixed:
+            return self.__dict__
+        return {**self.__dict__, "_buffers": {**self._buffers, **fixed}, "unsettled": self.unsettled.difference(fixed)}
 
     def _settle(self, parameter: str, correction: Correction, matrix: Tensor) -> None:
         constant = getattr(self, correction.buffer(parameter))
