@@ -206,11 +206,16 @@ class CorrectedModule(nn.Module):
             for correction in corrections:
                 yield parameter, correction
 
-    def effective_weight(self, parameter: str = "weight") -> Tensor:
-        """Return W + C, or W if it has no correction, in the layout of W and differentiable with respect to W."""
+    def effective_weight(self, parameter: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """Return W + C, or W if it has no correction, in the layout of W and differentiable with respect to W.
+
+        It is added in ``dtype``, by default that of W.
+        """
         weight = (
             self.overridden[parameter] if self.overridden and parameter in self.overridden else getattr(self, parameter)
         )
+        if dtype is not None:
+            weight = weight.to(dtype)
         corrections = self.corrections.get(parameter, ())
         if not corrections:
             return weight
@@ -224,7 +229,7 @@ class CorrectedModule(nn.Module):
             if columns is None:
                 corrected = corrected + constant
             else:
-                corrected = corrected.scatter_add(1, columns[:, None], constant[:, None])
+                corrected = corrected.scatter_add(1, columns[:, None], constant[:, None].to(corrected.dtype))
         return corrected.T if self.transposed else corrected.view_as(weight)
 
     def release(self) -> None:
