@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from computed_weights import COMPUTED
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
 from mmengine.runner.priority import get_priority
@@ -80,6 +81,28 @@ def test_calibration_of_multihead_attention_is_exact_where_rows_have_one_norm():
         (site,) = calibrate(model, lambda: model(x, x, x))
         torch.testing.assert_close(model(x, x, x)[0], wanted)
     assert site.after < 1e-6 < site.before
+
+
+def test_calibration_does_not_write_a_weight_that_another_layer_uses_too():
+    model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2, batch_first=True) for name in "ab"})
+    model["b"].out_proj.weight = model["a"].out_proj.weight
+    condattn.condition(model, "pc", exclude="b")
+    before, x = model["a"].out_proj.weight.clone(), torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match="a.out_proj.weight and b.out_proj.weight are one parameter"):
+        calibrate(model, lambda: model["a"](x, x, x))
+    assert torch.equal(model["a"].out_proj.weight, before)
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_calibration_does_not_write_a_weight_that_is_computed(compute):
+    timm = pytest.importorskip("timm")
+    model, x = nn.ModuleList(timm.layers.Attention(8, 2) for _ in range(2)), torch.randn(2, 3, 8)
+    compute(model[1].proj)
+    condattn.condition(model, "pc")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="1.proj: the weight of a .* cannot be written"):
+        calibrate(model, lambda: model[1](model[0](x)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_calibration_says_what_it_cannot_do():

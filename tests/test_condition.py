@@ -85,6 +85,20 @@ def test_sites_that_share_a_layer():
     del sites._RULES[f"{__name__}.Shared"]
 
 
+@pytest.mark.parametrize("conditioning", ["pc", "sc", "ci"])
+@pytest.mark.parametrize("layer", ["in_proj", "out_proj"])
+def test_sites_that_share_a_parameter(conditioning, layer):
+    model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2) for name in "ab"})
+    if layer == "in_proj":
+        model["b"].in_proj_weight = model["a"].in_proj_weight
+    else:
+        model["b"].out_proj.weight = model["a"].out_proj.weight
+    message = r"a \(MultiheadAttention\) and b \(MultiheadAttention\) share a Parameter; exclude one of them"
+    with pytest.raises(ValueError, match=message):
+        condattn.condition(model, conditioning)
+    assert condattn.condition(model, conditioning, exclude="b").conditioned == ("a",)
+
+
 class Shared(nn.Module):
     """Attention that may share its output projection with another module."""
 

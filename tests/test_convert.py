@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from condattn.weights.files import weights_of
-from condattn.weights.load import ConversionError, fit, load_pretrained
+from condattn.weights.load import ConversionError, fit, load_pretrained, load_weights
 from condattn.weights.names import FORMATS, recognize, translate
 
 pytest.importorskip("timm")
@@ -352,6 +352,16 @@ def test_effective_weights_preserve_the_function(conditioning, tmp_path):
     assert torch.equal(attention.in_proj_weight, source.blocks[0].attn.qkv.weight)
     with pytest.raises(ValueError, match="load is 'folded'; expected 'raw' or 'effective'"):
         load_pretrained(corrected, tmp_path / "vit.pth", load="folded")
+
+
+def test_effective_weights_of_a_layer_that_shares_its_weight_are_not_loaded():
+    model = mmseg_vit("ConditionedVisionTransformer", conditioning="sc")
+    first, second = (layer.attn.attn for layer in model.layers)
+    second.in_proj_weight = first.in_proj_weight
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="in_proj_weight are one parameter"):
+        load_weights(model, timm_vit().state_dict(), "a test", load="effective")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def without(name):

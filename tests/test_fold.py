@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from computed_weights import COMPUTED
 from small_transformer import SITES, output, transformer
+from torch import nn
 
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
+from condattn.layers.correction import subtract_corrections
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -43,6 +46,35 @@ def test_folded_correction_is_the_vanilla_model():
     assert all(p is parameters[n] for n, p in model.named_parameters())
     vanilla.load_state_dict(model.state_dict())
     torch.testing.assert_close(output(vanilla), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("write", [condattn.fold, subtract_corrections])
+def test_a_weight_that_another_layer_uses_too_is_not_written(write):
+    """Neither that of a layer without a correction, nor that of another corrected layer."""
+    model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2) for name in "abc"})
+    condattn.condition(model, "sc", include=["a", "c"])
+    for other in "bc":
+        model[other].in_proj_weight = model["a"].in_proj_weight
+        before = model["a"].in_proj_weight.clone()
+        with pytest.raises(ValueError, match=rf"a.in_proj_weight and {other}.in_proj_weight are one parameter"):
+            write(model)
+        assert torch.equal(model["a"].in_proj_weight, before)
+        model[other].in_proj_weight = nn.Parameter(before.clone())
+    assert write(model) == 2
+
+
+@pytest.mark.parametrize("write", [condattn.fold, subtract_corrections])
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_that_is_computed_is_not_written(compute, write):
+    timm = pytest.importorskip("timm")
+    model = nn.ModuleList(timm.layers.Attention(8, 2) for _ in range(2))
+    condattn.condition(model, "sc(strength=2.0, relative=True)")
+    compute(model[1].qkv)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"cannot be (written|merged).* make it a parameter with|remove_parametriz"):
+        write(model)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_fold_keeps_the_preconditioner():

@@ -12,6 +12,8 @@ from importlib import metadata
 import pytest
 import torch
 from runs import CONFIGS, ROOT, TOOLS, compiler, error_lines, run
+from torch import nn
+from torch.nn import functional as F
 
 import condattn
 from condattn import SpectralCorrection
@@ -175,7 +177,64 @@ def test_the_table_of_supported_classes_is_up_to_date():
     page = subprocess.run(command, cwd=ROOT / "docs", capture_output=True, text=True, check=True)
     assert page.stdout == (ROOT / "docs" / "attention.md").read_text(), "run python docs/make_attention.py"
     untested = re.findall(r"(\w+)`.*only in other versions", page.stdout)
-    assert untested == ["DetrCrossAttention", "DetrSelfAttention"]  # transformers 5: make test-transformers
+    # timm up to 1.0.15, see below, and transformers 5: make test-transformers
+    assert untested == ["Attention", "DetrCrossAttention", "DetrSelfAttention"]
+
+
+class FormerAttention(nn.Module):
+    """The attention of ViT, CrossViT and DeiT in timm up to 1.0.15."""
+
+    __module__, __qualname__ = "timm.models.vision_transformer", "Attention"
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 2
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).movedim((2, 3), (0, 2)).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FormerParallelBlock(nn.Module):
+    """The block with attention beside a feed-forward network in timm up to 1.0.22."""
+
+    __module__, __qualname__ = "timm.models.vision_transformer", "ParallelScalingBlock"
+
+    def __init__(self, qkv_bias):
+        super().__init__()
+        self.num_heads, self.in_split = 2, [16, 8, 8, 8]
+        self.in_proj = nn.Linear(8, 40, bias=qkv_bias)
+        self.attn_out_proj, self.mlp_out_proj = nn.Linear(8, 8), nn.Linear(16, 8)
+        self.mlp_bias = None if qkv_bias else nn.Parameter(torch.randn(16))
+        self.register_buffer("qkv_bias", None if qkv_bias else torch.zeros(24), persistent=False)
+
+    def forward(self, x):
+        if self.mlp_bias is None:
+            y = self.in_proj(x)
+        else:
+            y = F.linear(x, self.in_proj.weight, torch.cat((self.qkv_bias, self.mlp_bias)))
+        hidden, q, k, v = y.split(self.in_split, -1)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+        heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.attn_out_proj(heads) + self.mlp_out_proj(F.gelu(hidden))
+
+
+@pytest.mark.parametrize(
+    "build", [FormerAttention, lambda: FormerParallelBlock(True), lambda: FormerParallelBlock(False)]
+)
+def test_classes_of_earlier_versions_of_timm(build):
+    """Conditioning equals the same attention with W + C, and with normalised head outputs."""
+    module, x = build(), torch.randn(2, 5, 8)
+    want = copy.deepcopy(module)
+    (site,) = condattn.find_sites(want)
+    for part in (site.q, site.k, site.v):
+        part.set_weight(part.weight + torch.eye(8))
+    output = site.out.projection
+    output.register_forward_pre_hook(lambda m, args: (F.normalize(args[0].unflatten(-1, (2, 4)), dim=-1).flatten(-2),))
+    condattn.condition(module, "sc+pc")
+    for _ in range(2):
+        torch.testing.assert_close(module(x), want(x))
 
 
 @pytest.mark.parametrize("name", sites.known_exceptions())

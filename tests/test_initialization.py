@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from computed_weights import COMPUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -190,6 +191,19 @@ def test_pretrained_weights_of_the_whole_model_are_refused():
     ):
         with pytest.raises(UserError, match="'ci' sets initial weights, which the pretrained weights would replace"):
             check_initial_weights(classifier("ci", **start), loaded)
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_weights_that_are_computed_are_refused(compute):
+    model = vit().eval()  # in training, reading a parametrized weight changes the state of its spectral norm
+    compute(model.blocks[1].attn.qkv)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"blocks.1.attn \(Attention\): the weight .* cannot be written"):
+        condattn.condition(model, "ci")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (site,) = condattn.find_sites(model.blocks[1])
+    with pytest.raises(ValueError, match="set_weight: the weight of a .*Linear cannot be written"):
+        site.q.set_weight(torch.zeros(24, 24))
 
 
 def test_a_layout_that_is_none():

@@ -2,6 +2,7 @@
 
 import pytest
 from small_transformer import transformer
+from torch import nn
 
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
@@ -41,6 +42,23 @@ def test_names_take_settings_and_are_printed_with_them(text, methods):
     assert str(condattn.condition(transformer(), methods)).endswith(f"attention sites: {text}")
 
 
+def test_dictionaries_in_both_notations():
+    one, other = (f"sc(strength={value})" for value in ("dict(q=1.0, k=-1, v=10.0)", "{'q': 1.0, 'k': -1, 'v': 10.0}"))
+    assert (
+        condattn.methods.parse(one) == condattn.methods.parse(other) == [SpectralCorrection(dict(q=1.0, k=-1, v=10.0))]
+    )
+
+
+def test_a_model_whose_method_has_a_dictionary_is_printed():
+    timm = pytest.importorskip("timm")
+    model = nn.ModuleDict(
+        dict(whole=timm.layers.Attention(8, 2), multihead=nn.MultiheadAttention(8, 2, kdim=4, vdim=4))
+    )
+    condattn.condition(model, SpectralCorrection(dict(q=1.0, k=1.0, v=10.0)))
+    assert str(model).count("strength={'q': 1.0, 'k': 1.0, 'v': 10.0}") == 1
+    assert len(model["multihead"].corrected_by) == 1
+
+
 def test_lists_of_names():
     names = ["none", "sc(targets=('q', 'k'), strength={'q': 1.0, 'k': 2.0})+pc", "pc"]
     assert split_names(", ".join(names)) == names
@@ -53,7 +71,8 @@ def test_a_short_name_in_the_long_form():
 
 
 @pytest.mark.parametrize(
-    "text", ["pc(", "pc+", "pc(1)", "pc(**{})", "pc.sc", "sc-pc", "sc(strength=print(1))", "3", ""]
+    "text",
+    ["pc(", "pc+", "pc(1)", "pc(**{})", "pc.sc", "sc-pc", "sc(strength=print(1))", "3", "", "sc(strength=dict(1))"],
 )
 def test_texts_that_cannot_be_read(text):
     with pytest.raises(ValueError, match="cannot read the conditioning .*expected a text such as"):

@@ -12,7 +12,7 @@ import condattn
 from condattn import RowPreconditioner
 from condattn.attention.builders import into
 from condattn.attention.site import AttentionSite
-from condattn.kernels.row_norm import normalize_rows
+from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference
 from condattn.layers.head_transform import HeadTransformLinear
 
 
@@ -37,6 +37,41 @@ def test_half_precision_neither_overflows_nor_loses_small_rows(dtype, largest):
     y = normalize_rows(torch.tensor([[largest] * 64, [1e-5] * 64]).to(dtype), 1e-6, False)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), torch.full((2, 64), 0.125), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("function", [normalize_rows, normalize_rows_reference])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("length", [0.0, 1e-6, 1e-5])
+def test_short_rows_have_finite_gradients_in_float16(length, detach, function):
+    """They are divided by 2^-14, and so is their gradient."""
+    x = torch.zeros(2, 8, dtype=torch.float16)
+    x[:, 0] = length
+    x.requires_grad_()
+    y = function(x, 1e-6, detach)
+    y.sum().backward()
+    torch.testing.assert_close(y.double(), x.double() * 2**14, rtol=1e-3, atol=0)
+    assert torch.equal(x.grad, torch.full_like(x, 2**14))
+
+
+def test_short_rows_in_float16_when_compiled():
+    x = torch.zeros(2, 8, dtype=torch.float16, requires_grad=True)
+    compiled = torch.compile(lambda x: normalize_rows(x, 1e-6, False), backend="aot_eager", fullgraph=True)
+    compiled(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2**14))
+
+
+@pytest.mark.parametrize("conditioning", ["pc", "sc+pc"])
+def test_a_query_that_sees_no_key_under_autocast_to_float16(conditioning):
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+    condattn.condition(module, conditioning)
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    masked = torch.zeros(9, 9, dtype=torch.bool)
+    masked[3] = True
+    with torch.autocast("cpu", torch.float16):
+        output = module(x, x, x, need_weights=False, attn_mask=masked)[0]
+    output.float().mean().backward()
+    assert output.isfinite().all()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, *module.parameters()))
 
 
 def test_gradient_is_that_of_the_forward_unless_detached():

@@ -62,6 +62,39 @@ def test_register_rule():
         del sites._RULES[name]
 
 
+class Derived(StrangeAttention):
+    """A subclass of it."""
+
+
+def describe(module):
+    return dict(num_heads=2, out=condattn.into(module.proj), **condattn.thirds(module.qkv))
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_the_nearest_class_decides_between_rules_and_exceptions(attends):
+    base, derived = f"{__name__}.StrangeAttention", f"{__name__}.Derived"
+    model = nn.ModuleDict(dict(base=StrangeAttention(), derived=Derived()))
+
+    def found():
+        return [site.name for site in condattn.find_sites(model)], [one.name for one in sites.find_unsupported(model)]
+
+    with registrations_undone():
+        condattn.register_exception(base, "it is a test", attends=attends)
+        assert found() == ([], ["base", "derived"] if attends else [])
+        condattn.register_rule(derived, describe)
+        assert found() == (["derived"], ["base"] if attends else [])
+        condattn.register_rule(base, describe)
+        assert found() == (["base", "derived"], [])
+    with registrations_undone():
+        condattn.register_rule(base, describe)
+        condattn.register_exception(derived, "it is a test", attends=attends)
+        assert found() == (["base"], ["derived"] if attends else [])
+        condattn.register_exception(derived, "it is a test", attends=not attends)
+        assert found() == (["base"], [] if attends else ["derived"])
+        with pytest.raises(ValueError, match="StrangeAttention has a rule, which an exception does not replace"):
+            condattn.register_exception(base, "it is a test")
+
+
 class Separate(nn.Module):
     """A made-up attention class, which tests describe wrongly."""
 

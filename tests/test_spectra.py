@@ -129,6 +129,23 @@ def test_weights_in_half_precision(dtype):
     assert all(torch.equal(a, b) for a, b in zip(kappa, wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["sc", dict(type="SpectralCorrection", strength=3.0, relative=True), SVD])
+def test_corrections_in_half_precision(method, dtype):
+    """W + C is that of the derivatives, which are taken in float64."""
+    pytest.importorskip("scipy")
+    model, x = attention(bias=False).to(dtype), torch.randn(2, 5, 12).to(dtype)
+    condattn.condition(model, method)
+    model(x, x, x)
+    measurement = measure(model, lambda: model(x, x, x), ["jacobian"])
+    assert not measurement.left_out and len(measurement.bounds) == 3
+    assert all(one.plain for one in measurement.jacobians)
+    (site,) = condattn.find_sites(model)
+    exact = copy.deepcopy(model).double().effective_weight("in_proj_weight")
+    for name, part in zip("qkv", exact.chunk(3), strict=True):
+        assert torch.equal(effective_heads(site, name), part.unflatten(0, (3, 4)))
+
+
 MODELS = {"ViT": "test_vit", "XCiT": "xcit_nano_12_p16_224"}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_absolute_identity_of_a_model_built_on_the_meta_device():
     assert torch.equal(run(module), run(attention("sc")))
 
 
+@pytest.mark.parametrize("method", ["sc", EXACT, RELATIVE], ids=str)
+def test_a_model_built_on_the_meta_device_that_is_initialised(method):
+    with torch.device("meta"):
+        module = attention(method)
+    module.to_empty(device="cpu")
+    weights = nn.MultiheadAttention(12, 3, batch_first=True)
+    for parameter, value in zip(module.parameters(), weights.parameters(), strict=True):
+        nn.init.zeros_(parameter).data.add_(value)
+    condattn.condition(weights, method)
+    assert torch.equal(run(module), run(weights))
+
+
 def test_absolute_identity_adds_no_key():
     assert set(attention("sc").state_dict()) == set(nn.MultiheadAttention(12, 3).state_dict())
 
@@ -157,6 +170,41 @@ class TestConstantsOfTheWeights:
                 average.module.in_proj_weight_correction, module.in_proj_weight_correction, rtol=1e-6, atol=1e-7
             )
 
+    @pytest.mark.parametrize("kind", ["ModelEmaV2", "ModelEmaV3"])
+    def test_a_moving_average_of_timm_has_the_same_ones(self, method, kind):
+        """It is copied before the first forward, and averages what it finds in the state dict of the copy."""
+        averaging = getattr(pytest.importorskip("timm.utils"), kind)
+        module = attention(method)
+        average = averaging(module, decay=0.5)
+        for _ in range(3):
+            run(module)
+            with torch.no_grad():
+                module.in_proj_weight.mul_(1.1)
+            average.update(module)
+        assert not torch.equal(average.module.in_proj_weight, module.in_proj_weight)
+        run(average.module)
+        torch.testing.assert_close(
+            average.module.in_proj_weight_correction, module.in_proj_weight_correction, rtol=1e-6, atol=1e-7
+        )
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+    def test_a_copy_does_not_fix_those_of_the_original(self, method, copied):
+        module = attention(method)
+        other = copied(module)
+        before = copy.deepcopy(module)
+        with torch.no_grad():
+            module.in_proj_weight.mul_(2.0)
+            other.in_proj_weight.mul_(3.0)
+        run(module), run(other), run(before)
+        torch.testing.assert_close(module.in_proj_weight_correction, 2 * before.in_proj_weight_correction)
+        assert torch.equal(other.in_proj_weight_correction, before.in_proj_weight_correction)
+
+    def test_a_copy_on_the_meta_device(self, method):
+        with torch.device("meta"):
+            module = copy.deepcopy(attention(method))
+        module.to_empty(device="cpu").load_state_dict(attention(method).state_dict())
+        assert torch.equal(run(module), run(attention(method)))
+
     def test_a_vanilla_checkpoint_starts_over_from_its_weights(self, method):
         torch.manual_seed(3)
         vanilla = nn.MultiheadAttention(12, 3, batch_first=True)
@@ -178,6 +226,21 @@ class TestConstantsOfTheWeights:
         module.load_state_dict(weights.state_dict(), assign=assign)
         condattn.condition(weights, method)
         assert torch.equal(run(module), run(weights))
+
+    @pytest.mark.parametrize("assign", [False, True], ids=["", "assign"])
+    @pytest.mark.parametrize("settled", [False, True], ids=["open", "fixed"])
+    def test_a_model_built_on_the_meta_device_loads_its_own_checkpoint(self, method, assign, settled):
+        saved = attention(method, seed=3)
+        if settled:
+            run(saved)
+            with torch.no_grad():
+                saved.in_proj_weight.mul_(5.0)
+        with torch.device("meta"):
+            module = attention(method)
+        if not assign:
+            module.to_empty(device="cpu")
+        module.load_state_dict(copy.deepcopy(saved.state_dict()), assign=assign)
+        assert torch.equal(run(module), run(saved))
 
     def test_loading_other_modules_does_not_touch_them(self, method):
         model = nn.ModuleDict({"attention": attention(method), "head": nn.Linear(2, 2)})

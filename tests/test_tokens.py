@@ -114,7 +114,8 @@ def test_tokens_under_autocast():
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (2, 6, 3)])
 def test_the_gradient_is_that_of_the_forward_pass(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: svd_correction(x, detach=False), x)
+    options = dict(check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradcheck(lambda x: svd_correction(x, detach=False), x, **options)
     assert torch.autograd.gradcheck(lambda x: newton_schulz_correction(x, 60, detach=False), x, atol=1e-4, rtol=1e-3)
 
 
@@ -128,6 +129,49 @@ def test_the_gradient_where_singular_values_are_equal():
     turn = torch.randn(4, 4, dtype=torch.float64)
     direction = x.detach() @ (turn - turn.T)
     torch.testing.assert_close((grad * direction).sum(), (weight * direction).sum())
+
+
+def test_transforms_of_functions():
+    """``torch.func`` agrees with backpropagation, also where the rank is not full."""
+    correct = partial(svd_correction, detach=False, zero=1e-6)
+    x, weight, direction = matrix(7, 5, 10.0, 0, rank=3), *torch.randn(2, 7, 5, dtype=torch.float64)
+    wanted = x.clone().requires_grad_()
+    (correct(wanted) * weight).sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: (correct(x) * weight).sum())(x), wanted.grad)
+    value, tangent = torch.func.jvp(correct, (x,), (direction,))
+    torch.testing.assert_close(value, correct(x))
+    torch.testing.assert_close((tangent * weight).sum(), (direction * wanted.grad).sum())
+    torch.testing.assert_close(torch.func.vmap(correct)(torch.stack([x, 2 * x])), torch.stack([value, 2 * value]))
+    (grad,) = torch.autograd.grad(correct(wanted).square().sum(), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("conditioning", ["ct", "ct(detach=False)", "ct(form='newton_schulz', detach=False)"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_in_one_graph(conditioning, autocast):
+    model, image = MODELS["vit"]().eval(), torch.randn(2, 3, 16, 16)
+    condattn.condition(model, conditioning)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        grads = [
+            torch.autograd.grad(f(image).float().square().sum(), model.patch_embed.proj.weight)
+            for f in (compiled, model)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=0.05 if autocast else 1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image), model(image), rtol=1e-3, atol=0.02 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["ct", "ct(detach=False)", "ct(form='newton_schulz')"])
+def test_exported_and_traced(conditioning, tmp_path):
+    model, image = MODELS["vit"]().eval(), torch.randn(2, 3, 16, 16)
+    condattn.condition(model, conditioning)
+    want = model(image)
+    for strict in (True, False):
+        torch.testing.assert_close(torch.export.export(model, (image,), strict=strict).module()(image), want)
+    torch.jit.save(torch.jit.trace(model, (image,)), tmp_path / "model.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(image), want)
 
 
 def test_by_default_the_correction_is_a_constant():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_kernels import CPU, inputs
 
-from condattn.kernels.row_norm import normalize_rows_reference
+from condattn.kernels.row_norm import normalize_rows_reference, smallest_divisor
 from condattn.kernels.row_norm_triton import divide, divide_backward
 from condattn.kernels.window_attention import window_attention_reference
 from condattn.kernels.window_attention_triton import TritonWindowAttention
@@ -53,3 +53,25 @@ def test_the_kernel_of_rows(detach):
     torch.testing.assert_close(y, want, atol=1e-6, rtol=1e-5)
     got = divide_backward(gradient, None if detach else y, norm, 1e-6)
     torch.testing.assert_close(got, *torch.autograd.grad(want, x, gradient), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_short_rows_in_float16(detach):
+    """With the smallest divisor of float16, no gradient overflows."""
+    x = torch.zeros(2, 16, dtype=torch.float16)
+    x[1, 0] = 1e-6
+    eps = smallest_divisor(x, 1e-6)
+    y, norm = divide(x, eps)
+    torch.testing.assert_close(y, normalize_rows_reference(x, 1e-6, detach))
+    gradient = divide_backward(torch.ones_like(x), None if detach else y, norm, eps)
+    assert torch.equal(gradient, torch.full_like(x, 2**14))
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_windows_of_zeros_in_float16(detach):
+    qkv, padding, bias = (torch.zeros_like(t, dtype=torch.float16).requires_grad_() for t in inputs(4, 4, 4, 1, d=16))
+    grid = Windows(4, 4, 4, 0, CPU)
+    got = TritonWindowAttention.apply(qkv, padding, bias, grid, 2, 0.25, smallest_divisor(qkv, 1e-6), detach)
+    (gradient,) = torch.autograd.grad(got.sum(), qkv)
+    assert not got.any() and not gradient[..., :64].any()
+    assert torch.equal(gradient[..., 64:], torch.full_like(got, 2**14))

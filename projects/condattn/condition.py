@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .attention.adapters import inner, is_adapter
 from .attention.rules import UnsupportedAttention, describe_unsupported, find_sites, find_unsupported, known_hosts
 from .attention.site import AttentionSite, Place
 from .kernels.private import forget_compiled
 from .layers.adapted import check_adapter, follow_all
-from .layers.correction import CorrectedModule
+from .layers.correction import check_weights_of, corrected_modules
 from .layers.first_forward import FirstForward
 from .layers.overrides import CorrectedWeightOverride
 from .methods.base import Method, registered_methods
@@ -131,15 +131,17 @@ def fold(model: nn.Module) -> int:
         The number of modules whose weights were merged.
 
     Raises:
-        ValueError: If a weight to be merged is parametrized; in this case nothing is merged.
+        ValueError: If a weight to be merged is computed (pruned, or parametrized), or is that of another layer as well;
+            in this case nothing is merged.
     """
-    foldable = [m for m in model.modules() if isinstance(m, CorrectedModule) and m.corrections]
+    foldable = corrected_modules(model)
     for module in foldable:
         if nn.utils.parametrize.is_parametrized(module):
             raise ValueError(
                 f"the weight of a {type(module).__name__} cannot be merged with its correction; call "
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
+    check_weights_of(model, foldable)
     for module in foldable:
         module.fold()
     for reader in model.modules():
@@ -294,11 +296,18 @@ def _check_adapters(model: nn.Module, sites: list[AttentionSite]) -> None:
             check_adapter(module, inner(module))
 
 
+def _weights(site: AttentionSite) -> set[Tensor]:
+    """Return the weights of the layers that project queries, keys, values and head outputs."""
+    weights = {getattr(part.owner, part.parameter) for part in (site.q, site.k, site.v) if part is not None}
+    output = None if site.out is None else getattr(site.out.projection, "weight", None)
+    return weights if output is None else {*weights, output}
+
+
 def _check_nothing_is_shared(sites: list[AttentionSite]) -> None:
-    """Raise a ``ValueError`` if two sites share a layer: each would condition it for its own heads."""
-    users: dict[nn.Module, AttentionSite] = {}
+    """Raise a ``ValueError`` if two sites share a layer or a weight: each would condition it for its own heads."""
+    users: dict[object, AttentionSite] = {}
     for site in sites:
-        for owner in _owners(site):
-            other = users.setdefault(owner, site)
+        for shared in (*_owners(site), *_weights(site)):
+            other = users.setdefault(shared, site)
             if other is not site:
-                raise ValueError(f"{other} and {site} share a {type(owner).__name__}; exclude one of them")
+                raise ValueError(f"{other} and {site} share a {type(shared).__name__}; exclude one of them")

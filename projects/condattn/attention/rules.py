@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .classes import look_up, qualified_name
+from .classes import qualified_name
 from .site import AttentionSite, HeadOutputs, Place, Projection, is_within
 
 Describe = Callable[[Any], Mapping[str, Any]]
@@ -18,6 +18,9 @@ _ATTENDING: set[str] = set()
 
 def register_rule(class_name: str, describe: Describe) -> None:
     """Register the rule of a host class for :func:`find_sites`.
+
+    Subclasses have the rule as well, unless they have a rule or an exception of their own. A rule takes precedence over
+    an exception of the same class.
 
     Args:
         class_name: Qualified name of the class, for instance ``'mmdet.models.backbones.swin.WindowMSA'``.
@@ -45,10 +48,17 @@ def register_exception(class_name: str, reason: str, attends: bool = False) -> N
         reason: Completes the sentence "it has no site: ...".
         attends: Whether the class computes attention nevertheless. Then no sites are searched for inside it, and
             :func:`condattn.condition` warns that it is left out.
+
+    Raises:
+        ValueError: If the class has a rule.
     """
+    if class_name in _RULES:
+        raise ValueError(f"{class_name} has a rule, which an exception does not replace; use exclude to leave it out")
     _EXCEPTIONS[class_name] = reason
     if attends:
         _ATTENDING.add(class_name)
+    else:
+        _ATTENDING.discard(class_name)
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
@@ -58,8 +68,8 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     """
     sites = []
     for name, module in _named_modules(model):
-        describe = look_up(_RULES, type(module))
-        if describe is not None and not _attends(type(module)):
+        describe = _RULES.get(_entry(type(module)))
+        if describe is not None:
             sites.append(_site(name, module, describe))
     return sites
 
@@ -107,7 +117,8 @@ def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
     unsupported = []
     for name, module in _named_modules(model):
         cls = type(module)
-        reason = look_up(_EXCEPTIONS, cls) or ""
+        entry = _entry(cls)
+        reason = "" if entry in _RULES else _EXCEPTIONS.get(entry, "")
         if reason:
             found = _attends(cls)
         else:
@@ -162,6 +173,13 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 excepted.append(name)
 
 
+def _entry(cls: type) -> str:
+    """Return the name of the class, or of its nearest base class, that has a rule or an exception; '' if none has."""
+    names = map(qualified_name, cls.__mro__)
+    return next((name for name in names if name in _RULES or name in _EXCEPTIONS), "")
+
+
 def _attends(cls: type) -> bool:
     """Return whether the class is registered as attention that has no site."""
-    return any(qualified_name(base) in _ATTENDING for base in cls.__mro__)
+    entry = _entry(cls)
+    return entry in _ATTENDING and entry not in _RULES

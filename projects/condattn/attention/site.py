@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .classes import qualified_name
+from .stored import check_stored
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class Projection:
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Write the rows of the trained weight in place; ``weight`` has the shape of :attr:`weight`."""
+        """Write the rows of the trained weight in place; ``weight`` has the shape of :attr:`weight`.
+
+        Raises:
+            ValueError: If the weight is computed in every forward, and not stored.
+        """
+        check_stored(self.owner, self.parameter, "set_weight")
         as_matrix(self.owner, getattr(self.owner, self.parameter))[indices(self.rows)] = weight
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .switch import is_compiling
+
 RIDGE = 1e-11
 """What is added to the Gram matrix in Newton-Schulz iterations at least, relative to the bound of its largest
 eigenvalue."""
@@ -32,7 +34,8 @@ def svd_correction(x: Tensor, detach: bool = True, zero: float | None = None) ->
     Args:
         x: Matrices X, (..., N, D), in single or double precision.
         detach: Treat C as a constant in backpropagation. If False, its gradient is exact where X has full rank. It has
-            sums of singular values in the denominator and no differences, so that equal singular values do no harm.
+            sums of singular values in the denominator and no differences, so that equal singular values do no harm. It
+            can be differentiated only once.
         zero: Singular values count as zero up to this part of the largest; default: :func:`rounding` of the dtype.
 
     Returns:
@@ -41,11 +44,12 @@ def svd_correction(x: Tensor, detach: bool = True, zero: float | None = None) ->
     Source:
         Theorem 4.4 of conditioned embedded tokens (arXiv 2505.12789).
     """
-    if detach or not (x.requires_grad and torch.is_grad_enabled()):
+    if detach:
         with torch.no_grad():
-            u, s, vh, kept = _svd(x.detach(), zero)
-            return s[..., :1, None] * ((u * kept[..., None, :]) @ vh)
-    return _ScaledPolarFactor.apply(x, zero)
+            return _scaled_polar_factor(*_svd(x.detach(), zero))
+    if torch.jit.is_tracing():  # a trace that has functions of Python cannot be saved
+        return _scaled_polar_factor(*_svd(x, zero))
+    return _ScaledPolarFactor.apply(x, zero) if is_compiling() else _TransformableFactor.apply(x, zero)[0]
 
 
 def newton_schulz_correction(x: Tensor, iterations: int = 24, detach: bool = True, zero: float | None = None) -> Tensor:
@@ -78,39 +82,89 @@ def _svd(x: Tensor, zero: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return u, s, vh, s > s[..., :1] * (rounding(x.dtype) if zero is None else zero)
 
 
+def _scaled_polar_factor(u: Tensor, s: Tensor, vh: Tensor, kept: Tensor) -> Tensor:
+    return s[..., :1, None] * ((u * kept[..., None, :]) @ vh)
+
+
 class _ScaledPolarFactor(torch.autograd.Function):
-    """sigma_max U V^T with its gradient."""
+    """sigma_max U V^T with its gradient, for a fixed rank, as ``torch.compile`` can trace it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, zero: float | None) -> Tensor:
         """Compute C."""
         u, s, vh, kept = _svd(x, zero)
-        u = u * kept[..., None, :]
         ctx.save_for_backward(u, s, vh, kept)
-        return s[..., :1, None] * (u @ vh)
+        return _scaled_polar_factor(u, s, vh, kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        """The adjoint of dC = d sigma_max P + sigma_max dP, P = U V^T, for a fixed rank."""
-        u, s, vh, kept = ctx.saved_tensors
-        v = vh.mT * kept[..., None, :]
-        inverse = torch.where(kept, 1 / torch.where(kept, s, 1), 0)[..., None, :]
-        inner = u.mT @ grad @ v
-        both = kept[..., :, None] & kept[..., None, :]
-        sums = torch.where(both, s[..., :, None] + s[..., None, :], 1)
-        within = u @ (torch.where(both, (inner - inner.mT) / sums, 0)) @ v.mT
-        left = (grad @ v - u @ inner) * inverse @ v.mT
-        right = (u * inverse) @ (u.mT @ grad - inner @ v.mT)
-        largest = (inner.diagonal(dim1=-2, dim2=-1).sum(-1))[..., None, None] * (u[..., :, :1] @ v[..., :, :1].mT)
-        return largest + s[..., :1, None] * (within + left + right), None
+        """The adjoint of dC = d sigma_max P + sigma_max dP, P = U V^T."""
+        return _gradient(grad, *ctx.saved_tensors), None
+
+
+class _TransformableFactor(torch.autograd.Function):
+    """The same, with forward-mode derivatives, for ``torch.func``; the other outputs are the decomposition."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, zero: float | None) -> tuple[Tensor, ...]:
+        """Compute C."""
+        decomposition = _svd(x, zero)
+        return _scaled_polar_factor(*decomposition), *decomposition
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        """Save the decomposition."""
+        _, *decomposition = output
+        ctx.mark_non_differentiable(*decomposition)
+        ctx.save_for_backward(*decomposition)
+        ctx.save_for_forward(*decomposition)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, None]:
+        """The adjoint of :meth:`jvp`."""
+        return _gradient(grad, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _) -> tuple[Tensor | None, ...]:
+        """Return dC = d sigma_max P + sigma_max dP, P = U V^T."""
+        u, s, v, kept = _kept_columns(*ctx.saved_tensors)
+        largest = u[..., :, :1].mT @ tangent @ v[..., :, :1]
+        derivative = largest * (u @ v.mT) + s[..., :1, None] * _polar_derivative(tangent, u, s, v, kept)
+        return derivative, None, None, None, None
+
+
+def _gradient(grad: Tensor, *decomposition: Tensor) -> Tensor:
+    u, s, v, kept = _kept_columns(*decomposition)
+    largest = (u.mT @ grad * v.mT).sum((-2, -1), keepdim=True) * (u[..., :, :1] @ v[..., :, :1].mT)
+    return largest + s[..., :1, None] * _polar_derivative(grad, u, s, v, kept)
+
+
+def _kept_columns(u: Tensor, s: Tensor, vh: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+    """Return u, s, v and kept, with zeros in the columns of u and v that are not kept."""
+    return u * kept[..., None, :], s, vh.mT * kept[..., None, :], kept
+
+
+def _polar_derivative(direction: Tensor, u: Tensor, s: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    """The derivative of U V^T in a direction, which is its own adjoint."""
+    inverse = torch.where(kept, 1 / torch.where(kept, s, 1), 0)[..., None, :]
+    inner = u.mT @ direction @ v
+    both = kept[..., :, None] & kept[..., None, :]
+    sums = torch.where(both, s[..., :, None] + s[..., None, :], 1)
+    within = u @ ((inner - inner.mT) / sums) @ v.mT
+    left = (direction @ v - u @ inner) * inverse @ v.mT
+    right = (u * inverse) @ (u.mT @ direction - inner @ v.mT)
+    return within + left + right
 
 
 def _newton_schulz(x: Tensor, iterations: int, ridge: float) -> Tensor:
     tall = x.shape[-2] >= x.shape[-1]
     gram = x.mT @ x if tall else x @ x.mT
     unit = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-    bound = torch.linalg.matrix_norm(gram, 1)[..., None, None].clamp_min(torch.finfo(x.dtype).tiny)
+    bound = gram.abs().sum(-2, keepdim=True).amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     root, inverse = gram / bound + ridge * unit, unit.expand_as(gram)
     for _ in range(iterations):
         step = 1.5 * unit - 0.5 * inverse @ root

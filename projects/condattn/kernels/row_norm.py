@@ -21,7 +21,7 @@ def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor
 
     Args:
         x: Rows of shape (..., d), or rows along ``dim``.
-        eps: Smallest divisor.
+        eps: Smallest divisor. It is at least 2^-14 in float16, see :func:`smallest_divisor`.
         detach: Treat the norm as a constant in the backward pass instead of using the exact gradient.
         dim: The axis along which a row lies.
 
@@ -30,12 +30,21 @@ def normalize_rows(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor
     """
     if is_plain() or not (x.is_cuda or (x.requires_grad and torch.is_grad_enabled())):
         return normalize_rows_reference(x, eps, detach, dim)
-    return _NormalizeRows.apply(x, eps, detach, dim)
+    return _NormalizeRows.apply(x, smallest_divisor(x, eps), detach, dim)
 
 
 def normalize_rows_reference(x: Tensor, eps: float, detach: bool, dim: int = -1) -> Tensor:
     """Reference implementation of :func:`normalize_rows`."""
-    return _divide_reference(x, eps, dim, detach)[0]
+    return _divide_reference(x, smallest_divisor(x, eps), dim, detach)[0]
+
+
+def smallest_divisor(x: Tensor, eps: float) -> float:
+    """Return ``eps``, or in float16 the smallest normal number, 2^-14, if that is larger.
+
+    The gradient of a shorter row is divided by this constant, and the quotient by 1e-6 would overflow in float16, whose
+    largest number is 65504. The entries of such rows are subnormal numbers, which consist mostly of rounding errors.
+    """
+    return max(eps, torch.finfo(x.dtype).tiny) if x.dtype == torch.float16 else eps
 
 
 def normalized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, eps: float, detach: bool) -> Tensor:
@@ -58,7 +67,7 @@ def normalized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
     dtype = autocast_dtype(x)
     if dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _NormalizedLinear.apply(x, weight, bias, heads, eps, detach, dtype or x.dtype)
+    return _NormalizedLinear.apply(x, weight, bias, heads, smallest_divisor(x, eps), detach, dtype or x.dtype)
 
 
 class _NormalizeRows(torch.autograd.Function):

@@ -56,16 +56,21 @@ def is_ordinary(weight: Tensor) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype to which autocast casts ``x`` before a linear layer; None if it does not cast."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
 def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
     """Return a context with autocast to ``dtype`` on the device of ``x``; with None, autocast is off."""
-    if not torch.amp.is_autocast_available(x.device.type):
+    if not _has_autocast(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, dtype, enabled=dtype is not None)
+
+
+def _has_autocast(kind: str) -> bool:
+    """Return whether a kind of devices has autocast; ``torch.compile`` cannot trace the question, and those have."""
+    return is_compiling() or torch.amp.is_autocast_available(kind)
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .row_norm import normalize_rows
+from .row_norm import normalize_rows, smallest_divisor
 from .switch import autocast, is_compiling, is_plain, is_upstream, triton_module
 from .windows import Windows
 
@@ -59,7 +59,7 @@ def window_attention(
         and (kernel := triton_module("window_attention_triton"))
         and kernel.supports(qkv, grid, heads)
     ):
-        eps, detach = normalize or (None, False)
+        eps, detach = (smallest_divisor(qkv, normalize[0]), normalize[1]) if normalize else (None, False)
         attend = kernel.TritonWindowAttention.apply
         return attend(qkv.contiguous(), padding, bias, grid, heads, scale, eps, detach)
     arguments = padding, bias, grid, heads, scale

@@ -4,14 +4,16 @@ All weights are treated as matrices (out features, in features), in whatever lay
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attention.site import Projection, indices
+from ..attention.stored import check_writable
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,10 @@ class CorrectedModule(nn.Module):
 
     The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``.
     It is fixed by the first forward, by a checkpoint that contains it, or when an adapter (LoRA) is put around the
-    module. Until then it is NaN, so that weights may still be initialised again or loaded. Loading a checkpoint without
-    the buffer resets it, and C is computed from the loaded weights. A C that does not depend on the weights is not
-    saved. Several corrections of one weight are added; each is computed from W alone.
+    module. Until then it is NaN, so that weights may still be initialised again or loaded. In a copy of the module it
+    is fixed from the start, because a moving average would compute it from averaged weights. Loading a checkpoint
+    without the buffer resets it, and C is computed from the loaded weights. A C that does not depend on the weights is
+    not saved. Several corrections of one weight are added; each is computed from W alone.
 
     Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace how C is fixed.
     """
@@ -162,22 +165,40 @@ class CorrectedModule(nn.Module):
     @property
     def corrected_by(self) -> list[object]:
         """The settings of the methods that correct weights of the module."""
-        return list(dict.fromkeys(correction.method for _, correction in self._all_corrections()))
+        methods: list[object] = []
+        for _, correction in self._all_corrections():
+            if correction.method not in methods:  # a method with a dictionary as a setting has no hash
+                methods.append(correction.method)
+        return methods
 
     @torch.no_grad()
     def _register(self, parameter: str, correction: Correction) -> None:
         """Register the buffers of a correction, on the weight's device: C, and the columns of its entries."""
         weight = self._matrix(_gathered(getattr(self, parameter)))
-        columns = correction.columns(weight)
         name = correction.buffer(parameter)
+        has_columns = self._register_columns(parameter, correction)
         if correction.depends_on_weight:
-            constant = weight.new_full(weight.shape if columns is None else weight.shape[:1], torch.nan)
+            constant = weight.new_full(weight.shape[:1] if has_columns else weight.shape, torch.nan)
             self.unsettled |= {name}
         else:
             constant = correction.compute(weight)
         self.register_buffer(name, constant, persistent=correction.depends_on_weight)
+
+    def _register_columns(self, parameter: str, correction: Correction) -> bool:
+        """Register the columns of the entries of C on the weight's device; return whether there are any."""
+        columns = correction.columns(self._matrix(getattr(self, parameter)))
         if columns is not None:
             self.register_buffer(correction.columns_buffer(parameter), columns, persistent=False)
+        return columns is not None
+
+    def _apply(self, fn, recurse=True):
+        """Register the buffers again where ``to_empty`` moves a weight away from the meta device."""
+        abstract = {parameter for parameter in self.corrections if getattr(self, parameter).is_meta}
+        super()._apply(fn, recurse)
+        for parameter, correction in self._all_corrections():
+            if parameter in abstract and not getattr(self, parameter).is_meta:
+                self._register(parameter, correction)
+        return self
 
     def _all_corrections(self) -> Iterator[tuple[str, Correction]]:
         """Yield the corrections, each with the name of its weight."""
@@ -185,11 +206,16 @@ class CorrectedModule(nn.Module):
             for correction in corrections:
                 yield parameter, correction
 
-    def effective_weight(self, parameter: str = "weight") -> Tensor:
-        """Return W + C, or W if it has no correction, in the layout of W and differentiable with respect to W."""
+    def effective_weight(self, parameter: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """Return W + C, or W if it has no correction, in the layout of W and differentiable with respect to W.
+
+        It is added in ``dtype``, by default that of W.
+        """
         weight = (
             self.overridden[parameter] if self.overridden and parameter in self.overridden else getattr(self, parameter)
         )
+        if dtype is not None:
+            weight = weight.to(dtype)
         corrections = self.corrections.get(parameter, ())
         if not corrections:
             return weight
@@ -203,7 +229,7 @@ class CorrectedModule(nn.Module):
             if columns is None:
                 corrected = corrected + constant
             else:
-                corrected = corrected.scatter_add(1, columns[:, None], constant[:, None])
+                corrected = corrected.scatter_add(1, columns[:, None], constant[:, None].to(corrected.dtype))
         return corrected.T if self.transposed else corrected.view_as(weight)
 
     def release(self) -> None:
@@ -262,6 +288,19 @@ class CorrectedModule(nn.Module):
             if correction.buffer(parameter) in self.unsettled and not weight.is_meta:
                 self._settle(parameter, correction, self._matrix(weight))
 
+    @torch.no_grad()
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, in which the corrections are fixed as the module's own weights determine them."""
+        fixed = {}
+        for parameter, correction in self._all_corrections():
+            weight, name = getattr(self, parameter), correction.buffer(parameter)
+            if name in self.unsettled and not weight.is_meta:
+                constant = getattr(self, name)
+                fixed[name] = correction.compute(self._matrix(weight)) if constant.isnan().any() else constant
+        if not fixed:
+            return self.__dict__
+        return {**self.__dict__, "_buffers": {**self._buffers, **fixed}, "unsettled": self.unsettled.difference(fixed)}
+
     def _settle(self, parameter: str, correction: Correction, matrix: Tensor) -> None:
         constant = getattr(self, correction.buffer(parameter))
         if constant.isnan().any():
@@ -274,6 +313,7 @@ class CorrectedModule(nn.Module):
             name = correction.buffer(parameter)
             key = prefix + name
             if correction.depends_on_weight and key in state_dict:
+                self._register_columns(parameter, correction)  # they are not saved, and may be on the meta device
                 self.unsettled |= {name}  # the checkpoint may have been saved before the first forward
             elif prefix + parameter in state_dict:
                 # Compute C from the loaded weight. This also covers a module that was built on the meta device.
@@ -291,12 +331,26 @@ def corrections_of(projection: Projection) -> list[Correction]:
     return [correction for correction in corrections if rows & correction.rows]
 
 
+def corrected_modules(model: nn.Module) -> list[CorrectedModule]:
+    """Return the modules in ``model`` that have corrections."""
+    return [module for module in model.modules() if isinstance(module, CorrectedModule) and module.corrections]
+
+
+def check_weights_of(model: nn.Module, corrected: Iterable[CorrectedModule]) -> None:
+    """Raise a one-line ``ValueError`` unless the corrected weights of modules in ``model`` can be written."""
+    check_writable(model, [(module, parameter) for module in corrected for parameter in module.corrections])
+
+
 def subtract_corrections(model: nn.Module) -> int:
     """Call :meth:`CorrectedModule.subtract_corrections` on all corrected modules in ``model``.
 
     Returns the number of corrected weights.
+
+    Raises:
+        ValueError: If a weight cannot be written, see :func:`check_weights_of`; in this case nothing is changed.
     """
-    corrected = [module for module in model.modules() if isinstance(module, CorrectedModule) and module.corrections]
+    corrected = corrected_modules(model)
+    check_weights_of(model, corrected)
     for module in corrected:
         module.subtract_corrections()
     return sum(len(module.corrections) for module in corrected)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.site import AttentionSite, Projection
+from ..attention.stored import check_stored
 from ..layers.class_swap import leave_out
 from .base import Method, register_method
 from .initial_weights import InitialWeightsMethod
@@ -44,11 +45,12 @@ class ConditionedInitialization(InitialWeightsMethod):
             raise ValueError(f"ConditionedInitialization: layout is {self.layout!r}; expected one of {LAYOUTS}")
 
     def check(self, site: AttentionSite) -> None:
-        """Raise unless ``site`` has projections whose rows its heads divide."""
+        """Raise unless ``site`` has projections whose weights are stored, and whose rows its heads divide."""
         super().check(site)
         if not _projections(site):
             raise ValueError(f"{site}: has no projection of its own to initialise: {site.obstacle}; {leave_out(site)}")
         for name, projection in _projections(site).items():
+            check_stored(projection.owner, projection.parameter, str(site))
             rows, heads = len(projection.weight), site.heads_of(projection)
             if projection.weight.dim() != 2 or rows % heads:
                 raise ValueError(

@@ -86,7 +86,16 @@ def _read_term(node: ast.expr) -> tuple[str, dict[str, Any]]:
     settings = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
     if not isinstance(call.func, ast.Name) or call.args or len(settings) < len(call.keywords):
         raise ValueError("expected a name, or a name with settings")
-    return call.func.id, {name: ast.literal_eval(value) for name, value in settings.items()}
+    return call.func.id, {name: _read_value(value) for name, value in settings.items()}
+
+
+def _read_value(node: ast.expr) -> Any:
+    """Return a literal; ``dict(q=1.0)`` counts as one."""
+    if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "dict"):
+        return ast.literal_eval(node)
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError("expected dict(name=value)")
+    return {keyword.arg: _read_value(keyword.value) for keyword in node.keywords}
 
 
 def _instance(name: Any, settings: dict[str, Any]) -> Method:

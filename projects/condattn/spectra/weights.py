@@ -88,7 +88,7 @@ def weight_spectra(site: AttentionSite) -> list[Spectrum]:
 
 
 def effective_heads(site: AttentionSite, name: str) -> Tensor:
-    """Return the weight of each head that a site computes with, including any correction: (heads, d, D).
+    """Return the weight of each head that a site computes with, including any correction: (heads, d, D), in float64.
 
     Args:
         site: The site.
@@ -96,9 +96,11 @@ def effective_heads(site: AttentionSite, name: str) -> Tensor:
     """
     projection = getattr(site, name)
     owner = projection.owner
-    weight = getattr(owner, projection.parameter)
     if isinstance(owner, CorrectedModule):
-        weight = owner.effective_weight(projection.parameter)
+        # Added in float64, in which sites are recomputed: half precision would round W + C.
+        weight = owner.effective_weight(projection.parameter, torch.float64)
+    else:
+        weight = getattr(owner, projection.parameter).double()
     matrix = as_matrix(owner, weight)[indices(projection.rows)]
     return matrix.unflatten(0, (site.heads_of(projection), -1))
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..attention.adapters import inner, is_at_work
 from ..attention.rules import find_sites
 from ..attention.site import AttentionSite
+from ..attention.stored import check_writable
 from ..kernels.switch import plain
 from ..layers.head_transform import HeadTransform, head_transform_of
 
@@ -65,14 +66,16 @@ def calibrate(
         One entry for each site whose head outputs are transformed.
 
     Raises:
-        ValueError: If the model has no such site, or ``run`` reaches none of them.
+        ValueError: If the model has no such site, ``run`` reaches none of them, or the weight of an output projection
+            is computed (pruned, or parametrized), or is that of another layer as well.
     """
     found = [site for site in find_sites(model) if head_transform_of(site)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no preconditioned attention site; condition it with 'pc' first")
+    probes = {site.name: _Probe(site) for site in found}
+    check_writable(model, [(probe.site.out.projection, "weight") for probe in probes.values() if not probe.reason])
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
-    probes = {site.name: _Probe(site) for site in found}
     try:
         for step in ("measure", "compare"):
             with _transforms_disabled(found, {name: getattr(probe, step) for name, probe in probes.items()}):

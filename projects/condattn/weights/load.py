@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..layers.correction import subtract_corrections
+from ..layers.correction import check_weights_of, corrected_modules, subtract_corrections
 from ..wording import some
 from .files import read_file, weights_of
 from .names import recognize, translate
@@ -78,7 +78,8 @@ def load_pretrained(
         BadFileError: If the file cannot be read, or holds no weights.
         ConversionError: If no weight fits, a block of the model is not in the file, a block of the file is not in the
             model, shapes differ, or values are not finite; the model is unchanged in these cases.
-        ValueError: If ``load`` is neither 'raw' nor 'effective'.
+        ValueError: If ``load`` is neither 'raw' nor 'effective', or is 'effective' and a corrected weight is computed
+            (pruned), or is that of another layer as well.
     """
     weights, beside, where = weights_of(read_file(path, unsafe), path)
     report = load_weights(model, weights, str(path), load, known)
@@ -94,6 +95,8 @@ def load_weights(
     """Load weights that come from ``source`` into ``model``; see :func:`load_pretrained`."""
     if load not in ("raw", "effective"):
         raise ValueError(f"load is {load!r}; expected 'raw' or 'effective'")
+    if load == "effective":
+        check_weights_of(model, corrected_modules(model))
     fitted, report = fit(weights, model, source, known)
     model.load_state_dict(fitted, strict=False)
     if load == "effective":

@@ -23,6 +23,7 @@ for name in (
     ),
     *("models.hieradet_sam2.MultiScaleAttention", "models.mvitv2.MultiScaleAttention", "models.volo.Attention"),
     *("models.vision_transformer_relpos.RelPosAttention", "models.vision_transformer_sam.Attention"),
+    "models.vision_transformer.Attention",  # up to timm 1.0.15
     *("models.swin_transformer.WindowAttention", "models.swin_transformer_v2_cr.WindowMultiHeadAttention"),
     *("models.twins.LocallyGroupedAttn", "models.visformer.Attention", "models.coat.FactorAttnConvRelPosEnc"),
     *("models.cait.TalkingHeadAttn", "models.davit.WindowAttention"),
@@ -91,11 +92,17 @@ def _in_split(module: Any) -> dict[str, int]:
 
 
 def _parallel(module: Any) -> dict[str, Any]:
-    if module.out_proj is None:
+    """Describe attention beside a feed-forward network, with one layer for the inputs of both.
+
+    Earlier versions of timm have no ``out_proj``, and a buffer ``qkv_bias`` if the forward reads the weight itself.
+    """
+    if getattr(module, "out_proj", None) is None:
         out = into(module.attn_out_proj)
     else:
         out = into(module.out_proj, channels=slice(0, module.in_split[1]))
-    return dict(num_heads=module.num_heads, out=out, **split(module.in_proj, "weight", **_in_split(module)))
+    projections = split(module.in_proj, "weight", **_in_split(module))
+    projections = read_by(module, projections) if getattr(module, "qkv_bias", None) is not None else projections
+    return dict(num_heads=module.num_heads, out=out, **projections)
 
 
 register_rule("timm.layers.diff_attention.DiffAttention", _differential)
