@@ -54,7 +54,7 @@ class TokenCorrection(InputTransform):
     def __init__(
         self, function: Callable[[Tensor, float | None], Tensor], method: object, layout: str, mask: str
     ) -> None:
-        self.function, self.method, self.layout, self.mask = function, method, layout, mask
+        self.correction, self.method, self.layout, self.mask = function, method, layout, mask
 
     def transform(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """X + C, in the layout and the dtype of ``x``.
@@ -71,7 +71,7 @@ class TokenCorrection(InputTransform):
             if seen is not None:
                 exact = exact * seen[..., None]
             # Values that are not finite reach the loss, whose check names where they come from.
-            constant = self.function(exact.nan_to_num(0.0, 0.0, 0.0), zero)
+            constant = self.correction(exact.nan_to_num(0.0, 0.0, 0.0), zero)
             constant = (constant if seen is None else constant * seen[..., None]).to(x.dtype)
         return x + (constant.mT if self.layout == "channels_first" else constant).reshape(x.shape)
 
