@@ -10,13 +10,17 @@ DEMO := configs/demo/mask_rcnn_swin_pc.py
 DEMO_CONFIGS := $(DEMO) $(wildcard configs/demo/_base_/*)
 WORK := work_dirs/demo/mask_rcnn_swin_pc
 DTYPE := float32
-TABLES := work_dirs/benchmark
+BATCH := 1
+REPEATS :=
+TABLES := results/benchmark
 , := ,
 tests = $(patsubst %,tests/test_%.py,$(1))
 CORE := $(call tests,condition parsing rules fold preconditioner spectral multihead kernels swin)
 # Run test files in parallel processes, each with one thread.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
-BENCHMARK = $(PY) tools/analysis/benchmark.py --dtype $(DTYPE)
+# Settings that are those of the tool unless they are given.
+SETTINGS = $(if $(filter-out float32,$(DTYPE)),--dtype $(DTYPE)) $(if $(filter-out 1,$(BATCH)),--batch $(BATCH)) \
+    $(if $(REPEATS),--repeats $(REPEATS))
 REQUIREMENTS := pyproject.toml $(filter-out requirements/docs.txt,$(wildcard requirements/* projects/mmcv_ext/*.toml projects/mmcv_ext/mmcv/*))
 
 .PHONY: help setup demo test test-fast test-slow test-all test-stock test-newest test-transformers lint docs operators \
@@ -35,7 +39,8 @@ help:
 	@echo "make docs        the documentation as a site, in site/; a broken link or reference is an error"
 	@echo "make test-operators  compile mmcv's operators, and compare those on torchvision with them"
 	@echo "make operators   compile mmcv's operators, 15 to 20 minutes on two cores; not needed for anything here"
-	@echo "make benchmark   the tables of results/benchmark anew, for an idle machine; DTYPE=bfloat16 for a GPU"
+	@echo "make benchmark   the tables of results/benchmark anew, for an idle machine"
+	@echo "                 on a GPU: make benchmark DTYPE=bfloat16 BATCH=8 REPEATS=30 TABLES=results/benchmark/gpu"
 
 setup: $(VENV)/.installed
 
@@ -120,12 +125,13 @@ docs: $(DOCS)/.installed
 	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "the site is in site/; open site/index.html"
 
-# Each table, with its command, replaces the file in results/benchmark when it is complete.
+# Each table, with its command, replaces the one in $(TABLES) when it is complete; figures and plots stay in work_dirs.
 define measure
-	@mkdir -p $(TABLES)
-	@{ echo '$$ python tools/analysis/benchmark.py $(2)'; echo; $(BENCHMARK) $(2) --out $(TABLES)/$(1).json; } \
-	    | tee $(TABLES)/$(1).txt
-	@cp $(TABLES)/$(1).txt results/benchmark/$(1).txt
+	@mkdir -p $(TABLES) work_dirs/$(TABLES)
+	@{ echo '$$ python tools/analysis/benchmark.py $(strip $(2) $(SETTINGS))'; echo; \
+	    $(PY) tools/analysis/benchmark.py $(strip $(2) $(SETTINGS)) --out work_dirs/$(TABLES)/$(1).json; } \
+	    | tee work_dirs/$(TABLES)/$(1).txt
+	@cp work_dirs/$(TABLES)/$(1).txt $(TABLES)/$(1).txt
 endef
 
 benchmark: setup
@@ -137,4 +143,4 @@ benchmark: setup
 	$(call measure,vit,--models upstream$(,)pc --network vit-b --repeats 3)
 	$(call measure,vit_infer,--models upstream$(,)pc --network vit-b --mode infer --repeats 3)
 	$(call measure,attention,--models upstream$(,)none$(,)pc --network attention)
-	@echo "the tables are in results/benchmark"
+	@echo "the tables are in $(TABLES)"

@@ -119,7 +119,8 @@ def check_packages(study: Study, results: Results) -> None:
         changed = sorted(set(header["versions"].items()) ^ set(versions().items()))
         names = ", ".join(sorted({name for name, _ in changed}))
         raise UserError(
-            f"{study.name} began with other packages ({names}); install those of {results.folder / 'study.json'}, or "
+            f"{study.name} began with other packages, or on another kind of machine ({names}); use those of "
+            f"{results.folder / 'study.json'}, or "
             "show that results are the same: --rerun VARIANT/SEED"
         )
 

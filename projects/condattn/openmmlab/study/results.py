@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...weights.atomic import write_whole
 from ..errors import UserError
 from .plan import FINAL, RunId, Scores, Study
@@ -44,7 +46,7 @@ class Record:
         spectra: Quantity -> list of (iteration, median over the attention sites).
         error: Why the run failed; empty if it finished.
         commit: Commit of the code that ran.
-        versions: Package -> version.
+        versions: What :func:`versions` returned when the run ended.
         training: Hash of the training's configuration; empty if no other study may use the run.
         origin: Name of the study that executed the run; empty if it was this one.
     """
@@ -77,8 +79,14 @@ class Record:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a run's numbers depend on: package -> version."""
+    """What a run's numbers depend on beside the code: versions of Python and of the packages, and the kind of GPU.
+
+    Returns:
+        Package -> version; 'gpu' -> name of the GPU, if there is one.
+    """
     found = {"python": platform.python_version()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
