@@ -1,0 +1,189 @@
+"""Every method on a GPU: values and gradients are those of the CPU; half precision, compilation, graphs, spectra."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import condattn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
+CONDITIONINGS = [
+    *("none", "pc", "pc(detach=True)", "sc", "sc+pc", "sc(form='svd')", "sc(strength=3.0, relative=True)"),
+    *("sc(layout='per_head')", "ct", "ct(form='newton_schulz')", "ci+pc", "ct+sc+pc"),
+]
+
+
+def vit():
+    timm = pytest.importorskip("timm")
+    return timm.models.VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+
+
+def swin(toolbox, window_size=4, **settings):
+    """A small backbone with heads of 32 channels, which the Triton kernels support."""
+    pytest.importorskip(toolbox)
+    from mmengine.registry import MODELS, DefaultScope
+
+    import condattn.registry  # noqa: F401
+
+    settings = dict(embed_dims=64, depths=(2, 2), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1)) | settings
+    with DefaultScope.overwrite_default_scope(toolbox):
+        return MODELS.build(
+            dict(
+                type="ConditionedSwinTransformer",
+                conditioning="none",
+                drop_path_rate=0.0,
+                window_size=window_size,
+                **settings,
+            )
+        )
+
+
+class Encoder(nn.Module):
+    """An encoder of PyTorch on the rows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(96, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, images):
+        return self.encoder(images.transpose(1, 2).flatten(2))
+
+
+MODELS = {"vit": vit, "mmdet": lambda: swin("mmdet"), "mmseg": lambda: swin("mmseg", 7), "encoder": Encoder}
+
+
+def conditioned(name, conditioning):
+    """A model in which every parameter has an effect, conditioned on the CPU."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or not parameter.any():
+            nn.init.normal_(parameter, 1.0, 0.3)
+    if conditioning != "none":
+        condattn.condition(model, conditioning)
+    return model.train()
+
+
+def images(device=DEVICE, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 32, 32).to(device, dtype)
+
+
+def results(model, x, half=None):
+    """Outputs, and gradients of the parameters, in double precision on the CPU."""
+    model.zero_grad()
+    with torch.autocast(x.device.type, half, enabled=half is not None):
+        outputs = model(x)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    torch.manual_seed(2)
+    torch.autograd.backward(outputs, [torch.randn(y.shape).to(y) for y in outputs])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [y.detach().double().cpu() for y in (*outputs, *gradients)]
+
+
+def assert_near(got, want, tolerance):
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        error = (one - other).norm() / other.norm().clamp_min(1e-6)
+        assert error < tolerance, f"relative error {error:.2g}"
+
+
+def of(names, name):
+    """Conditionings that a model supports: conditioned tokens need a rule, which PyTorch's encoder has none of."""
+    return [one for one in names if name != "encoder" or "ct" not in one]
+
+
+CASES = [(name, conditioning) for name in MODELS for conditioning in of(CONDITIONINGS, name)]
+
+
+@pytest.mark.parametrize("name, conditioning", CASES)
+def test_values_and_gradients(name, conditioning):
+    model = conditioned(name, conditioning)
+    want = results(copy.deepcopy(model).double(), images("cpu", torch.float64))
+    assert_near(results(model.to(DEVICE), images()), want, 2e-3)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, conditioning", [(n, c) for n, c in CASES if c in ("none", "sc+pc", "ct+sc+pc")])
+def test_automatic_mixed_precision(name, conditioning, half):
+    """The errors are of the order of those without conditioning."""
+    model = conditioned(name, conditioning).to(DEVICE)
+    want = results(model, images())
+    got = results(model, images(), half)
+    assert_near(got[:1], want[:1], 0.2)
+    assert all(one.isfinite().all() for one in got)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_conditioned_on_the_gpu(name):
+    """The order of conditioning and moving does not matter, and removing gives the model back."""
+    model = conditioned(name, "none").to(DEVICE).eval()
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        condattn.condition(model, "sc+pc")
+        other = copy.deepcopy(plain).cpu()
+        condattn.condition(other, "sc+pc")
+        x = images()
+        got, want = model(x), other.to(DEVICE)(x)
+        for one, two in zip(got, want, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+        condattn.fold(model)
+        for one, two in zip(model(x), want, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+        condattn.remove(other)
+        for one, two in zip(other(x), plain(x), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_of_training_are_repeatable(name):
+    """No kernel adds in an order that changes."""
+    model = conditioned(name, "sc+pc").to(DEVICE)
+    first, second = results(model, images()), results(model, images())
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("conditioning", ["sc+pc"])
+def test_compiled(name, conditioning):
+    torch._dynamo.reset()
+    model = conditioned(name, conditioning).to(DEVICE)
+    want = results(model, images())
+    model.forward = torch.compile(model.forward)
+    assert_near(results(model, images()), want, 2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "encoder", "mmdet"])
+@pytest.mark.parametrize("conditioning", ["pc", "sc+pc"])
+def test_captured_in_a_graph(name, conditioning):
+    """Nothing waits for the GPU in a forward pass."""
+    model, x = conditioned(name, conditioning).to(DEVICE).eval(), images()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        want = model(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = model(x)
+    graph.replay()
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_spectra(name):
+    model = conditioned(name, "sc+pc").eval()
+    want = condattn.spectra.measure(model, images("cpu"))
+    got = condattn.spectra.measure(copy.deepcopy(model).to(DEVICE), images())
+    for one, other in zip(got.rows(), want.rows(), strict=True):
+        for key, value in other.items():
+            if isinstance(value, float) and key != "sigma_min":
+                assert one[key] == pytest.approx(value, rel=0.02, abs=1e-3), (other["site"], other["quantity"], key)
+            elif not isinstance(value, float):
+                assert one[key] == value
