@@ -137,10 +137,10 @@ endef
 benchmark: setup
 	$(call measure,train,--models upstream$(,)none:plain$(,)none$(,)pc$(,)sc$(,)sc+pc)
 	$(call measure,infer,--models upstream$(,)none$(,)pc$(,)sc:folded --mode infer)
-	$(call measure,sweep,--models upstream$(,)pc --sweep --repeats 2)
 	$(call measure,mask_rcnn,--models upstream$(,)pc --network mask-rcnn --repeats 3)
 	$(call measure,mask_rcnn_infer,--models upstream$(,)pc --network mask-rcnn --mode infer --repeats 3)
 	$(call measure,vit,--models upstream$(,)pc --network vit-b --repeats 3)
 	$(call measure,vit_infer,--models upstream$(,)pc --network vit-b --mode infer --repeats 3)
 	$(call measure,attention,--models upstream$(,)none$(,)pc --network attention)
+	$(call measure,sweep,--models upstream$(,)pc --sweep --repeats 2)
 	@echo "the tables are in $(TABLES)"

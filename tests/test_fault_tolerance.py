@@ -42,6 +42,12 @@ train_dataloader = dict(dataset=dict(pipeline=steps))
 """
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Start runs on the CPU, where the same operations give the same bits."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 def training(kind, small, scenes, folder, workers, keep=-1):
     """The command of a short demo training with EMA, and the name of its last checkpoint."""
     name = {"epoch": "mask_rcnn_swin_pc", "iter": "upernet_swin_pc"}[kind]

@@ -1,9 +1,12 @@
-"""Every method on a GPU: values and gradients are those of the CPU; half precision, compilation, graphs, spectra."""
+"""On a GPU: values and gradients are those of the CPU; half precision, compilation, graphs, spectra; the tools."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from runs import DEMO, TOOLS, free_port, run
 from torch import nn
 
 import condattn
@@ -187,3 +190,55 @@ def test_spectra(name):
                 assert one[key] == pytest.approx(value, rel=0.02, abs=1e-3), (other["site"], other["quantity"], key)
             elif not isinstance(value, float):
                 assert one[key] == value
+
+
+FLAGS = [["--amp"], ["--amp", "bfloat16"], ["--compile"], ["--amp", "bfloat16", "--compile"]]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+def test_a_segmenter_trains(flags, segmentation_options, tmp_path):
+    options = [*segmentation_options, "default_hooks.logger.interval=1"]
+    config = DEMO / "upernet_swin_pc.py"
+    output = run(
+        TOOLS / "train.py", config, "--work-dir", "run", *flags, "--cfg-options", *options, cwd=tmp_path
+    ).stdout
+    losses = [float(loss) for loss in re.findall(r"Iter\(train\).* loss: ([\d.]+)", output)]
+    assert losses and "memory: " in output
+    run(TOOLS / "test.py", config, latest(tmp_path), "--cfg-options", *options, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("conditioning, tool", [("none", "calibrate"), ("sc", "fold")])
+def test_a_detector_trains_and_predicts(conditioning, tool, detection_options, scenes, tmp_path):
+    """The tools for checkpoints and pictures, after a training in mixed precision."""
+    config, images = DEMO / "mask_rcnn_swin_pc.py", next(scenes.rglob("*.png")).parent
+    options = ["--cfg-options", *detection_options]
+    trained = [*options, f"model.backbone.conditioning={conditioning}"]
+    output = run(TOOLS / "train.py", config, "--amp", "--work-dir", "run", *trained, cwd=tmp_path).stdout
+    assert re.search(r"Epoch\(train\).* memory: ", output) and "coco/segm_mAP" in output
+    given = [config, latest(tmp_path)]
+    if tool == "calibrate":
+        run(TOOLS / "checkpoints/calibrate.py", *given, "--images", images, "--out", "new.pth", *options, cwd=tmp_path)
+    else:
+        files = ["--images", images, "--out", "new.pth"]
+        run(TOOLS / "checkpoints/fold.py", *given, *files, *trained, cwd=tmp_path)
+    assert (tmp_path / "new.pth").is_file()
+    run(TOOLS / "analysis/spectra.py", *given, "--images", images, "--out", "spectra", *trained, cwd=tmp_path)
+    run(TOOLS / "predict.py", images, *given, "--out-dir", "predictions", *trained, cwd=tmp_path)
+    assert any((tmp_path / "predictions").iterdir())
+
+
+SHARDED = ["runner_type=FlexibleRunner", "strategy.type=FSDP2Strategy", "custom_hooks=[]"]
+
+
+@pytest.mark.parametrize("options", [[], SHARDED], ids=["replicated", "sharded"])
+def test_one_process_of_a_distributed_training(options, segmentation_options, tmp_path):
+    """One GPU is enough for NCCL and for sharding, both of which the CPU does without."""
+    options = [*segmentation_options, *options]
+    command = ["bash", TOOLS / "dist_train.sh", DEMO / "upernet_swin_pc.py", "1", "--work-dir", "run"]
+    output = run(*command, "--cfg-options", *options, cwd=tmp_path, PORT=free_port()).stdout
+    assert "GPU number: 1" in output and "gloo" not in output
+    assert latest(tmp_path).is_file()
+
+
+def latest(folder):
+    return Path((folder / "run" / "last_checkpoint").read_text().strip())

@@ -40,6 +40,12 @@ HALVES = ("train_dataloader.batch_size=2", CLIPPED, OFTEN, "train_cfg.val_interv
 sharding = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="this torch has no FSDP2")
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Start runs on the CPU, on any machine: each process would need a GPU of its own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture
 def plain(small, tmp_path):
     """The command of a short, plain training of the demo segmenter; and the weights that it ends with."""

@@ -30,7 +30,8 @@ def test_a_whole_model_is_loaded(name, tmp_path):
     for given in (str(tmp_path / "config.py"), copy.deepcopy(cfg)):
         model = load(given, str(tmp_path / "weights.pth"), device="cpu")
         assert condattn.conditioning_of(model) == condattn.conditioning_of(trained)
-        assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model.state_dict().items())
+        for key, value in model.state_dict().items():  # mmdet leaves some memory as it is, which may be NaN
+            torch.testing.assert_close(value, trained.state_dict()[key], rtol=0, atol=0, equal_nan=True)
     infer(model, np.zeros((48, 64, 3), dtype=np.uint8))
     cfg.model.conditioning = "none"
     with pytest.raises(ValueError, match="is of a model with conditioning='pc'"):

@@ -36,6 +36,7 @@ import condattn.registry
 from condattn.kernels.switch import plain
 from condattn.methods.parsing import split_names
 from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.runner.launch import choose_device
 
 UPSTREAM = "upstream"
 NETWORKS = {
@@ -89,8 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each variant (default: %(default)s)")
     parser.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: the GPU, if there is one)",
+        help="e.g. cpu or cuda:1 (default: the GPU, if there is one)",
     )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file as well, and the plot beside it")
     return parser.parse_args()
@@ -401,9 +401,8 @@ def main() -> None:
                 "--models: expected a conditioning, with ':plain', ':folded' or ':torchvision' or without, "
                 f"found {name}"
             )
+    args.device = str(choose_device(args.device))
     if args.device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {args.device}: there is no GPU here")
         torch.cuda.set_device(args.device)
     MMLogger.get_current_instance().setLevel("ERROR")  # no warning for each operator that is not counted
     sizes = [image_size(args)]

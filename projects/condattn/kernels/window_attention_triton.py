@@ -183,9 +183,10 @@ def _backward(
         tl.store(grad_projected + places, grad_k.to(grad_qkv.dtype.element_ty), mask=inside_k[:, None])
         places += HEADS * D
         tl.store(grad_projected + places, grad_v.to(grad_qkv.dtype.element_ty), mask=inside_k[:, None])
-        outside = ((columns < N) & ~inside_k)[:, None]
-        padding_k += tl.sum(tl.where(outside, grad_k, 0.0), 0)
-        padding_v += tl.sum(tl.where(outside, grad_v, 0.0), 0)
+        # Not tl.where, with which Triton 3.6 selects other rows on sm_90 (16-bit numbers, d = 32, windows of 12).
+        outside = ((columns < N) & ~inside_k).to(tl.float32)[:, None]
+        padding_k += tl.sum(grad_k * outside, 0)
+        padding_v += tl.sum(grad_v * outside, 0)
     if PLACES == BLOCK:
         rows = tl.arange(0, BLOCK)
         exists = (rows < N)[:, None] & (columns < N)[None, :]
