@@ -302,13 +302,15 @@ def assert_near(got, arguments, want, exact):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", [7, 12])
-@pytest.mark.parametrize("d", [32, 64])
+@pytest.mark.parametrize("size", [4, 7, 8, 12, 16])
+@pytest.mark.parametrize("d", [16, 32, 64, 128])
 def test_the_kernels_on_a_gpu(size, d, dtype):
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
     grid = Windows(33, 50, size, size // 2, device)
     arguments = [t.detach().to(device, dtype).requires_grad_() for t in inputs(33, 50, size, 2, heads=3, d=d)]
+    if not triton_module("window_attention_triton").supports(arguments[0], grid, 3):
+        pytest.skip("this GPU has too little shared memory")
     exact = [t.detach().double().requires_grad_() for t in arguments]
     got = attention.window_attention(*arguments, grid, 3, d**-0.5, (1e-6, False))
     assert "Triton" in type(got.grad_fn).__name__

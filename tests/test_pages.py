@@ -123,9 +123,9 @@ def test_what_the_reference_names_exists():
 
 def test_the_figures_of_the_performance_page():
     """Each row of the table has the ratios of 'pc' in the table that it links to, and the command that made it."""
-    pattern = r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| .*benchmark/(\w+).txt\) \| (.*) \|$"
+    pattern = r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| .*benchmark/([\w/]+).txt\) \| (.*) \|$"
     rows = re.findall(pattern, PAGES["performance.md"], re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 12
     for what, time, memory, name, command in rows:
         text = (ROOT / "results" / "benchmark" / f"{name}.txt").read_text()
         size = re.search(r"\d+ x \d+", what)

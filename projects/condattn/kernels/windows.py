@@ -53,17 +53,17 @@ class Windows:
     def tokens(self) -> Tensor:
         """Index of the token at each place, (windows * size^2,); height * width at padding."""
         y, x = self._places()
-        y, x = (y + self.shift) % (self.rows * self.size), (x + self.shift) % (self.columns * self.size)
+        y, x = _modulo(y + self.shift, self.rows * self.size), _modulo(x + self.shift, self.columns * self.size)
         return torch.where((y < self.height) & (x < self.width), y * self.width + x, self.height * self.width)
 
     @property
     def places(self) -> Tensor:
         """Index of the place of each token, (height * width,): window * size^2 + index in the window."""
         token = torch.arange(self.height * self.width, device=self.device)
-        y = (token // self.width - self.shift) % (self.rows * self.size)
-        x = (token % self.width - self.shift) % (self.columns * self.size)
+        y = _modulo(token // self.width - self.shift, self.rows * self.size)
+        x = _modulo(_modulo(token, self.width) - self.shift, self.columns * self.size)
         window = y // self.size * self.columns + x // self.size
-        return window * self.size**2 + y % self.size * self.size + x % self.size
+        return window * self.size**2 + _modulo(y, self.size) * self.size + _modulo(x, self.size)
 
     @property
     def regions(self) -> Tensor:
@@ -112,13 +112,18 @@ class Windows:
     def _places(self) -> tuple[Tensor, Tensor]:
         """Return row and column of each place on the padded and rolled map, (windows * size^2,) each."""
         place = torch.arange(self.rows * self.columns * self.size**2, device=self.device)
-        window, inside = place // self.size**2, place % self.size**2
+        window, inside = place // self.size**2, _modulo(place, self.size**2)
         y = window // self.columns * self.size + inside // self.size
-        return y, window % self.columns * self.size + inside % self.size
+        return y, _modulo(window, self.columns) * self.size + _modulo(inside, self.size)
 
     def _part(self, places: Tensor, count: int) -> Tensor:
         last = count * self.size
         return (places >= last - self.size).long() + (places >= last - self.shift).long() * (self.shift > 0)
+
+
+def _modulo(numbers: Tensor, divisor: int) -> Tensor:
+    """``numbers % divisor``, of whose range TorchInductor knows so little that it cannot compile indices for a GPU."""
+    return numbers - numbers // divisor * divisor
 
 
 # The caches keep only the most recent image sizes, because the index tensors take memory.
