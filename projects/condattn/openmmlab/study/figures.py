@@ -1,6 +1,7 @@
 """Figures of a study as SVG; equal data give equal files."""
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -44,7 +45,13 @@ def draw_curves(study: Study, results: Results) -> str:
 
 
 def draw_spectra(study: Study, results: Results) -> str:
-    """Draw condition numbers and entropy during training for the first family; empty if none were measured."""
+    """Draw condition numbers and entropy during training for the first family.
+
+    Means and standard deviations of condition numbers are those of their logarithms.
+
+    Returns:
+        The figure, or an empty string if none were measured.
+    """
     family = family_members(study, next(iter(study.families)))
     records = {name: results.final(name) for name in family}
     found = [q for q in QUANTITIES if any(q in record.spectra for one in records.values() for record in one)]
@@ -52,10 +59,8 @@ def draw_spectra(study: Study, results: Results) -> str:
     def draw(axes: Axes, quantity: str) -> None:
         for color, name in zip(cycle(COLORS), family, strict=False):
             curves = [record.spectra[quantity] for record in records[name] if quantity in record.spectra]
-            _band(axes, curves, name, color)
+            _band(axes, curves, name, color, logarithmic=quantity != "entropy")
         axes.set(title=QUANTITIES[quantity], xlabel="iteration")
-        if quantity != "entropy":
-            axes.set_yscale("log")
 
     return _render(found, draw) if found else ""
 
@@ -92,16 +97,21 @@ def family_members(study: Study, family: str) -> list[str]:
     return list(dict.fromkeys([*(reference for _, reference in pairs), *(variant for variant, _ in pairs)]))
 
 
-def _band(axes: Axes, curves: Sequence[Sequence[Sequence[float]]], label: str, color: str) -> None:
+def _band(
+    axes: Axes, curves: Sequence[Sequence[Sequence[float]]], label: str, color: str, logarithmic: bool = False
+) -> None:
     if not curves:
         return
+    scale, back = (math.log, math.exp) if logarithmic else (float, float)
     steps = sorted({step for curve in curves for step, _ in curve})
-    values = [[y for curve in curves for x, y in curve if x == step] for step in steps]
+    values = [[scale(y) for curve in curves for x, y in curve if x == step] for step in steps]
     middle = [statistics.mean(v) for v in values]
     spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    axes.plot(steps, middle, color=color, label=f"{label} ({len(curves)})")
-    low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
+    axes.plot(steps, list(map(back, middle)), color=color, label=f"{label} ({len(curves)})")
+    low, high = ([back(m + sign * s) for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
     axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    if logarithmic:
+        axes.set_yscale("log")
 
 
 def _render(panels: Sequence[str], draw: Callable[[Axes, str], None]) -> str:
