@@ -114,7 +114,8 @@ def _mmcv_multihead() -> Host:
     def build():
         from mmcv.cnn.bricks.transformer import MultiheadAttention
 
-        return MultiheadAttention(EMBED, HEADS, batch_first=True)
+        # mmcv writes the rate of a model with the argument ``dropout`` into the default of all models.
+        return MultiheadAttention(EMBED, HEADS, batch_first=True, dropout_layer=dict(type="Dropout", drop_prob=0.0))
 
     def describe(module, x, mask):
         inner = module.attn

@@ -143,3 +143,12 @@ def test_spectra_of_whole_models_are_measured(name, tmp_path):
     )
     SpectraHook(max_sites=2).after_train_iter(runner, 0, batch(cfg.default_scope))
     assert scalars and not any("measures no more" in line for line in warnings)
+
+
+def test_a_checkpoint_replaces_the_weights_that_the_model_was_built_with(tmp_path):
+    """Its record decides, also if it has none."""
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    cfg.model.data_preprocessor.size = (64, 64)
+    write_checkpoint(tmp_path / "backbone.pth", build(cfg, tmp_path).backbone, {})
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "backbone.pth"))
+    assert len(calibrate(build(cfg, tmp_path), [batch("mmseg")], {"state_dict": {}})) == 8

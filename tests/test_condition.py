@@ -1,5 +1,6 @@
 """``condition`` and ``conditioning_of``: sites, patterns, several methods, and the errors that they raise."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -88,11 +89,17 @@ def test_sites_that_share_a_layer():
 @pytest.mark.parametrize("conditioning", ["pc", "sc", "ci"])
 @pytest.mark.parametrize("layer", ["in_proj", "out_proj"])
 def test_sites_that_share_a_parameter(conditioning, layer):
+    """Only a method that writes weights refuses them."""
     model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2) for name in "ab"})
     if layer == "in_proj":
         model["b"].in_proj_weight = model["a"].in_proj_weight
     else:
         model["b"].out_proj.weight = model["a"].out_proj.weight
+    if conditioning != "ci":
+        assert condattn.condition(model, conditioning).conditioned == ("a", "b")
+        x, alone = torch.randn(3, 1, 8), copy.deepcopy(model["a"])
+        assert torch.equal(model["a"](x, x, x)[0], alone(x, x, x)[0])
+        return
     message = r"a \(MultiheadAttention\) and b \(MultiheadAttention\) share a Parameter; exclude one of them"
     with pytest.raises(ValueError, match=message):
         condattn.condition(model, conditioning)

@@ -13,6 +13,7 @@ pytest.importorskip("mmseg")
 from whole_models import small
 
 import condattn
+from condattn.openmmlab.models.mmdet import ConditionedSwinTransformer
 from condattn.openmmlab.runner.checkpoints import drop_pretrained
 from condattn.openmmlab.runner.folding import fold_config, own_classes
 from condattn.openmmlab.runner.launch import build_model, load_config
@@ -40,6 +41,15 @@ def test_the_methods_that_are_left(conditioning, left):
     assert folded(dict(backbone=dict(**SWIN, **given))).backbone == dict(**SWIN, conditioning=left)
     whole = dict(type="Conditioned", module=dict(type="DETR"), include=["decoder"])
     assert folded(dict(**whole, **given)) == dict(**whole, conditioning=left)
+
+
+def test_methods_in_their_long_form_are_no_modules():
+    """The names of some methods begin as those of conditioned modules do; types may be classes."""
+    methods = [dict(type="SpectralCorrection"), dict(type="ConditionedInitialization"), dict(type="RowPreconditioner")]
+    assert folded(dict(backbone=dict(**SWIN, conditioning=methods))).backbone == dict(**SWIN, conditioning="pc")
+    assert folded(dict(backbone=dict(type=ConditionedSwinTransformer, conditioning="sc"))).backbone == dict(
+        type="SwinTransformer"
+    )
 
 
 @pytest.mark.parametrize("conditioning", ["sc", "none", "sc+ci", dict(type="SpectralCorrection")])

@@ -1,12 +1,14 @@
 """Single runs of studies: what is read from their logs, taken over from other studies, resumed and begun anew."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 pytest.importorskip("mmpretrain")
 
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from tiny_study import a_record
@@ -188,6 +191,16 @@ def test_scores_of_an_earlier_evaluation_are_not_logged_again(hooks, tmp_path):
     ).train()
     found = read_curves(tmp_path, "error")[0]
     assert found == [[2, 1.0], [4, 0.0 if hooks else 1.0], [6, 3.0]]
+
+
+def test_scores_of_the_checkpoint_of_a_resumed_run_are_not_logged_again():
+    """The message hub of a resumed run has the scores that were logged before, and the hook has seen none."""
+    hub = MessageHub("resumed")
+    for name in ("val/error", "val/time", "train/loss"):
+        hub.update_scalar(name, 1.0)
+    runner = SimpleNamespace(message_hub=hub, logger=logging.getLogger("resumed"), iter=4)
+    EmptyEvaluationHook().after_val_epoch(runner, {})
+    assert hub.log_scalars.keys() == {"val/time", "train/loss"}
 
 
 @pytest.fixture

@@ -72,6 +72,21 @@ def test_many_tokens_in_single_precision(correct, tokens):
     assert values[23] >= values[0] / 2.1 and values[24] < 0.05 * values[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [49, 784, 3136])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_images_of_one_color(tokens, rank, dtype):
+    """The errors of the decomposition are not taken for directions of the tokens, nor are they differentiated."""
+    colors = torch.randn(rank, 96, dtype=dtype)
+    x = colors[torch.arange(tokens) % rank].requires_grad_()
+    c = svd_correction(x, detach=False)
+    if rank == 1:
+        torch.testing.assert_close(c, x, rtol=1e-3, atol=1e-3)
+    assert torch.linalg.matrix_rank(c.detach(), rtol=1e-3) == rank
+    (grad,) = torch.autograd.grad((c * torch.randn(tokens, 96, dtype=dtype)).sum(), x)
+    assert grad.norm() < 100 * tokens**0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", ["svd", "newton_schulz"])
 def test_rounding_errors_of_half_precision_are_not_amplified(dtype, form):
@@ -341,8 +356,12 @@ def test_masked_tokens_anywhere(bert):
     assert torch.equal(seen[0][kept], bert.embeddings(words)[kept])
     assert not torch.equal(seen[0][~kept], bert.embeddings(words)[~kept])
     causal = torch.ones(2, 40, 40).tril()
-    with pytest.raises(ValueError, match="lets queries see different tokens; expected a mask of padding alone"):
+    message = "lets queries see different tokens; expected a mask of padding alone"
+    with pytest.raises(ValueError, match=message):
         bert(words, attention_mask=causal)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=message):
+        torch.compile(bert, backend="eager")(words, attention_mask=causal)
 
 
 @needs_transformers

@@ -20,7 +20,7 @@ from .layers.correction import check_weights_of, corrected_modules
 from .layers.first_forward import FirstForward
 from .layers.overrides import CorrectedWeightOverride
 from .methods.base import Method, registered_methods
-from .methods.initial_weights import random_numbers_apart
+from .methods.initial_weights import InitialWeightsMethod, random_numbers_apart
 from .methods.parsing import DEFAULT, Conditioning, parse
 
 
@@ -106,7 +106,7 @@ def condition(
             raise ValueError(f"{place}: {type(method).__name__} is applied already; condition a site once")
         method.check(place)
     _check_combination(methods, [method for _, method in conditioned_places(model, sites)])
-    _check_nothing_is_shared(chosen)
+    _check_nothing_is_shared(chosen, weights=any(isinstance(method, InitialWeightsMethod) for method in methods))
     _check_adapters(model, chosen)
     _apply(places)
     conditioned = {place.name: place for _, place in places}
@@ -303,11 +303,16 @@ def _weights(site: AttentionSite) -> set[Tensor]:
     return weights if output is None else {*weights, output}
 
 
-def _check_nothing_is_shared(sites: list[AttentionSite]) -> None:
-    """Raise a ``ValueError`` if two sites share a layer or a weight: each would condition it for its own heads."""
+def _check_nothing_is_shared(sites: list[AttentionSite], weights: bool) -> None:
+    """Raise a ``ValueError`` if two sites share a layer, which each would condition for its own heads.
+
+    Args:
+        sites: The sites to condition.
+        weights: Whether weights are written as well, so that they must not be shared either.
+    """
     users: dict[object, AttentionSite] = {}
     for site in sites:
-        for shared in (*_owners(site), *_weights(site)):
+        for shared in (*_owners(site), *(_weights(site) if weights else ())):
             other = users.setdefault(shared, site)
             if other is not site:
                 raise ValueError(f"{other} and {site} share a {type(shared).__name__}; exclude one of them")

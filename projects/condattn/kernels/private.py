@@ -27,6 +27,20 @@ def is_watched_or_transformed() -> bool:
     return transforms() or modes() > 0 or level >= 0
 
 
+def require(condition: Tensor, message: str) -> None:
+    """Raise an error unless ``condition``, a tensor with one element, is true, without waiting for a GPU.
+
+    Raises:
+        ValueError: With ``message``, on the CPU.
+        RuntimeError: With ``message``, in compiled models; on a GPU, where its next result is waited for.
+    """
+    if not condition.is_cuda and not torch.compiler.is_compiling():
+        if not condition:
+            raise ValueError(message)
+    elif check := getattr(torch, "_assert_async", None):
+        check(condition, message)
+
+
 def has_saved_tensors_hooks() -> bool:
     """Return whether saved-tensor hooks are active already, or are disabled.
 

@@ -140,9 +140,10 @@ class CorrectedModule(nn.Module):
     The parameter W keeps its name. A C that depends on the weights is a persistent buffer, ``<parameter>_correction``.
     It is fixed by the first forward, by a checkpoint that contains it, or when an adapter (LoRA) is put around the
     module. Until then it is NaN, so that weights may still be initialised again or loaded. In a copy of the module it
-    is fixed from the start, because a moving average would compute it from averaged weights. Loading a checkpoint
-    without the buffer resets it, and C is computed from the loaded weights. A C that does not depend on the weights is
-    not saved. Several corrections of one weight are added; each is computed from W alone.
+    is fixed from the start, because a moving average would compute it from averaged weights: initialise weights before
+    the module is copied (``nn.TransformerEncoder`` copies its layer). Loading a checkpoint without the buffer resets
+    it, and C is computed from the loaded weights. A C that does not depend on the weights is not saved. Several
+    corrections of one weight are added; each is computed from W alone.
 
     Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace how C is fixed.
     """

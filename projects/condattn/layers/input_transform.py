@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.polar import rounding
-from ..kernels.switch import autocast, autocast_dtype, is_compiling
+from ..kernels.private import require
+from ..kernels.switch import autocast, autocast_dtype
 
 LARGE = -1e4
 """Masks that are added to scores hold 0 for tokens that take part, and less than this for the others."""
@@ -23,7 +24,7 @@ class InputTransform:
         method: The settings of the method that the transform is of.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], method: object) -> None:
+    def __init__(self, function: Callable[..., Tensor], method: object) -> None:
         self.function, self.method = function, method
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -54,13 +55,15 @@ class TokenCorrection(InputTransform):
     def __init__(
         self, function: Callable[[Tensor, float | None], Tensor], method: object, layout: str, mask: str
     ) -> None:
-        self.correction, self.method, self.layout, self.mask = function, method, layout, mask
+        super().__init__(function, method)
+        self.layout, self.mask = layout, mask
 
     def transform(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """X + C, in the layout and the dtype of ``x``.
 
         Raises:
-            ValueError: If the mask differs between queries, as that of a decoder does.
+            ValueError: If the mask differs between queries, as that of a decoder does. On a GPU and in compiled models,
+                which do not wait for the comparison, the error is a ``RuntimeError``.
         """
         dtype = x.dtype if x.dtype.itemsize < 4 else autocast_dtype(x)
         zero = None if dtype is None else rounding(dtype)
@@ -71,7 +74,7 @@ class TokenCorrection(InputTransform):
             if seen is not None:
                 exact = exact * seen[..., None]
             # Values that are not finite reach the loss, whose check names where they come from.
-            constant = self.correction(exact.nan_to_num(0.0, 0.0, 0.0), zero)
+            constant = self.function(exact.nan_to_num(0.0, 0.0, 0.0), zero)
             constant = (constant if seen is None else constant * seen[..., None]).to(x.dtype)
         return x + (constant.mT if self.layout == "channels_first" else constant).reshape(x.shape)
 
@@ -86,9 +89,10 @@ class TokenCorrection(InputTransform):
         if mask.dim() > 2:
             every = mask.flatten(1, -2)
             rows = every[:, 0]
-            if every.shape[1] > 1 and not is_compiling() and not torch.equal(every, rows[:, None].expand_as(every)):
-                raise ValueError(
+            if every.shape[1] > 1:
+                require(
+                    (every == rows[:, None]).all(),
                     f"the tokens of a {type(self.method).__name__} are mixed with one another, but the mask "
-                    f"{self.mask!r} lets queries see different tokens; expected a mask of padding alone"
+                    f"{self.mask!r} lets queries see different tokens; expected a mask of padding alone",
                 )
         return rows if rows.dtype == torch.bool else rows > (LARGE if mask.dim() > 2 else 0)

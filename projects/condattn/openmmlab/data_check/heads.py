@@ -6,6 +6,7 @@ from typing import Any
 from mmengine.config import Config
 
 from ...wording import counted, listed
+from ..models.settings import class_name
 from .settings import as_list
 
 OTHER_PARTS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_head", "panoptic_fusion_head")
@@ -29,7 +30,7 @@ def check_heads(cfg: Config, classes: list[str]) -> tuple[list[str], list[str]]:
     for where, head in _heads(model, "model"):
         number = head["num_classes"]
         auxiliary = cfg.get("default_scope") == "mmseg" and "auxiliary_head" in where
-        if number != len(classes) and _type(head) != EDGE_HEAD:
+        if number != len(classes) and class_name(head) != EDGE_HEAD:
             have = counted(len(classes), "class")
             message = f"{where}.num_classes is {number}, but the data have {have} ({listed(classes)}); set it to that"
             (warnings if auxiliary else errors).append(message)
@@ -46,13 +47,8 @@ def check_heads(cfg: Config, classes: list[str]) -> tuple[list[str], list[str]]:
 def _is_open(node: Any) -> bool:
     """Whether a detector has an open vocabulary."""
     if isinstance(node, dict):
-        return bool(node.get("language_model")) or _type(node) in OPEN_HEADS or any(map(_is_open, node.values()))
+        return bool(node.get("language_model")) or class_name(node) in OPEN_HEADS or any(map(_is_open, node.values()))
     return isinstance(node, list | tuple) and any(map(_is_open, node))
-
-
-def _type(node: dict[str, Any]) -> str:
-    kind = node.get("type")
-    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
 
 
 def _heads(node: Any, where: str) -> Iterator[tuple[str, dict]]:
@@ -69,4 +65,4 @@ def _heads(node: Any, where: str) -> Iterator[tuple[str, dict]]:
 
 def _is_softmax(head: dict[str, Any]) -> bool:
     losses = as_list(head.get("loss_decode") or {"type": "CrossEntropyLoss"})
-    return all(_type(loss) == "CrossEntropyLoss" and not loss.get("use_sigmoid") for loss in losses)
+    return all(class_name(loss) == "CrossEntropyLoss" and not loss.get("use_sigmoid") for loss in losses)

@@ -31,7 +31,7 @@ class CalibrationHook(Hook):
         if batches < 1:
             raise ValueError(f"CalibrationHook: batches is {batches}; expected at least 1")
         self.batches = batches
-        self._loaded: list[str] = []
+        self._loaded: list[str] | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note with which preconditioners the weights were trained that the run starts from."""
@@ -42,7 +42,9 @@ class CalibrationHook(Hook):
         if runner.iter > 0:
             return
         model = unwrapped(runner.model)
-        if methods := self._loaded or trained_with(model, HeadOutputMethod):
+        # A checkpoint replaces the weights that the model was built with, and their record.
+        methods = trained_with(model, HeadOutputMethod) if self._loaded is None else self._loaded
+        if methods:
             runner.logger.info(f"CalibrationHook leaves weights alone that were trained with {', '.join(methods)}")
             return
         with torch.random.fork_rng():

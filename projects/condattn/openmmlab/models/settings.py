@@ -10,8 +10,9 @@ CONDITIONED = ("type", "module", "conditioning", "include", "exclude", "data_pre
 
 
 def class_name(settings: dict) -> str:
-    """The type in ``settings``, without its scope."""
-    return str(settings.get("type")).rpartition(".")[2]
+    """The name of the type in ``settings``, which is a string or a class, without its scope; empty if there is none."""
+    kind = settings.get("type")
+    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
 
 
 def parts(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
@@ -24,8 +25,9 @@ def parts(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
 
 
 def conditioned_parts(node: Any) -> list[ConfigDict]:
-    """The settings in ``node`` that have a ``conditioning``, outer ones first."""
-    return [part for _, part in parts(node) if class_name(part).startswith("Conditioned")]
+    """The settings of conditioned modules in ``node``, outer ones first; methods in a ``conditioning`` are none."""
+    found = [part for path, part in parts(node) if "conditioning" not in path.split(".")]
+    return [part for part in found if class_name(part).startswith("Conditioned")]
 
 
 def module_settings(part: dict) -> ConfigDict:

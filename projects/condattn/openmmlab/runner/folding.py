@@ -65,7 +65,8 @@ def _fold_part(part: ConfigDict) -> None:
         part.clear()
         part.update(module)
     elif name in UPSTREAM:
-        part.type = UPSTREAM[name] if "." in UPSTREAM[name] else part.type.removesuffix(name) + UPSTREAM[name]
+        scope = part.type.removesuffix(name) if isinstance(part.type, str) else ""
+        part.type = UPSTREAM[name] if "." in UPSTREAM[name] else scope + UPSTREAM[name]
         for key in OWN_SETTINGS:
             part.pop(key, None)
         for key in PRETRAINED_SETTINGS if is_pretrained(part.get("init_cfg")) else ():

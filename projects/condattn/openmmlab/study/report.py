@@ -69,6 +69,7 @@ def variant_table(study: Study, results: Results) -> Table:
     rates = chosen_rates(study, results.scores()) or {}
     rows = []
     target = _baseline_level(study, results)
+    length = max((step for record in results.final(study.baseline) for step, _ in record.curve), default=0)
     for name in study.variants:
         records = results.final(name)
         values = [final_score(study, record) for record in records]
@@ -79,7 +80,7 @@ def variant_table(study: Study, results: Results) -> Table:
                 f"{mean_and_spread.mean(values):.2f}" if values else "",
                 f"{mean_and_spread.stdev(values):.2f}" if len(values) > 1 else "",
                 f"{rates[name]:g}" if name in rates else "",
-                _reaches(records, target),
+                _reaches(records, target, length),
                 str(sum(record.status == FAILED for record in records) or ""),
             ]
         )
@@ -101,15 +102,15 @@ def _baseline_level(study: Study, results: Results) -> float | None:
     return mean_and_spread.mean(scores) if scores else None
 
 
-def _reaches(records: Sequence[Record], target: float | None) -> str:
-    """Fraction of the training after which the mean curve first reaches the level ``target``, as text."""
+def _reaches(records: Sequence[Record], target: float | None, length: float) -> str:
+    """Fraction of the ``length`` of the training after which the mean curve first reaches ``target``, as text."""
     steps = sorted({step for record in records for step, _ in record.curve})
     if not steps or target is None:
         return ""
     curves = [dict(record.curve_over(steps)) for record in records]
     for step in steps:
         if mean_and_spread.mean(curve[step] for curve in curves if step in curve) >= target - 1e-12:
-            return f"{step / steps[-1]:.0%}"
+            return f"{step / length:.0%}"
     return "not"
 
 
@@ -311,7 +312,7 @@ def write_documents(root: Path) -> list[Path]:
     text = path.read_text()
     found = begun_studies(root)
     summaries = {study.name: _summary(study, results) for study, results in found}
-    for name in re.findall(r"<!-- begin (\w+) -->", text):
+    for name in re.findall(r"<!-- begin (.+?) -->", text):
         text = _fill(text, name, summaries.get(name, "No run is finished yet."))
     pooled, written = f"{pooled_table(found).markdown()}\n\n{POOLING}", []
     differences = [(study, [*effects(study, results).values()]) for study, results in found if counts(study, results)]
