@@ -149,6 +149,16 @@ def test_only_the_same_conditioning_is_accepted(ours, theirs, tmp_path):
     assert "--other-conditioning" in message and ("calibrate.py" in message) == (theirs == "none")
 
 
+def test_a_setting_that_a_record_lacks_has_its_default():
+    checkpoint, model = checkpoint_of("pc")
+    for methods in checkpoint["meta"]["conditioning"].values():
+        del methods[0]["cross_covariance"]
+    check_conditioning(checkpoint, "a.pth", model)
+    other = checkpoint_of(dict(type="RowPreconditioner", cross_covariance="tokens"))[1]
+    with pytest.raises(UserError, match="cross_covariance='tokens'"):
+        check_conditioning(checkpoint, "a.pth", other)
+
+
 @pytest.mark.parametrize("ours", ["none", "pc", "ct", "ct+sc"])
 @pytest.mark.parametrize("theirs", ["ct+pc", "ct+ci+pc", "ct"])
 def test_the_advised_setting_loads_what_acts_on_the_whole_model(theirs, ours):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -204,8 +204,14 @@ def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
 def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     """Return whether two entries of :func:`conditioning_of`, which may come from a file, stand for the same function.
 
-    Methods that change no function, such as initial weights, are ignored.
+    Methods that change no function, such as initial weights, are ignored. A setting that an entry lacks, because its
+    method did not have the setting when the file was written, has its default.
     """
+    classes = {cls.__name__: cls for cls in registered_methods()}
+
+    def complete(method: dict[str, Any]) -> dict[str, Any]:
+        settings = fields(classes[method["type"]]) if method.get("type") in classes else ()
+        return {field.name: field.default for field in settings} | method
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -214,9 +220,9 @@ def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
             return [plain(child) for child in value]
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
-    unimportant = {cls.__name__ for cls in registered_methods() if not cls.changes_function}
+    unimportant = {name for name, cls in classes.items() if not cls.changes_function}
     first, second = (
-        sorted(repr(plain(method)) for method in methods if method.get("type") not in unimportant)
+        sorted(repr(plain(complete(method))) for method in methods if method.get("type") not in unimportant)
         for methods in (one, other)
     )
     return first == second
