@@ -19,11 +19,13 @@ pytest.importorskip("mmpretrain")
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from tiny_study import TINY, write_images
+from tiny_study import TINY, finish, write_images
 
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.study.check import check_metric, check_start, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
+from condattn.openmmlab.study.report import write_report
+from condattn.openmmlab.study.results import Results
 from condattn.openmmlab.study.run import training_config
 from condattn.openmmlab.study.schedule import run_command
 
@@ -68,8 +70,10 @@ exploratory = True
         (("pilot_seeds = [7]", "pilot_seeds = [1]"), "seeds and pilot_seeds share \\[1\\]"),
         (('baseline = "none"', 'baseline = "nothing"'), "baseline names nothing; variants are none, pc"),
         (('[("pc", "none")]', '[("sc", "none")]'), "families.methods names sc"),
-        (("grid=[1e-4, 1e-3]", "grid=[1e-3]"), "two or more different positive learning rates"),
-        (("grid=[1e-4, 1e-3]", "grid=[1e-3, 1e-3]"), "two or more different positive learning rates"),
+        (("grid=[1e-4, 1e-3]", "grid=[1e-3]"), r"one rate, so that there is nothing to tune; expected tuning.seeds=\[\]"),
+        (("grid=[1e-4, 1e-3]", "grid=[1e-3, 1e-3]"), "different positive learning rates"),
+        (("grid=[1e-4, 1e-3]", "grid=[]"), "different positive learning rates"),
+        (("seeds=[5, 6]", "seeds=[]"), "tuning.seeds is empty"),
         (('tuning = dict(option="optim_wrapper.optimizer.lr", ', "tuning = dict("), r"expected tuning=dict\(option"),
         (('families = dict(methods=[("pc", "none")])', "families = dict()"), r"expected families=dict\(NAME"),
         (('[("pc", "none")]', "[]"), r"expected families=dict\(NAME"),
@@ -211,7 +215,9 @@ def test_from_the_first_run_to_the_report(repository):
     root, folder = repository, repository / "results" / "tiny"
     (line,) = error_lines(study(root, "--report-only", status=2).stderr)
     assert "no results of this study" in line
-    listed = study(root, "--list").stdout.splitlines()
+    (line,) = error_lines(study(root, "--list", "--commit", "nothing", status=2).stderr)
+    assert "nothing^{commit}" in line
+    listed = study(root, "--list", "--commit", "HEAD").stdout.splitlines()
     assert len(listed) == 8 and all("--run tuning/" in line for line in listed if "study.py" in line)
 
     environment = {**os.environ, "PYTHONPATH": str(root / "projects")}
@@ -255,6 +261,8 @@ def test_from_the_first_run_to_the_report(repository):
     git = ["git", "-C", root, "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "add", "projects"], check=True)
     subprocess.run([*git, "commit", "-qm", "more"], check=True)
+    (line,) = error_lines(study(root, "--list", "--commit", "HEAD", status=2).stderr)
+    assert "--commit: tiny began with" in line
     assert "is the same bit for bit" in study(root, "--rerun", "pc/0").stdout
     header = json.loads((folder / "study.json").read_text())
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -284,6 +292,29 @@ def test_learning_rates_have_the_digits_of_the_names_of_runs(study_file):
     study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[10**-3.5, 1e-3 / 3]")))
     assert study.grid == [0.000316228, 0.000333333]
     assert all(float(str(run).split("/")[3]) == run.rate for run in planned_runs(study, {}))
+
+
+def test_rates_that_a_study_fixes(study_file, tmp_path):
+    """A variant that sets the rate, and all variants of a grid with one rate, are not tuned."""
+    slow = ('pc={"model', 'pc={"optim_wrapper.optimizer.lr": 5e-5, "model')
+    study = load_study(study_file(slow))
+    assert {run.variant for run in planned_runs(study, {})} == {"none"}
+    scores = dict.fromkeys(planned_runs(study, {}), 1.0) | {RunId("tuning", "none", 5, 1e-4): 9.0}
+    finals = [run for run in planned_runs(study, scores) if run.stage == FINAL]
+    assert {(run.variant, run.rate) for run in finals} == {("none", 1e-4), ("pc", 5e-5)}
+    assert training_config(study, finals[1], tmp_path, tmp_path).optim_wrapper.optimizer.lr == 5e-5
+
+    study = load_study(study_file(slow, ("grid=[1e-4, 1e-3], seeds=[5, 6]", "grid=[1e-3], seeds=[]")))
+    assert [str(run) for run in planned_runs(study, {})] == [
+        *("final/none/0/0.001", "final/pc/0/5e-05", "final/none/1/0.001", "final/pc/1/5e-05")
+    ]
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={})
+    finish(results, {"none": 50.0, "pc": 70.0})
+    write_report(study, results)
+    text = (results.folder / "report.md").read_text()
+    assert "Complete: 4 runs.\n" in text and "Tuning" not in text and "rates tried" not in text
+    assert "| tuning | none: optim_wrapper.optimizer.lr is 0.001, unless a variant sets it |" in text
 
 
 def test_listed_commands_name_the_data(study_file):

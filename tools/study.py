@@ -29,6 +29,11 @@ def parse_args() -> Namespace:
     parser.add_argument("--data", help="folder of the data (default: the study's environment variable, or its default)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread or GPU each (default: 1)")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants alone")
+    parser.add_argument(
+        "--commit",
+        help="at the first start, the commit whose code runs (default: HEAD), such as that of another study, whose "
+        "equal runs are then taken over",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print one command for each run that is missing, and stop")
     what.add_argument("--pilot", action="store_true", help="run the baseline on the pilot seeds, and report its length")
@@ -60,7 +65,7 @@ def main() -> int:
     MMLogger.get_current_instance().setLevel("ERROR")
     if args.run:
         return run_one(study, results, args.run)
-    begin(study, results, other_packages=bool(args.rerun))
+    begin(study, results, args.commit, other_packages=bool(args.rerun))
     if args.rerun:
         return rerun(study, results, args.rerun)
     runs = pilot_runs(study) if args.pilot else None
@@ -89,12 +94,14 @@ def set_data(study: Study, folder: str | None) -> None:
         )
 
 
-def begin(study: Study, results: Results, other_packages: bool = False) -> None:
-    """Check a study, and record its code and packages at the first start; later, check that the packages are the same.
+def begin(study: Study, results: Results, commit: str | None = None, other_packages: bool = False) -> None:
+    """Check a study, and record its code and packages at the first start; later, check that they are the same.
 
     Raises:
-        UserError: If the code has uncommitted changes at the first start, or the packages have changed since then.
+        UserError: If the code has uncommitted changes at the first start, the packages have changed since then, or
+            ``commit`` is unknown or another than that with which the study began.
     """
+    chosen = git(ROOT, "rev-parse", "--verify", f"{commit}^{{commit}}") if commit else None
     check_study(study, ROOT)
     if results.pilot and results.started and not results.same_study():
         print(f"{results.folder} is of another definition of the study; this pilot replaces it")
@@ -102,8 +109,13 @@ def begin(study: Study, results: Results, other_packages: bool = False) -> None:
     if not results.started:
         if changed := git(ROOT, "status", "--porcelain", "--", "projects", "tools", "configs"):
             raise UserError(f"a study runs the code of a commit; commit what is not: {changed.splitlines()[0].strip()}")
-        results.write_header(commit=git(ROOT, "rev-parse", "HEAD"), versions=versions())
+        results.write_header(commit=chosen or git(ROOT, "rev-parse", "HEAD"), versions=versions())
         return
+    if chosen and chosen != (found := results.header()["commit"]):
+        raise UserError(
+            f"--commit: {study.name} began with {found[:12]}, not {chosen[:12]}; leave the option out, or, with the "
+            "other code checked out, show that results are the same: --rerun VARIANT/SEED"
+        )
     if not other_packages:
         check_packages(study, results)
 

@@ -60,7 +60,8 @@ class Study:
         options: Changes to the configuration for every run, option -> value.
         data: The environment variable with the data folder (``variable``), the default folder (``default``) and where
             to get the data (``source``); empty if the study needs no external data.
-        variants: Name -> changes to the configuration, option -> value.
+        variants: Name -> changes to the configuration, option -> value. A variant that sets the option of the learning
+            rate is trained with that rate, and takes no part in the tuning.
         baseline: Name of the variant that serves as the baseline.
         metric: Name of the score, as the evaluator reports it.
         factor: Factor that converts the score to ``unit`` in reports.
@@ -68,7 +69,7 @@ class Study:
         difference: Smallest difference that is considered relevant, in ``unit``.
         families: Name -> pairs (variant, its reference) whose tests are corrected together.
         seeds: Seeds of the final runs.
-        tuning_seeds: Seeds of the runs that choose the learning rate.
+        tuning_seeds: Seeds of the runs that choose the learning rate; empty if the grid has a single rate.
         pilot_seeds: Seeds of the runs that determine the length of training.
         rate: Name of the option that sets the learning rate.
         grid: Learning rates to try, ascending.
@@ -194,21 +195,24 @@ def _check(study: Study) -> None:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise UserError(f"{where}: expected letters, digits and _ . + - in the name of a variant, got {name!r}")
     groups = {"seeds": study.seeds, "tuning.seeds": study.tuning_seeds, "pilot_seeds": study.pilot_seeds}
+    single = len(study.grid) == 1
     for place, seeds in groups.items():
-        if not seeds:
+        if not seeds and not (single and place == "tuning.seeds"):
             raise UserError(f"{where}: {place} is empty; a study needs two or more")
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{where}: {place} has a seed twice: {seeds}")
-    for place in ("seeds", "tuning.seeds"):
+    if single and study.tuning_seeds:
+        raise UserError(
+            f"{where}: tuning.grid has one rate, so that there is nothing to tune; expected tuning.seeds=[]"
+        )
+    for place in ("seeds",) if single else ("seeds", "tuning.seeds"):
         if len(groups[place]) < 2:
             raise UserError(f"{where}: expected two or more {place}, got {groups[place]}; one seed has no spread")
     for (one, seeds), (other, others) in combinations(groups.items(), 2):
         if common := set(seeds) & set(others):
             raise UserError(f"{where}: {one} and {other} share {sorted(common)}; each seed is used for one purpose")
-    if len(set(study.grid)) < max(2, len(study.grid)) or study.grid[0] <= 0:
-        raise UserError(
-            f"{where}: expected two or more different positive learning rates in tuning.grid, got {study.grid}"
-        )
+    if not study.grid or len(set(study.grid)) < len(study.grid) or study.grid[0] <= 0:
+        raise UserError(f"{where}: expected different positive learning rates in tuning.grid, got {study.grid}")
     if type(study.evaluations) is not int or study.evaluations < 1:
         raise UserError(f"{where}: expected one or more evaluations, got {study.evaluations}")
     if study.start and (set(study.start) != {"checkpoint", "command"} or "{seed}" not in study.start["checkpoint"]):
@@ -221,6 +225,18 @@ def _check(study: Study) -> None:
 
 Scores = Mapping[RunId, float]
 """Finished or failed run -> its last score on the tuning data."""
+
+
+def fixed_rates(study: Study) -> dict[str, float]:
+    """Variant -> its learning rate, of the variants that are not tuned: all if the grid has a single rate."""
+    default = dict.fromkeys(study.variants, study.grid[0]) if len(study.grid) == 1 else {}
+    return default | {name: _rate(own[study.rate]) for name, own in study.variants.items() if study.rate in own}
+
+
+def tuned_variants(study: Study) -> list[str]:
+    """The variants whose learning rate is chosen by tuning."""
+    fixed = fixed_rates(study)
+    return [name for name in study.variants if name not in fixed]
 
 
 def pilot_runs(study: Study) -> list[RunId]:
@@ -237,10 +253,12 @@ def rates_on_grid(study: Study, scores: Scores, grid: Sequence[float]) -> dict[s
     ``MARGIN`` standard errors. Without this threshold, equal variants would often get different rates by chance, and
     the effect of the rates would be mistaken for an effect of the variants: in simulated families without any effect,
     up to 23 % showed one instead of 5 %. The cost is that a variant whose best rate differs, but is better by less than
-    the threshold, is trained at a rate that is slightly worse for it.
+    the threshold, is trained at a rate that is slightly worse for it. Rates that the study fixes are as they are.
     """
-    cells = {}
-    for variant in study.variants:
+    chosen, cells = fixed_rates(study), {}
+    if len(chosen) == len(study.variants):
+        return chosen
+    for variant in tuned_variants(study):
         cells[variant] = [
             [scores.get(RunId(TUNING, variant, seed, rate)) for seed in study.tuning_seeds] for rate in grid
         ]
@@ -251,7 +269,6 @@ def rates_on_grid(study: Study, scores: Scores, grid: Sequence[float]) -> dict[s
     common = _best(deficits)
     seeds = len(study.tuning_seeds)
     margin = MARGIN * _spread([cell for row in cells.values() for cell in row]) * math.sqrt(2 / seeds)
-    chosen = {}
     for variant, row in means.items():
         own = _best(row)
         chosen[variant] = grid[own if row[own] - row[common] > margin else common]
@@ -280,9 +297,9 @@ def current_grid(study: Study, scores: Scores) -> list[float]:
     When all runs of the grid are finished, it is extended for all variants at once, with the same ratio as between the
     last two rates at that end.
     """
-    grid = list(study.grid)
-    while len(grid) < study.largest_grid and (rates := rates_on_grid(study, scores, grid)):
-        chosen = rates.values()
+    grid, tuned = list(study.grid), tuned_variants(study)
+    while tuned and len(grid) < study.largest_grid and (rates := rates_on_grid(study, scores, grid)):
+        chosen = [rates[name] for name in tuned]
         longer = [_rate(grid[0] ** 2 / grid[1])] if grid[0] in chosen else []
         longer += grid
         longer += [_rate(grid[-1] ** 2 / grid[-2])] if grid[-1] in chosen else []
@@ -300,9 +317,8 @@ def chosen_rates(study: Study, scores: Scores) -> dict[str, float] | None:
 def planned_runs(study: Study, scores: Scores) -> list[RunId]:
     """The runs that are needed as far as is known: the tuning runs, and the final runs once the rates are chosen."""
     grid = current_grid(study, scores)
-    runs = [
-        RunId(TUNING, variant, seed, rate) for seed in study.tuning_seeds for rate in grid for variant in study.variants
-    ]
+    tuned = tuned_variants(study)
+    runs = [RunId(TUNING, variant, seed, rate) for seed in study.tuning_seeds for rate in grid for variant in tuned]
     if rates := chosen_rates(study, scores):
         runs += [RunId(FINAL, variant, seed, rates[variant]) for seed in study.seeds for variant in study.variants]
     return runs

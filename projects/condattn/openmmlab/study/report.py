@@ -15,7 +15,17 @@ from mmengine.config import Config
 
 from ...weights.atomic import write_whole
 from .figures import draw_curves, draw_differences, draw_spectra
-from .plan import FINAL, TUNING, RunId, Study, chosen_rates, current_grid, load_study, planned_runs
+from .plan import (
+    FINAL,
+    TUNING,
+    RunId,
+    Study,
+    chosen_rates,
+    current_grid,
+    load_study,
+    planned_runs,
+    tuned_variants,
+)
 from .results import FAILED, Record, Results
 from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_difference, pool, seeds_for
 
@@ -141,9 +151,9 @@ def _p(value: float) -> str:
 
 
 def tuning_table(study: Study, results: Results) -> Table:
-    """Table of the tuning: the mean score of each variant with each learning rate."""
+    """Table of the tuning: the mean score of each variant that is tuned with each learning rate."""
     grid, scores, rows = current_grid(study, results.scores()), results.scores(), []
-    for name in study.variants:
+    for name in tuned_variants(study):
         cells = []
         for rate in grid:
             runs = [RunId(TUNING, name, seed, rate) for seed in study.tuning_seeds]
@@ -167,15 +177,22 @@ def plan_table(study: Study, results: Results) -> Table:
         ["score", f"{study.metric} in {study.unit}, at the last iteration, on data that are used once"],
         ["difference that matters", f"{study.difference:g} {study.unit}"],
         ["seeds", _numbers(study.seeds)],
-        ["tuning", f"{study.rate} of {', '.join(f'{r:g}' for r in study.grid)}, seeds {_numbers(study.tuning_seeds)}"],
+        ["tuning", _tuning(study)],
         ["families", families],
         *options,
-        ["rates tried in the end", ", ".join(f"{rate:g}" for rate in grid)],
+        *([["rates tried in the end", ", ".join(f"{rate:g}" for rate in grid)]] if tuned_variants(study) else []),
         ["code", _origins([record.commit for record in records] or [header["commit"]])],
         *[["repeated bit for bit", text] for text in header.get("verified", ())],
         ["packages", _origins([_packages(record.versions) for record in records] or [_packages(header["versions"])])],
     ]
     return Table("Decided beforehand", ["", ""], rows)
+
+
+def _tuning(study: Study) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in study.grid)
+    if not tuned_variants(study):
+        return f"none: {study.rate} is {rates}, unless a variant sets it"
+    return f"{study.rate} of {rates}, seeds {_numbers(study.tuning_seeds)}"
 
 
 def _packages(versions: dict[str, str]) -> str:
@@ -214,12 +231,13 @@ def tables(study: Study, results: Results) -> tuple[list[Table], str]:
         f" {origins.count(name)} of the runs are those of {name}, the same trainings." for name in sorted(set(origins))
     )
     grid, rates = current_grid(study, scores), chosen_rates(study, scores) or {}
-    if ends := [name for name, rate in rates.items() if rate in (grid[0], grid[-1])]:
+    if ends := [name for name in tuned_variants(study) if rates.get(name) in (grid[0], grid[-1])]:
         status += f" The learning rate of {', '.join(ends)} is at an end of the largest grid that was allowed."
     failed = [f"{run} ({record.error})" for run, record in results.records().items() if record.status == FAILED]
     if failed:
         status += f" Failed, and counted with their last score: {'; '.join(failed)}."
-    return [*found, variant_table(study, results), tuning_table(study, results), plan_table(study, results)], status
+    tuning = [tuning_table(study, results)] if tuned_variants(study) else []
+    return [*found, variant_table(study, results), *tuning, plan_table(study, results)], status
 
 
 NOTES = (
