@@ -63,4 +63,4 @@ class OrthogonalValues(InitialWeightsMethod):
     gain: float = 1.0
 
     def set_weights(self, site) -> None:
-        site.v.set_weight(nn.init.orthogonal_(torch.empty_like(site.v.weight), self.gain))
+        site.v.set_weight(nn.init.orthogonal_(torch.empty(site.v.weight.shape, device="cpu"), self.gain))

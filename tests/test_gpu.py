@@ -10,6 +10,7 @@ from runs import DEMO, TOOLS, free_port, run
 from torch import nn
 
 import condattn
+from condattn.condition import initialize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
@@ -140,6 +141,19 @@ def test_conditioned_on_the_gpu(name):
         condattn.remove(other)
         for one, two in zip(other(x), plain(x), strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("conditioning", ["pc", "sc", "ct", "ci"])
+@pytest.mark.parametrize("device", ["cpu", DEVICE])
+def test_later_random_numbers_are_those_without_it(conditioning, device):
+    drawn = []
+    for one in ("none", conditioning):
+        model = vit().to(device)
+        torch.manual_seed(3)
+        condattn.condition(model, one)
+        initialize(model)
+        drawn.append(torch.cat([torch.rand(1), torch.rand(1, device=DEVICE).cpu()]))
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("name", MODELS)

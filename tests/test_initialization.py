@@ -12,6 +12,7 @@ from torch import nn
 
 import condattn
 from condattn import ConditionedInitialization
+from condattn.condition import initialize
 from condattn.methods.initialization import semi_orthogonal
 
 timm = pytest.importorskip("timm")
@@ -71,6 +72,24 @@ def test_the_other_initial_weights_are_those_without_it():
         states.append(model.state_dict())
     changed = {name for name, value in states[0].items() if not torch.equal(value, states[1][name])}
     assert changed == {f"backbone.layers.{i}.attn.qkv.weight" for i in range(4)}
+
+
+@pytest.mark.parametrize("conditioning", ["pc", "sc", "ct", "ci"])
+def test_later_random_numbers_are_those_without_it(conditioning, monkeypatch):
+    """On the CPU the same, and the generators of other devices are not touched."""
+    model = vit()
+    for device in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(device, "manual_seed_all", lambda seed: pytest.fail("sets the generators of GPUs"))
+    state = torch.get_rng_state()
+    condattn.condition(model, conditioning)
+    initialize(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_are_set_from_any_device_and_precision():
+    (site,) = condattn.find_sites(vit().blocks[0])
+    site.q.set_weight(torch.ones(24, 24, dtype=torch.float64))
+    assert site.q.weight.dtype == torch.float32 and torch.equal(site.q.weight, torch.ones(24, 24))
 
 
 def test_values_of_other_sizes():

@@ -38,13 +38,14 @@ class Projection:
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Write the rows of the trained weight in place; ``weight`` has the shape of :attr:`weight`.
+        """Write the rows of the trained weight in place; ``weight`` has the shape of :attr:`weight`, on any device.
 
         Raises:
             ValueError: If the weight is computed in every forward, and not stored.
         """
         check_stored(self.owner, self.parameter, "set_weight")
-        as_matrix(self.owner, getattr(self.owner, self.parameter))[indices(self.rows)] = weight
+        matrix = as_matrix(self.owner, getattr(self.owner, self.parameter))
+        matrix[indices(self.rows)] = weight.to(matrix)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ APART = 0x5EED
 def random_numbers_apart() -> Iterator[None]:
     """Draw random numbers inside this context from a stream of their own, and continue with the former one afterwards.
 
-    Code that runs after the context draws the same numbers as without it. The stream is a function of the state of
-    PyTorch's CPU generator.
+    Code that runs after the context draws the same numbers as without it. This is true of the CPU: the stream is a
+    function of the state of PyTorch's CPU generator. The generators of other devices are left alone.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) ^ APART)
+        # torch.manual_seed would set the generators of all GPUs too.
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), device="cpu")) ^ APART)
         yield
 
 
@@ -35,15 +36,19 @@ class InitialWeightsMethod(Method):
 
     The weights are set when the site is conditioned, and again after each initialisation of the model. OpenMMLab's
     models are initialised when a training starts (``init_weights``), before a checkpoint is loaded. The method does not
-    change the function of a model, which only starts from other weights. Random numbers that it draws on the CPU leave
-    all other initial weights as they are without the method. Subclasses implement :meth:`set_weights`.
+    change the function of a model, which only starts from other weights. All other initial weights and later random
+    numbers are those without the method if it draws its random numbers on the CPU, wherever the weights are. Subclasses
+    implement :meth:`set_weights`.
     """
 
     changes_function: ClassVar[bool] = False
 
     @abstractmethod
     def set_weights(self, site: AttentionSite) -> None:
-        """Write initial weights into the projections of ``site``; gradients are disabled."""
+        """Write initial weights into the projections of ``site``; gradients are disabled.
+
+        Draw random numbers on the CPU (``device="cpu"``); :meth:`.Projection.set_weight` copies them to the weights.
+        """
 
     @torch.no_grad()
     def initialize(self, site: AttentionSite) -> None:
