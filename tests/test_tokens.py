@@ -52,6 +52,29 @@ def test_the_condition_number_is_at_most_2(shape, exponent, scale, seed):
     assert len(values) == min(shape) and values[0] / values[-1] <= 2 + 1e-9
 
 
+@settings(max_examples=80, deadline=None)
+@given(shapes, st.floats(0, 4), st.floats(-3, 3), st.integers(0, 10**6))
+def test_the_condition_number_in_single_precision_is_at_most_2(shape, exponent, scale, seed):
+    x = (10**scale * matrix(*shape, 10**exponent, seed)).float()
+    values = singular_values(x + svd_correction(x))
+    assert len(values) == min(shape) and values[0] / values[-1] <= 2 + 1e-4
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-5), (torch.float64, 6e-14)])
+def test_below_the_limit_the_ratio_to_the_largest_doubles(dtype, limit):
+    """The bound is over singular values above it, which docs/methods.md gives."""
+    assert limit == pytest.approx(rounding(dtype), rel=0.06)
+    for part, corrected in ((1.2 * limit, True), (0.8 * limit, False)):
+        x = torch.tensor([[1, 0], [0, part]], dtype=dtype)
+        wanted = torch.diag(torch.tensor([2, part + corrected], dtype=dtype))
+        torch.testing.assert_close(x + svd_correction(x), wanted, rtol=1e-5, atol=limit / 100)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 2.4e-4), (torch.bfloat16, 2e-3)])
+def test_the_limits_of_half_precision(dtype, limit):
+    assert limit == pytest.approx(rounding(dtype), rel=0.06)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 16), st.integers(2, 16), st.data())
 def test_the_rank_stays(rows, columns, data):

@@ -17,6 +17,8 @@ SQUARINGS = 9
 def rounding(dtype: torch.dtype) -> float:
     """The part of the largest singular value below which one counts as an error of a matrix computed in ``dtype``.
 
+    It is 6e-14 in double precision, 3e-5 in single precision, 2.4e-4 in float16 and 2e-3 in bfloat16.
+
     The rounding errors of N by D entries have singular values in proportion to the square root of N, as the entries
     themselves have, so that the ratio does not depend on N. For tokens of a patch embedding it is 1.3 eps in single
     precision, and 0.07 to 0.16 eps in half precision, where a larger part would count directions that images have. In
@@ -29,7 +31,9 @@ def rounding(dtype: torch.dtype) -> float:
 def svd_correction(x: Tensor, detach: bool = True, zero: float | None = None) -> Tensor:
     """C = sigma_max U V^T, with which kappa(X + C) <= 2, as every singular value s of X becomes s + sigma_max.
 
-    Singular values that are zero to rounding (repeated or missing rows) stay zero: C has the rank of X.
+    This holds for the singular values above a limit, a part ``zero`` of the largest. Those below count as rounding
+    errors (of repeated or missing rows, for instance) and stay as they are, so that C has the rank of X; as the largest
+    doubles, so does its ratio to each of them.
 
     Args:
         x: Matrices X, (..., N, D), in single or double precision.

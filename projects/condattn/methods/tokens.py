@@ -1,4 +1,4 @@
-"""Conditioned embedded tokens, "CT" (arXiv 2505.12789): X + C with kappa(X + C) <= 2 enters the first block."""
+"""Conditioned embedded tokens, "CT" (arXiv 2505.12789): X + C, with kappa <= 2, enters the first block."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class EmbeddedTokens(ModelInputMethod):
 
     X, (tokens, channels), is what enters the first block: after positions, class token, patch norm and dropout. That is
     our reading of the paper's "embedded tokens". Padding of images consists of tokens like others and takes part;
-    tokens that a mask excludes (BERT) do not. Directions whose singular values are rounding errors of the precision in
-    which the tokens were computed (:func:`condattn.kernels.polar.rounding`) are not corrected. Adds no parameter.
+    tokens that a mask excludes (BERT) do not. kappa(X + C) <= 2 holds for the singular values that are larger than
+    rounding errors of the precision in which the tokens were computed (:func:`condattn.kernels.polar.rounding`: 3e-5
+    of the largest in single precision). The others are not corrected, and their ratio to the largest doubles. Adds no
+    parameter.
 
     Attributes:
         form: 'svd' decomposes the tokens in every forward, as the paper does. 'newton_schulz' approximates C by
