@@ -296,6 +296,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, text, tmp_path, name):
     assert any(not torch.equal(whole[key], value) for key, value in before.items())
 
 
+def test_a_compiled_training(call, refuse, text, tmp_path, monkeypatch):
+    """What the model has in place of a backbone is compiled; a model that has nothing of the kind is refused."""
+    train(call, "gpt2", tmp_path / "eager")
+    compiled, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **to: compiled.append((m, to)) or compile_module(m, **to))
+    train(call, "gpt2", tmp_path / "compiled", "--compile", "eager")
+    ((network, settings),) = compiled
+    assert type(network).__name__ == "GPT2LMHeadModel" and settings == dict(backend="eager")
+    plain, other = (
+        torch.load(tmp_path / name / "iter_6.pth", weights_only=False)["state_dict"] for name in ("eager", "compiled")
+    )
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("condattn.openmmlab.models.wrapping.COMPILED", ("backbone",))
+    command = ("train", PROJECT / "configs" / "gpt2.py", "--compile", "eager", "--cfg-options", *SHORT, *SMALL["gpt2"])
+    refuse(*command, parts=("--compile expects a model with one of backbone", "found a ByteModel with", "network"))
+
+
 def test_commands_of_the_readme(text, call, tmp_path, monkeypatch):
     """Each is run from the root of the repository, small and with a text of the test."""
     monkeypatch.setenv("LANGUAGE_MODEL_TEXT", "nowhere.txt")

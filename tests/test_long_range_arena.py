@@ -24,6 +24,7 @@ from mmengine.structures import BaseDataElement
 import condattn
 import condattn.registry
 from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.models.wrapping import compiled_part
 from condattn.openmmlab.runner.launch import build_model, load_config
 
 
@@ -117,6 +118,15 @@ def test_loss_and_predictions():
     assert metric.evaluate(4) == {"accuracy/top1": 25.0 * right}
     with pytest.raises(ValueError, match="mode: expected 'tensor', 'loss' or 'predict', got 'losses'"):
         model(inputs, mode="losses")
+
+
+def test_the_encoder_is_compiled():
+    model = classifier("pc")
+    inputs, data_samples = batch()
+    want = model(inputs, data_samples, mode="loss")["loss"]
+    compiled_part(model).compile(backend="eager")
+    assert compiled_part(model) is model.encoder
+    torch.testing.assert_close(model(inputs, data_samples, mode="loss")["loss"], want)
 
 
 def test_what_does_not_fit_the_model():

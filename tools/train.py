@@ -10,7 +10,7 @@ from mmengine.device import get_device
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.models.loading import check_conditioning
-from condattn.openmmlab.models.wrapping import unwrapped
+from condattn.openmmlab.models.wrapping import compiled_part
 from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import (
     add_checkpoint_arguments,
@@ -50,7 +50,8 @@ def parse_args() -> Namespace:
         nargs="?",
         const="inductor",
         metavar="BACKEND",
-        help="compile the backbone with torch.compile, by this backend (default: inductor)",
+        help="compile the backbone, or the encoder or network of a model of sequences, with torch.compile, by this "
+        "backend (default: inductor)",
     )
     parser.add_argument(
         "--auto-scale-lr",
@@ -123,7 +124,7 @@ def train(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> No
     runner = build_runner(cfg, args.other_conditioning, given)
     drop_pretrained(runner.model, replaced)
     if args.compile:
-        unwrapped(runner.model).backbone.compile(backend=args.compile)
+        compiled_part(runner.model).compile(backend=args.compile)
     runner.train()
 
 
@@ -135,6 +136,8 @@ def check_weights(cfg: Config, args: Namespace) -> set[str]:
     if checkpoint and resuming:
         check_resumable(checkpoint, path)
     model = build_model(cfg)
+    if args.compile:
+        compiled_part(model)
     if is_sharded(cfg):
         check_shardable(model)
     first = local_rank(cfg.launcher) == 0
