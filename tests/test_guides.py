@@ -14,7 +14,7 @@ from registrations import registrations_undone
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {
-    "adding_an_attention_class.md": (7, 3),
+    "adding_an_attention_class.md": (9, 5),
     "adding_a_method.md": (5, 3),
     "methods.md": (3, 1),
     "getting_started/torch.md": (8, 7),

@@ -418,7 +418,10 @@ def test_causal_models_are_refused(bert):
 
 def test_models_without_a_rule_are_refused():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1)
-    with pytest.raises(ValueError, match=r"no rule says where .* TransformerEncoder enter .*register_token_rule\("):
+    message = (
+        r"no rule says where .* TransformerEncoder enter .*not for a causal.*register_token_rule\(.*mask='ARGUMENT'"
+    )
+    with pytest.raises(ValueError, match=message):
         condattn.condition(model, "sc+ct")
     assert not any(condattn.conditioning_of(model).values())
 

@@ -70,8 +70,9 @@ def find_token_entries(model: nn.Module) -> list[TokenEntry]:
             found.setdefault(id(block), TokenEntry(name=names[id(block)], model=names[id(module)], **fields))
     if not found:
         raise ValueError(
-            f"no rule says where the embedded tokens of {type(model).__name__} enter its first block; add one: "
-            "condattn.register_token_rule('MODULE.CLASS', lambda m: dict(module=m.blocks[0]))"
+            f"no rule says where the embedded tokens of {type(model).__name__} enter its first block; add one, but not "
+            "for a causal model, because C mixes all tokens: condattn.register_token_rule('MODULE.CLASS', lambda m: "
+            "dict(module=m.blocks[0])), with mask='ARGUMENT' as well if the block gets a mask of padding"
         )
     return list(found.values())
 
