@@ -23,7 +23,10 @@ for name in (
 
 for name in (
     *("mmseg.models.backbones.vit.VisionTransformer", "mmseg.models.backbones.beit.BEiT"),
-    "mmpretrain.models.backbones.vision_transformer.VisionTransformer",
+    *(
+        "mmpretrain.models.backbones.vision_transformer.VisionTransformer",
+        "mmpretrain.models.backbones.beit.BEiTViT",
+    ),
 ):
     register_token_rule(name, lambda m: dict(module=m.layers[0]))
 register_token_rule("mmpretrain.models.backbones.xcit.XCiT", lambda m: dict(module=m.xca_layers[0]))
