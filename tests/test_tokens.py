@@ -1,7 +1,9 @@
 """Conditioned embedded tokens: the correction and its gradient, where the tokens enter, masks, and what is refused."""
 
 import importlib.util
+import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from condattn.kernels.polar import newton_schulz_correction, rounding, svd_corre
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers") if importlib.util.find_spec("transformers") else None
+ROOT = Path(__file__).parents[1]
 needs_transformers = pytest.mark.skipif(transformers is None, reason="needs transformers")
 
 
@@ -218,17 +221,53 @@ def test_by_default_the_correction_is_a_constant():
     assert EmbeddedTokens().detach
 
 
+def error_of_newton_schulz(x, iterations):
+    """Against the decomposition in double precision, relative to the size of C."""
+    exact, found = svd_correction(x.double()), newton_schulz_correction(x, iterations)
+    assert found.dtype == x.dtype
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+
+
+def errors_of_the_page():
+    """The table in docs/methods.md: condition number, iterations, error."""
+    header, _, *rows = re.findall(r"^  \|(.*)\|$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    iterations = [int(number) for number in re.findall(r"\d+", header)]
+    for row in rows:
+        condition, *errors = (cell.strip() for cell in row.split("|"))
+        for number, error in zip(iterations, errors, strict=True):
+            yield float(condition.replace(",", "")), number, float(error.replace(" · 10", "e").translate(SUPERSCRIPTS))
+
+
+ERRORS = list(errors_of_the_page())
+
+
+@pytest.mark.parametrize("shape", [(200, 48), (48, 200)], ids=str)
+@pytest.mark.parametrize("condition, iterations, error", ERRORS)
+def test_the_errors_of_newton_schulz_are_those_of_the_page(shape, condition, iterations, error):
+    assert error / 3 < error_of_newton_schulz(matrix(*shape, condition, 0), iterations) < 3 * error
+
+
+def test_the_page_has_all_errors():
+    assert {condition for condition, *_ in ERRORS} == {10, 100, 1e3, 1e4, 1e5} and len(ERRORS) == 20
+
+
 @pytest.mark.parametrize(
-    ("condition", "iterations", "error"), [(10.0, 24, 1e-3), (1e3, 24, 1e-2), (1e4, 36, 1e-3), (1e5, 40, 2e-2)]
+    ("condition", "iterations", "error"), [(10.0, 24, 1e-3), (1e3, 24, 1e-2), (1e4, 36, 2e-3), (1e5, 40, 2e-2)]
 )
 @pytest.mark.parametrize("shape", [(200, 48), (48, 200), (64, 64)], ids=str)
-def test_newton_schulz(shape, condition, iterations, error):
-    """Its error against the decomposition, relative to the size of C."""
-    x = matrix(*shape, condition, 0)
-    exact, found = svd_correction(x), newton_schulz_correction(x, iterations)
-    assert (found - exact).norm() <= error * exact.norm()
-    half = newton_schulz_correction(x.float(), iterations)
-    assert half.dtype == torch.float32 and (half - exact).norm() <= (error + 1e-3) * exact.norm()
+def test_newton_schulz_in_single_precision(shape, condition, iterations, error):
+    assert error_of_newton_schulz(matrix(*shape, condition, 0).float(), iterations) <= error
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("correct", [svd_correction, newton_schulz_correction])
+def test_no_tokens(correct, detach):
+    x = torch.zeros(2, 0, 5, requires_grad=True)
+    (x + correct(x, detach=detach)).sum().backward()
+    assert correct(x).shape == x.grad.shape == (2, 0, 5)
 
 
 def by_hand(tokens):

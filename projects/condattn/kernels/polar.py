@@ -165,7 +165,7 @@ def _polar_derivative(direction: Tensor, u: Tensor, s: Tensor, v: Tensor, kept: 
 
 
 def _newton_schulz(x: Tensor, iterations: int, ridge: float) -> Tensor:
-    tall = x.shape[-2] >= x.shape[-1]
+    tall = x.shape[-2] >= x.shape[-1] or not x.shape[-2]  # without tokens, C is empty
     gram = x.mT @ x if tall else x @ x.mT
     unit = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
     bound = gram.abs().sum(-2, keepdim=True).amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
