@@ -25,7 +25,7 @@ class ConditionedInitialization(InitialWeightsMethod):
 
     W_Q and W_K of each head are U V^T of the thin decomposition of independent Gaussian matrices. Nothing else of the
     model changes, neither biases nor other weights, and training goes on as usual. Not for pretrained weights, which
-    it would overwrite.
+    it would overwrite: :func:`condattn.condition` cannot tell that weights are pretrained.
 
     Attributes:
         layout: 'fused' lays the identity over the values of all heads, so that each head takes channels of its own;
