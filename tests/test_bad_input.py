@@ -44,6 +44,7 @@ def test_the_message_of_an_error_stays_one_line(capsys):
         ("mask_rcnn_swin_pc.py", ("data/coco/annotations", "https://cocodataset.org", "configs/demo/")),
         ("upernet_swin_pc.py", ("data/ade/ADEChallengeData2016/images", "http://data.csail.mit.edu", "configs/demo/")),
         ("own_data/coco.py", ("data/own/annotations/train.json", "data_root", "configs/demo/")),
+        ("studies/_base_/upernet_camvid.py", ("data/camvid/", "from the environment variable CAMVID; the config")),
     ],
 )
 def test_missing_data(refuse, config, parts):

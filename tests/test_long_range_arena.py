@@ -193,7 +193,23 @@ ARCHIVES = dict(
 def test_missing_archives(task, refuse, monkeypatch, tmp_path):
     """One line, before anything is written; a study says the same."""
     monkeypatch.setenv("LRA_DATA", "nowhere")
-    refuse("train", PROJECT / "configs" / f"{task}.py", parts=("no data at nowhere/", ARCHIVES[task], "data_root"))
+    parts = (
+        "no data at nowhere/",
+        ARCHIVES[task],
+        "data_root",
+        "takes the folder from the environment variable LRA_DATA",
+    )
+    refuse("train", PROJECT / "configs" / f"{task}.py", parts=parts)
+
+
+def test_a_missing_folder_is_named_as_the_configuration_has_it(refuse, call):
+    """By an environment variable only if its value is where the folder is looked for."""
+    config = PROJECT / "configs" / "listops_small.py"
+    refuse("train", config, parts=("no data at data/listops_small/", "long_range_arena.generate", "LISTOPS_SMALL"))
+    options = [f"{split}_dataloader.dataset.data_root=elsewhere" for split in SPLITS]
+    status, _, errors = call("train", config, "--cfg-options", *options)
+    (line,) = error_lines(errors)
+    assert status == 2 and "no data at elsewhere/" in line and "environment variable" not in line
 
 
 def test_too_long_expressions(refuse, monkeypatch, tmp_path):

@@ -362,6 +362,7 @@ def test_missing_data_are_refused_before_anything_is_written(call, tmp_path, mon
     status, _, errors = call("train", FASHION)
     (line,) = error_lines(errors)  # one for both, which are read from the same files
     assert status == 2 and line.startswith("error: train, val: ") and "in nowhere" in line
+    assert "dataset-fashion-mnist" in line and line.endswith("from the environment variable FASHION_MNIST")
     status, _, errors = call("train", CONFIGS / "vit-b_in1k.py")
     assert status == 2
     for split, line in zip(("train", "val"), error_lines(errors), strict=True):

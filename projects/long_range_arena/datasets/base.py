@@ -10,7 +10,7 @@ import torch
 from mmengine.dataset import BaseDataset
 from mmengine.structures import BaseDataElement
 
-from ..errors import DataError
+from ..errors import DataError, MissingDataError
 
 PADDING = 0
 """Number of the padding token; those of all others are from 1 up."""
@@ -36,7 +36,8 @@ class SequenceDataset(BaseDataset):
         **kwargs: Of mmengine's ``BaseDataset``, but for ``pipeline``.
 
     Raises:
-        DataError: If ``split`` is none of these, or a file or folder is missing.
+        DataError: If ``split`` is none of these.
+        MissingDataError: If a file or folder is missing.
     """
 
     SOURCE: ClassVar[str]
@@ -49,7 +50,7 @@ class SequenceDataset(BaseDataset):
         root = next(filter(self._is_complete, _roots(Path(data_root))), Path(data_root))
         for path in self.needed(root):
             if not path.exists():
-                raise DataError(f"no data at {path}; {self.SOURCE}, or set data_root to where it is")
+                raise MissingDataError(f"no data at {path}; {self.SOURCE}, or set data_root to where it is")
         super().__init__(data_root=str(root), pipeline=[], **kwargs)
 
     def _is_complete(self, root: Path) -> bool:

@@ -32,6 +32,7 @@ from .settings import (
     named_paths,
     reads_coco,
     slips,
+    variable_of,
 )
 
 AS_ANNOTATED = "condattn.openmmlab.data_check.orientation.LoadImageAsAnnotated"
@@ -168,7 +169,7 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
         return Findings(errors=[f"no data set {name} is registered; import its module with custom_imports"])
     kind = _kind(leaf)
     if kind is None and is_local(leaf) and cfg.get("default_scope") in LOADED:
-        return _load(leaf, name)
+        return _load(cfg, leaf, name)
     if not is_local(leaf):
         return Findings(summary=f"{name}, not checked, because its files are in a remote storage")
     if kind is None:
@@ -199,20 +200,22 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     return findings
 
 
-def _load(leaf: dict[str, Any], name: str) -> Findings:
+def _load(cfg: Config, leaf: dict[str, Any], name: str) -> Findings:
     """Load a data set without its transforms, and report how many samples it has.
 
     Raises:
-        UserError: As the class of the data set does, whose message says all.
+        UserError: As the class of the data set does, whose message says all but where ``cfg`` has the folder from.
     """
     try:
         samples = len(DATASETS.build({**leaf, "pipeline": []} if "pipeline" in leaf else leaf))
-    except UserError:
-        raise
     except Exception as error:  # whatever the class raises of its settings and files
+        is_missing = isinstance(error, OSError)
+        variable = variable_of(cfg, _data_root(leaf)) if is_missing else ""
+        if isinstance(error, UserError):
+            raise UserError(f"{error}{variable}") from error
         reason = str(error) or type(error).__name__
-        advice = "put the data there, or set data_root to where it is" if isinstance(error, OSError) else "correct it"
-        return Findings(errors=[f"the data set {name} cannot be loaded: {reason}; {advice}"])
+        advice = "put the data there, or set data_root to where it is" if is_missing else "correct it"
+        return Findings(errors=[f"the data set {name} cannot be loaded: {reason}; {advice}{variable}"])
     return Findings(summary=f"{name}, {counted(samples, 'sample', 'samples')}")
 
 

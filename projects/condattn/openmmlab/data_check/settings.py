@@ -1,6 +1,7 @@
 """Read the settings of data sets and metrics, and find the mistakes that the toolboxes answer with a traceback."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ SOURCES = {
     "data/ade/ (ADEChallengeData2016/images/ and annotations/, each with training/ and validation/)",
 }
 """Folder below data/ -> where the data set comes from and the layout that is expected."""
+VARIABLE = re.compile(r"""\{\{['"]?\s*\$(\w+)\s*:\s*(\S*?)\s*['"]?\}\}""")
+"""How the text of a configuration refers to an environment variable: its name, and the value if it is not set."""
 
 
 def as_list(value: Any) -> list:
@@ -81,6 +84,15 @@ def reads_coco(metric: dict[str, Any]) -> bool:
     return isinstance(kind, type) and any(base.__name__ == "CocoMetric" for base in kind.__mro__)
 
 
+def variable_of(cfg: Config, path: str | Path) -> str:
+    """The end of a message about a missing path: the environment variable by which ``cfg`` finds it; '' if none is."""
+    for name, default in VARIABLE.findall(cfg.text or ""):
+        folder = os.environ.get(name, default)
+        if folder and Path(path).is_relative_to(folder):
+            return f"; the configuration takes the folder from the environment variable {name}"
+    return ""
+
+
 def check_paths(cfg: Config, loader: str) -> None:
     """Check that the files and folders that a data loader and its metrics name exist.
 
@@ -102,8 +114,8 @@ def check_paths(cfg: Config, loader: str) -> None:
                 source = next((text for folder, text in SOURCES.items() if folder in Path(path).parts), None)
                 advice = source or "put the data there, or set data_root, ann_file and data_prefix to where it is"
                 raise UserError(
-                    f"no data at {path} ({loader}_{kind} of {cfg.filename}); {advice}; the configurations in "
-                    "configs/demo/ run without any download"
+                    f"no data at {path} ({loader}_{kind} of {cfg.filename}); {advice}{variable_of(cfg, path)}; the "
+                    "configurations in configs/demo/ run without any download"
                 )
 
 

@@ -9,6 +9,11 @@ from mmengine.registry import DATASETS
 
 NAMES = {"training": "train", "test": "t10k"}
 """Split of the data -> prefix of the names of its files."""
+SOURCE = (
+    "expected the four files of a release, such as that of Fashion-MNIST, https://github.com/zalandoresearch/"
+    "fashion-mnist, which Debian's package dataset-fashion-mnist has in /usr/share/datasets/fashion-mnist"
+)
+"""Where the data come from."""
 
 
 @DATASETS.register_module()
@@ -58,7 +63,7 @@ def read_idx(folder: str | Path, name: str, dimensions: int) -> np.ndarray:
     """
     path = next((p for p in (Path(folder, name), Path(folder, f"{name}.gz")) if p.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"no {name} or {name}.gz in {folder}")
+        raise FileNotFoundError(f"no {name} or {name}.gz in {folder}; {SOURCE}")
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = file.read()
     header = 4 + 4 * dimensions
