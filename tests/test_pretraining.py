@@ -4,6 +4,7 @@ import gzip
 import re
 import shlex
 import shutil
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import condattn.registry
 from condattn.openmmlab.datasets.image_folders import class_names
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.models.loading import check_start, record_of
+from condattn.openmmlab.runner.launch import add_config_arguments, load_config
 
 PROJECT = ROOT / "projects" / "pretraining"
 CONFIGS = PROJECT / "configs"
@@ -153,13 +155,54 @@ def run_readme(call, command, options):
     return call(tool, *(word.replace("iter_400", "iter_2") for word in command[2:]), *switch, *options)
 
 
+SMALL_TIMM = dict(embed_dim=48, depth=2, num_heads=3)
+TARGETS = {
+    "swin-b_in1k": ("mask_rcnn_swin-b_pc_3x", dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])),
+    "xcit-m_in1k": ("mask_rcnn_xcit-m_pc_3x", dict(**SMALL_TIMM, out_indices=[1])),
+    "davit-b_in1k": (
+        "mask_rcnn_davit-t_pc_3x",
+        dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)),
+    ),
+    "deit-b_in1k": ("mask_rcnn_deit-s_pc_3x", dict(**SMALL_TIMM, mlp_ratio=2)),
+    "vit-b_in1k": ("upernet_vit_pc", dict(embed_dims=48, num_layers=2, num_heads=3, mlp_ratio=2, out_indices=[1])),
+}
+"""Config of a classifier -> the one that the README fine-tunes it with, and settings that fit SMALL's backbone."""
+UNUSED = {"xcit-m_in1k": "cls_token|ca_layers|norm", "davit-b_in1k": "norm3", "deit-b_in1k": "ln1"}
+"""Parts of classifiers that features do without: the class attention of XCiT, and norms behind the last block."""
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_pretrained_model_starts_a_detector_or_a_segmenter(name, tmp_path):
+    """Its weights are in the backbone that the line of the README builds, bit for bit."""
+    classifier = build(load(name))
+    for parameter in classifier.parameters():
+        torch.nn.init.normal_(parameter)
+    path = tmp_path / "epoch_300.pth"
+    torch.save(dict(state_dict=classifier.state_dict(), meta=dict(conditioning=record_of(classifier))), path)
+    config, small = TARGETS[name]
+    (line,) = commands(f"work_dirs/{name}/epoch_300.pth", "configs/" + config)
+    parser = ArgumentParser()
+    add_config_arguments(parser)
+    args = parser.parse_args([word.replace(f"work_dirs/{name}/epoch_300.pth", str(path)) for word in line[2:]])
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.model.backbone.update(small)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        backbone = MODELS.build(cfg.model.backbone)
+    backbone.init_weights()
+    there = {parameter.detach().numpy().tobytes() for parameter in backbone.parameters()}
+    parameters = {key: value for key, value in classifier.named_parameters() if key.startswith("backbone.")}
+    absent = {key for key, value in parameters.items() if value.detach().numpy().tobytes() not in there}
+    allowed = rf"backbone\.(pos_embed$|({UNUSED.get(name, '$')})\b)"  # position embeddings are interpolated
+    assert len(parameters) > 20 and all(re.match(allowed, key) for key in absent), absent
+
+
 def test_the_readme_names_every_config_and_its_lines_load():
     configs = set()
     for line in commands("in1k"):
         cfg = Config.fromfile(line[2])
         cfg.merge_from_dict(dict(word.split("=", 1) for word in line if re.match(r"model\.", word)))
         configs.add(Path(line[2]).stem)
-    assert configs == {"vit-b_in1k", "swin-b_in1k", "xcit-m_in1k", "mask_rcnn_swin-b_pc_3x", "mask_rcnn_xcit-m_pc_3x"}
+    assert configs == {"vit-b_in1k", "swin-b_in1k", "xcit-m_in1k", *(config for config, _ in TARGETS.values())}
     assert all(f"[{name}.py](configs/{name}.py) | `{path[:-3]}`" in README for name, (path, _) in IMAGENET.items())
 
 
