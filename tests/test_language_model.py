@@ -313,6 +313,22 @@ def test_a_compiled_training(call, refuse, text, tmp_path, monkeypatch):
     refuse(*command, parts=("--compile expects a model with one of backbone", "found a ByteModel with", "network"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["none", "pc"])
+def test_the_builtin_text_is_learnt(call, tmp_path, monkeypatch, conditioning):
+    """By a smaller model, in fewer iterations than the README's: better than any prediction without context."""
+    monkeypatch.delenv("LANGUAGE_MODEL_TEXT", raising=False)
+    options = ["train_cfg.max_iters=300", "train_cfg.val_interval=300", "param_scheduler.1.T_max=300"]
+    options += ["model.network.module.n_embd=64", "model.network.module.n_layer=2"]
+    options += [f"model.network.conditioning={conditioning}"]
+    status, output, errors = call("train", PROJECT / "configs" / "gpt2.py", "--cfg-options", *options)
+    assert not status, errors
+    bits, unigram = (
+        float(re.findall(rf"next_byte/{name}bits_per_byte: ([\d.]+)", output + errors)[-1]) for name in ("", "unigram_")
+    )
+    assert bits < unigram - 0.6
+
+
 def test_commands_of_the_readme(text, call, tmp_path, monkeypatch):
     """Each is run from the root of the repository, small and with a text of the test."""
     monkeypatch.setenv("LANGUAGE_MODEL_TEXT", "nowhere.txt")

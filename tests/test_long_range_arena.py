@@ -273,6 +273,24 @@ def test_a_training(tmp_path, call):
     assert status == 2 and "with conditioning='pc'" in error_lines(errors)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["none", "pc"])
+def test_the_small_listops_is_learnt(conditioning, tmp_path, call, monkeypatch):
+    """With shorter expressions and fewer iterations than the README's: better than always the commonest value."""
+    monkeypatch.setenv("LISTOPS_SMALL", str(tmp_path / "listops"))
+    limits = grammar.Limits(max_depth=3, max_args=5, min_length=20, max_length=60)
+    generator.write_listops(tmp_path / "listops", dict(train=8000, val=1000, test=1000), limits, 0)
+    options = ["train_cfg.max_iters=400", "train_cfg.val_interval=400", "param_scheduler.1.T_max=400"]
+    options += [f"{split}_dataloader.dataset.length=64" for split in SPLITS]
+    options += ["model.encoder.module.length=64", f"model.encoder.conditioning={conditioning}"]
+    status, output, errors = call("train", PROJECT / "configs" / "listops_small.py", "--cfg-options", *options)
+    assert not status, errors
+    (accuracy,) = re.findall(r"accuracy/top1: ([\d.]+)", output + errors)
+    values = [line.split("\t")[1] for line in (tmp_path / "listops" / "basic_val.tsv").read_text().splitlines()[1:]]
+    commonest = 100 * max(map(values.count, values)) / len(values)
+    assert float(accuracy) > commonest + 5
+
+
 def test_the_generator_says_what_is_wrong(tmp_path):
     result = run(sys.executable, "-m", "long_range_arena.generate", tmp_path, cwd=tmp_path, status=2)
     assert result.stderr.startswith("error: ") and "exists already" in result.stderr and not list(tmp_path.iterdir())

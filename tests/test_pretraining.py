@@ -212,13 +212,16 @@ def fashion(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fashion")
     rng = np.random.default_rng(0)
     for part, count in (("train", 20), ("t10k", 8)):
-        labels = (np.arange(count) % 10).astype(np.uint8)
         images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-            with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
-                file.write(header + array.tobytes())
+        write_idx(folder, part, images, (np.arange(count) % 10).astype(np.uint8))
     return folder
+
+
+def write_idx(folder, part, images, labels):
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
+            file.write(header + array.tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +256,23 @@ def test_the_demo_is_evaluated(call, pretrain):
     assert not status, errors
     assert "test: IdxImages, 8 samples" in output
     assert "accuracy/top1" in output + errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["none", "pc"])
+def test_the_demo_learns(conditioning, call, tmp_path, monkeypatch):
+    """On scikit-learn's handwritten digits in the format of Fashion-MNIST, with fewer iterations than the README's."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images = np.pad((digits.images * 15).astype(np.uint8).repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))
+    for part, chosen in (("train", slice(None, 1400)), ("t10k", slice(1400, None))):
+        write_idx(tmp_path, part, images[chosen], digits.target[chosen].astype(np.uint8))
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
+    options = ["train_cfg.max_iters=150", "train_cfg.val_interval=150", "param_scheduler.1.T_max=150"]
+    options += ["train_dataloader.batch_size=32", f"model.backbone.conditioning={conditioning}"]
+    status, output, errors = call("train", FASHION, "--cfg-options", *options)
+    assert not status, errors
+    (accuracy,) = re.findall(r"accuracy/top1: ([\d.]+)", output + errors)
+    assert float(accuracy) > 40  # chance: 10
 
 
 def options_of(words):
