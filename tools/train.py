@@ -1,4 +1,4 @@
-"""Train a detector or a segmenter from a configuration file."""
+"""Train a detector, a segmenter, a classifier or a model of sequences from a configuration file."""
 
 import copy
 from argparse import ArgumentParser, Namespace

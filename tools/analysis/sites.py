@@ -22,7 +22,7 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "model",
-        help="a configuration file of mmdet or mmseg; a model name of timm (vit_base_patch16_224); or a class of "
+        help="a configuration file; a model name of timm (vit_base_patch16_224); or a class of "
         "Hugging Face transformers (ViTModel), in its default size",
     )
     return parser.parse_args()
