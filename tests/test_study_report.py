@@ -1,5 +1,7 @@
 """Reports of studies: the same every time, the page of all results, failed runs, and results that cannot be read."""
 
+import csv
+import re
 import shutil
 from dataclasses import replace
 
@@ -12,9 +14,10 @@ from tiny_study import a_record, finish
 
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study
-from condattn.openmmlab.study.report import _reaches as reaches
-from condattn.openmmlab.study.report import begun_studies, is_complete, report_pilot, write_documents, write_report
+from condattn.openmmlab.study.report import begun_studies, report_pilot, write_documents, write_report
 from condattn.openmmlab.study.results import FAILED, Record, Results
+from condattn.openmmlab.study.tables import _reaches as reaches
+from condattn.openmmlab.study.tables import is_complete
 
 
 def test_reports_are_the_same_every_time(study_file, tmp_path):
@@ -38,6 +41,67 @@ def test_reports_are_the_same_every_time(study_file, tmp_path):
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
     assert {path: path.read_bytes() for path in write_report(study, results)} == before
+
+
+def test_the_table_as_csv(study_file, tmp_path):
+    """One line for each variant or comparison, with numbers in separate columns."""
+    study = load_study(study_file(("grid=[1e-4, 1e-3]", "grid=[1e-4, 1e-3, 1e-2]")))
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={})
+    write_report(study, results)
+    with (results.folder / "table.csv").open() as file:
+        assert [row["difference"] for row in csv.DictReader(file)] == ["", ""]
+    finish(results, {"none": 50.0, "pc": 70.0})
+    write_report(study, results)
+    with (results.folder / "table.csv").open() as file:
+        none, pc = csv.DictReader(file)
+    assert (none["variant"], none["mean"], none["reference"], none["difference"]) == ("none", "52", "", "")
+    numbers = {"seeds": 2, "mean": 73, "standard_deviation": 1.41421, "learning_rate": 0.001, "failed": 0}
+    numbers |= {"difference": 21, "low": 8.2938, "high": 33.7062, "p": 0.0302914}
+    assert {name: float(pc[name]) for name in numbers} == pytest.approx(numbers, rel=1e-4)
+    assert (pc["family"], pc["reference"], pc["verdict"]) == ("methods", "none", "helps")
+
+
+def test_what_was_decided_beforehand_is_first(study_file, tmp_path):
+    study = load_study(study_file())
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={})
+    finish(results, {"none": 50.0, "pc": 70.0})
+    write_report(study, results)
+    text = (results.folder / "report.md").read_text()
+    titles = re.findall("^## (.*)", text, flags=re.MULTILINE)
+    assert titles[:3] == ["Decided beforehand", "Family 'methods'", "Variants"]
+    for row in ("baseline | none", "seeds of the pilot | 7", "evaluations in a training | 2", "data | the test writes"):
+        assert f"| {row}" in text
+    assert "by more than 2 standard errors" in text and "to 2 rates at most" in text
+
+
+def test_condition_numbers_at_the_end(study_file, tmp_path):
+    """Geometric means over the seeds, and ratios paired over seeds, of the last measurement alone."""
+    study = load_study(study_file())
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={})
+    finish(results, {"none": 50.0, "pc": 70.0})
+    for variant, factor in (("none", 1.0), ("pc", 3.0)):
+        for record in results.final(variant):
+            value = factor * 10.0 ** (record.run.seed + 1)
+            spectra = {"kappa_AX": [[2, 5.0], [4, value]], "kappa_CAX": [[4, value / 2]], "entropy": [[4, 0.5]]}
+            results.add(replace(record, spectra=spectra))
+    write_report(study, results)
+    text = (results.folder / "report.md").read_text()
+    assert "| variant | A(X) | C A(X) | entropy |" in text
+    assert "| none | 31.6 | 15.8 | 0.5 |" in text and "| pc | 94.9 | 47.4 | 0.5 |" in text
+    assert "| pc / none |  |  |  | 3 (3 to 3) | 1.5 (1.5 to 1.5) |" in text
+
+
+def test_final_runs_of_other_rates_do_not_count(study_file, tmp_path):
+    study = load_study(study_file())
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={})
+    finish(results, {"none": 50.0, "pc": 70.0})
+    before = results.final("pc")
+    results.add(a_record(RunId(FINAL, "pc", 0, 1e-2), 99.0))
+    assert results.final("pc") == before
 
 
 def test_the_page_of_results(study_file, tmp_path):

@@ -27,7 +27,7 @@ from condattn.openmmlab.study import run as run_module
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study
 from condattn.openmmlab.study.report import write_report
 from condattn.openmmlab.study.results import FAILED, FINISHED, Results, versions
-from condattn.openmmlab.study.run import RunError, execute, read_curves, training_config
+from condattn.openmmlab.study.run import BusyError, RunError, execute, read_curves, training_config
 
 RUN = RunId("tuning", "pc", 5, 1e-3)
 
@@ -121,6 +121,34 @@ def test_a_run_that_lost_an_evaluation_begins_anew(training):
         training(scores(40.0, 50.0)[1:])
     training(scores(40.0, 50.0))
     assert training.found == []
+
+
+def test_a_metric_that_the_evaluations_do_not_have(training):
+    """The training is kept, because running it again would not help."""
+    lines = [{"loss": 1.0, "lr": 0.1, "step": 1}, {"spectra/x/entropy": 0.5, "step": 2}]
+    lines += [{"accuracy/top5": 40.0, "time": 0.1, "step": step} for step in (2, 4)]
+    for files in ([], ["20260101", "iter_4.pth", "last_checkpoint"]):
+        with pytest.raises(RunError, match="no accuracy/top1 in the evaluations, which report accuracy/top5$"):
+            training(lines)
+        assert training.found == files
+
+
+def test_a_full_disk_leaves_the_run_as_it_was(training, monkeypatch):
+    with pytest.raises(RunError, match="out of memory"):
+        training(scores(40.0), "out of memory")
+
+    def no_space(path, write, overwrite):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_module, "write_whole", no_space)
+    assert training(scores(40.0, 50.0)).score == 50.0  # nothing has to be written
+    assert "iter_4.pth" in training.found
+
+
+def test_a_run_of_another_process(training):
+    training.folder.mkdir(parents=True)
+    with run_module._alone(training.folder, RUN), pytest.raises(BusyError, match="is being run by another process"):
+        training(scores(40.0, 50.0))
 
 
 def test_what_counts_as_diverged(training):

@@ -106,6 +106,16 @@ def test_unequal_numbers_of_seeds_are_refused():
             statistics.compare_family(scores, [("pc", "none")], 1.0)
 
 
+def test_paired_ratios():
+    """The interval of a t test of the logarithms; pairs whose ratios are equal have no interval."""
+    rng = np.random.default_rng(0)
+    a, b = rng.lognormal(1.0, 0.5, 9), rng.lognormal(0.0, 0.5, 9)
+    interval = scipy_stats.ttest_rel(np.log(a), np.log(b)).confidence_interval(0.95)
+    expected = (np.exp(np.mean(np.log(a / b))), np.exp(interval.low), np.exp(interval.high))
+    np.testing.assert_allclose(statistics.paired_ratio(a, b), expected, rtol=1e-12)
+    np.testing.assert_allclose(statistics.paired_ratio([2.0, 6.0], [1.0, 3.0]), 2.0)
+
+
 def test_random_effects_of_a_published_example():
     """Log relative risks; Paule and Mandel's variance between trials is published as 0.318 (metafor: 0.3181)."""
     with_cases, with_others, cases, others = np.array(BCG, dtype=float).T

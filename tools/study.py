@@ -15,8 +15,8 @@ from condattn.openmmlab.study.check import check_study
 from condattn.openmmlab.study.plan import FINAL, PILOT, RunId, Study, load_study, missing_runs, pilot_runs
 from condattn.openmmlab.study.report import report_pilot, write_documents, write_report
 from condattn.openmmlab.study.results import FINISHED, Results, versions
-from condattn.openmmlab.study.run import RunError, execute, git
-from condattn.openmmlab.study.schedule import Pool, run_command
+from condattn.openmmlab.study.run import BusyError, RunError, execute, git
+from condattn.openmmlab.study.schedule import BUSY, Pool, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +51,7 @@ def parse_args() -> Namespace:
 def main() -> int:
     """Run, list or report the study, as the command line asks."""
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the processes of runs as well
+    signal.signal(signal.SIGTERM, end)
     study = load_study(args.study, args.size)
     results = Results(study, ROOT, pilot=args.pilot or (args.run or "").startswith(PILOT))
     if unknown := [name for name in args.only if name not in study.variants]:
@@ -69,7 +69,7 @@ def main() -> int:
     if args.rerun:
         return rerun(study, results, args.rerun)
     runs = pilot_runs(study) if args.pilot else None
-    command = run_command(study, args.size, args.data, Path(__file__))
+    command = run_command(study, args.size, Path(__file__))
     if args.list:
         for run in missing_runs(study, results.scores(), args.only):
             print(shlex.join([*command, str(run)]))
@@ -82,6 +82,12 @@ def main() -> int:
     for run, reason in errors.items():
         print(f"error: {run} is not finished: {reason}", file=sys.stderr)
     return 1 if errors else 0
+
+
+def end(number: int, frame: object) -> None:
+    """Exit, which ends the processes of runs as well; a further signal does not disturb that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def set_data(study: Study, folder: str | None) -> None:
@@ -152,6 +158,9 @@ def run_one(study: Study, results: Results, name: str) -> int:
         raise UserError(f"--run: {name} is no run that {study.name} needs now; --list prints those")
     try:
         execute(study, results, run, ROOT, results.header()["commit"])
+    except BusyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BUSY
     except RunError as error:
         raise UserError(error) from error
     return 0

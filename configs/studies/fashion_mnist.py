@@ -16,8 +16,8 @@ seeds = list(range(10))
 sizes = dict(
     cpu={},
     gpu={
-        "model.backbone.module.arch": dict(embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536),
-        "model.head.in_channels": 384,
+        "model.backbone.module.arch": dict(embed_dims=768, num_layers=12, num_heads=12, feedforward_channels=3072),
+        "model.head.in_channels": 768,
         "train_cfg.max_iters": 15000,
         "param_scheduler.1.T_max": 15000,
     },

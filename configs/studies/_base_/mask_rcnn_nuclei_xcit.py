@@ -2,6 +2,7 @@
 
 _base_ = "mask_rcnn_nuclei.py"
 
+strides = [4, 8, 16, 32]
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -11,16 +12,26 @@ model = dict(
         embed_dim=96,
         depth=6,
         num_heads=4,
-        out_indices=(1, 3, 5),
+        out_indices=(1, 2, 4, 5),
     ),
     neck=[
-        dict(type="mmseg.Feature2Pyramid", embed_dim=96, rescales=[2, 1, 0.5], norm_cfg=dict(type="GN", num_groups=8)),
+        dict(
+            type="mmseg.Feature2Pyramid",
+            embed_dim=96,
+            rescales=[2, 1, 0.5, 0.25],  # of stride 8, to 4, 8, 16 and 32
+            norm_cfg=dict(type="GN", num_groups=8),
+        ),
         dict(
             type="FPN",
-            in_channels=[96, 96, 96],
+            in_channels=[96, 96, 96, 96],
             out_channels=64,
-            num_outs=3,
+            num_outs=4,
             norm_cfg=dict(type="GN", num_groups=8),
         ),
     ],
+    rpn_head=dict(anchor_generator=dict(strides=strides)),
+    roi_head=dict(
+        bbox_roi_extractor=dict(featmap_strides=strides),
+        mask_roi_extractor=dict(featmap_strides=strides),
+    ),
 )

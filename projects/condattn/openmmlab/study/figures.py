@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ QUANTITIES = {
     "kappa_AX": "condition number of the head output",
     "kappa_CAX": "condition number behind the preconditioner",
     "entropy": "attention entropy, share of the largest",
+    "largest_logit": "largest logit",
 }
 
 
@@ -45,24 +47,25 @@ def draw_curves(study: Study, results: Results) -> str:
 
 
 def draw_spectra(study: Study, results: Results) -> str:
-    """Draw condition numbers and entropy during training for the first family.
+    """Draw condition numbers, entropy and the largest logit during training, for each family.
 
     Means and standard deviations of condition numbers are those of their logarithms.
 
     Returns:
         The figure, or an empty string if none were measured.
     """
-    family = family_members(study, next(iter(study.families)))
-    records = {name: results.final(name) for name in family}
+    records = {name: results.final(name) for name in study.variants}
     found = [q for q in QUANTITIES if any(q in record.spectra for one in records.values() for record in one)]
 
-    def draw(axes: Axes, quantity: str) -> None:
-        for color, name in zip(cycle(COLORS), family, strict=False):
+    def draw(axes: Axes, panel: tuple[str, str]) -> None:
+        family, quantity = panel
+        for color, name in zip(cycle(COLORS), family_members(study, family), strict=False):
             curves = [record.spectra[quantity] for record in records[name] if quantity in record.spectra]
-            _band(axes, curves, name, color, logarithmic=quantity != "entropy")
-        axes.set(title=QUANTITIES[quantity], xlabel="iteration")
+            _band(axes, curves, name, color, logarithmic=quantity.startswith("kappa"))
+        prefix = f"{family}: " if len(study.families) > 1 else ""
+        axes.set(title=prefix + QUANTITIES[quantity], xlabel="iteration")
 
-    return _render(found, draw) if found else ""
+    return _render([(family, quantity) for family in study.families for quantity in found], draw) if found else ""
 
 
 def draw_differences(found: Sequence[tuple[Study, Sequence[Comparison]]]) -> str:
@@ -114,7 +117,7 @@ def _band(
         axes.set_yscale("log")
 
 
-def _render(panels: Sequence[str], draw: Callable[[Axes, str], None]) -> str:
+def _render(panels: Sequence[Any], draw: Callable[[Axes, Any], None]) -> str:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with _style():

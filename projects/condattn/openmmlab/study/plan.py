@@ -21,11 +21,22 @@ MARGIN = 2.0
 """A variant gets its own best rate only if it beats the common rate by more than this many standard errors."""
 LARGEST_GRID = 7
 """Default for the number of learning rates at which the grid stops growing."""
-KEYS = {
-    *("config", "title", "data", "variants", "baseline", "metric", "factor", "unit", "difference", "families"),
-    *("seeds", "tuning", "pilot_seeds", "evaluations", "sizes", "options"),
-    *("start", "exploratory"),
+SETTINGS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("config", "title", "baseline", "metric", "unit"), (str,)),
+    **dict.fromkeys(("data", "variants", "families", "tuning", "sizes", "options", "start"), (dict,)),
+    **dict.fromkeys(("seeds", "pilot_seeds"), (list, tuple)),
+    **dict.fromkeys(("factor", "difference"), (int, float)),
+    "evaluations": (int,),
+    "exploratory": (bool,),
 }
+"""Setting of a study's file -> its types."""
+TUNING_SETTINGS: dict[str, tuple[type, ...]] = {
+    "option": (str,),
+    "grid": (list, tuple),
+    "seeds": (list, tuple),
+    "largest_grid": (int,),
+}
+"""The same for the setting ``tuning``."""
 
 
 @dataclass(frozen=True, order=True)
@@ -133,21 +144,33 @@ def load_study(path: str, size: str | None = None) -> Study:
         settings = Config.fromfile(path).to_dict()
     except Exception as error:  # a file of Python may raise anything
         raise UserError(f"cannot read the study {path}: {type(error).__name__}: {error}") from error
-    if unknown := settings.keys() - KEYS:
+    if unknown := settings.keys() - SETTINGS.keys():
         raise UserError(
-            f"{path}: unknown settings {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(KEYS))}"
+            f"{path}: unknown settings {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(SETTINGS))}"
         )
-    needed = KEYS - {"data", "options", "sizes", "evaluations", "factor", "start", "exploratory"}
+    needed = SETTINGS.keys() - {"data", "options", "sizes", "evaluations", "factor", "start", "exploratory"}
     if missing := needed - settings.keys():
         raise UserError(f"{path}: a study needs {', '.join(sorted(missing))}")
+    _check_types(settings, SETTINGS, path)
     sizes = settings.get("sizes") or {"": {}}
     size = next(iter(sizes)) if size is None else size
     if size not in sizes:
         raise UserError(f"{path} has no size {size!r}; it has {', '.join(map(repr, sizes))}")
     tuning, families = settings["tuning"], settings["families"]
-    if not isinstance(tuning, dict) or not {"option", "grid", "seeds"} <= tuning.keys():
+    if not {"option", "grid", "seeds"} <= tuning.keys() <= TUNING_SETTINGS.keys():
         raise UserError(f"{path}: expected tuning=dict(option=..., grid=[...], seeds=[...]), got {tuning}")
-    if not families or not all(pairs and all(len(pair) == 2 for pair in pairs) for pairs in families.values()):
+    _check_types(tuning, TUNING_SETTINGS, f"{path}: tuning")
+    numbers = {"seeds": settings["seeds"], "pilot_seeds": settings["pilot_seeds"], "tuning.seeds": tuning["seeds"]}
+    for place, seeds in numbers.items():
+        if not all(type(seed) is int for seed in seeds):
+            raise UserError(f"{path}: expected whole numbers as {place}, got {seeds}")
+    if not all(_is_number(rate) for rate in tuning["grid"]):
+        raise UserError(f"{path}: expected numbers in tuning.grid, got {tuning['grid']}")
+    for place in ("variants", "sizes"):
+        if wrong := [name for name, options in settings.get(place, {}).items() if not isinstance(options, dict)]:
+            raise UserError(f"{path}: {place}: expected a dict of options as {wrong[0]}")
+    pairs = [pair for family in families.values() for pair in (family if isinstance(family, list | tuple) else [None])]
+    if not pairs or not all(families.values()) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         raise UserError(f"{path}: expected families=dict(NAME=[(VARIANT, REFERENCE), ...]), got {families}")
     study = Study(
         name=Path(path).stem + ("" if size == next(iter(sizes)) else f"_{size}"),
@@ -177,6 +200,17 @@ def load_study(path: str, size: str | None = None) -> Study:
     return study
 
 
+def _check_types(settings: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
+    for name, value in settings.items():
+        if not isinstance(value, types[name]) or (isinstance(value, bool) and bool not in types[name]):
+            expected = " or ".join(kind.__name__ for kind in types[name])
+            raise UserError(f"{where}: expected {expected} as {name}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _rate(value: float) -> float:
     """A learning rate with the six digits that the name of a run has."""
     return float(f"{value:.6g}")
@@ -191,7 +225,9 @@ def _check(study: Study) -> None:
     for place, names in named.items():
         if unknown := [name for name in names if name not in study.variants]:
             raise UserError(f"{where}: {place} names {', '.join(unknown)}; variants are {', '.join(study.variants)}")
-    for name in study.variants:
+    for name, options in study.variants.items():
+        if not _is_number(rate := options.get(study.rate, 1.0)) or rate <= 0:
+            raise UserError(f"{where}: variant {name}: expected a positive number as {study.rate}, got {rate!r}")
         if not re.fullmatch(r"[\w.+-]+", name):
             raise UserError(f"{where}: expected letters, digits and _ . + - in the name of a variant, got {name!r}")
     groups = {"seeds": study.seeds, "tuning.seeds": study.tuning_seeds, "pilot_seeds": study.pilot_seeds}

@@ -1,13 +1,9 @@
 """Reports of a study as Markdown, CSV, figures and an HTML page; equal data give equal files, byte for byte."""
 
-import csv
-import io
 import math
 import re
 import statistics as mean_and_spread
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -15,19 +11,10 @@ from mmengine.config import Config
 
 from ...weights.atomic import write_whole
 from .figures import draw_curves, draw_differences, draw_spectra
-from .plan import (
-    FINAL,
-    TUNING,
-    RunId,
-    Study,
-    chosen_rates,
-    current_grid,
-    load_study,
-    planned_runs,
-    tuned_variants,
-)
-from .results import FAILED, Record, Results
-from .statistics import ALPHA, POWER, Comparison, compare_family, detectable_difference, pool, seeds_for
+from .plan import Study, load_study
+from .results import FAILED, Results
+from .statistics import ALPHA, POWER, Comparison, detectable_difference, pool
+from .tables import Table, comparisons, csv_text, format_p, is_complete, tables
 
 TEMPLATE = Path(__file__).with_name("report.html")
 POOLED = "pooled"
@@ -39,206 +26,8 @@ POOLING = (
 """Below the table in that section."""
 FIGURE = "differences.svg"
 """Name of the figure in that section."""
-METHODS = ("pc", "sc")
-"""Variants, compared with 'none', of which there is an estimate over all studies."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a report."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """Format the table as Markdown."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def is_complete(study: Study, results: Results) -> bool:
-    """Whether every run that the study needs has finished or failed."""
-    scores = results.scores()
-    return chosen_rates(study, scores) is not None and all(run in scores for run in planned_runs(study, scores))
-
-
-def final_score(study: Study, record: Record) -> float:
-    """Score of a final run in the comparisons: from the final evaluation, or the last score before it failed."""
-    return study.factor * record.reported.get(study.metric, record.score)
-
-
-def comparisons(study: Study, results: Results) -> dict[str, list[Comparison]]:
-    """Family -> comparisons; only valid for a complete study."""
-    scores = {name: [final_score(study, record) for record in results.final(name)] for name in study.variants}
-    return {family: compare_family(scores, pairs, study.difference) for family, pairs in study.families.items()}
-
-
-def variant_table(study: Study, results: Results) -> Table:
-    """Table of variants: scores over the seeds so far, learning rate, and when the baseline's level was reached."""
-    rates = chosen_rates(study, results.scores()) or {}
-    rows = []
-    target = _baseline_level(study, results)
-    length = max((step for record in results.final(study.baseline) for step, _ in record.curve), default=0)
-    for name in study.variants:
-        records = results.final(name)
-        values = [final_score(study, record) for record in records]
-        rows.append(
-            [
-                name,
-                f"{len(values)} of {len(study.seeds)}",
-                f"{mean_and_spread.mean(values):.2f}" if values else "",
-                f"{mean_and_spread.stdev(values):.2f}" if len(values) > 1 else "",
-                f"{rates[name]:g}" if name in rates else "",
-                _reaches(records, target, length),
-                str(sum(record.status == FAILED for record in records) or ""),
-            ]
-        )
-    header = [
-        "variant",
-        "seeds",
-        f"mean ({study.unit})",
-        "standard deviation",
-        "learning rate",
-        "meets baseline at",
-        "failed",
-    ]
-    return Table("Variants", header, rows)
-
-
-def _baseline_level(study: Study, results: Results) -> float | None:
-    """The baseline's mean score in its last evaluation on the tuning data."""
-    scores = [record.score for record in results.final(study.baseline)]
-    return mean_and_spread.mean(scores) if scores else None
-
-
-def _reaches(records: Sequence[Record], target: float | None, length: float) -> str:
-    """Fraction of the ``length`` of the training after which the mean curve first reaches ``target``, as text."""
-    steps = sorted({step for record in records for step, _ in record.curve})
-    if not steps or target is None:
-        return ""
-    curves = [dict(record.curve_over(steps)) for record in records]
-    for step in steps:
-        if mean_and_spread.mean(curve[step] for curve in curves if step in curve) >= target - 1e-12:
-            return f"{step / length:.0%}"
-    return "not"
-
-
-def comparison_table(family: str, found: Sequence[Comparison], study: Study) -> Table:
-    """Table of the comparisons of a family, one row for each."""
-    rows = []
-    for one in found:
-        verdict = one.verdict
-        if verdict == "undecided":
-            seeds = seeds_for(study.difference, one.deviation, ALPHA / len(found))
-            verdict += f": could have seen {one.detectable:.2f}; {study.difference:g} would take {seeds} seeds"
-        rows.append(
-            [
-                f"{one.variant} - {one.reference}",
-                f"{one.difference:+.2f}",
-                f"{one.low:+.2f} to {one.high:+.2f}",
-                _p(one.p),
-                f"{one.detectable:.2f}",
-                verdict,
-            ]
-        )
-    header = ["comparison", f"difference ({study.unit})", "95 % interval", "p", "detectable", "verdict"]
-    return Table(f"Family '{family}'", header, rows)
-
-
-def _p(value: float) -> str:
-    return f"{value:.4f}" if value >= 1e-4 else "< 0.0001"
-
-
-def tuning_table(study: Study, results: Results) -> Table:
-    """Table of the tuning: the mean score of each variant that is tuned with each learning rate."""
-    grid, scores, rows = current_grid(study, results.scores()), results.scores(), []
-    for name in tuned_variants(study):
-        cells = []
-        for rate in grid:
-            runs = [RunId(TUNING, name, seed, rate) for seed in study.tuning_seeds]
-            found = [study.factor * scores[run] for run in runs if run in scores]
-            cells.append(f"{mean_and_spread.mean(found):.2f}" if len(found) == len(runs) else "")
-        rows.append([name, *cells])
-    return Table(f"Tuning: mean scores in {study.unit}", ["variant", *(f"{rate:g}" for rate in grid)], rows)
-
-
-def plan_table(study: Study, results: Results) -> Table:
-    """Table of the settings that were decided before the first run."""
-    header, records = results.header(), results.records().values()
-    grid = current_grid(study, results.scores())
-    families = "; ".join(
-        f"{name}: {', '.join(f'{a} - {b}' for a, b in pairs)}" for name, pairs in study.families.items()
-    )
-    options = [[f"variant {name}", _options(options)] for name, options in study.variants.items()]
-    rows = [
-        ["question", study.title],
-        ["configuration", study.config.name + (f", with {_options(study.options)}" if study.options else "")],
-        ["score", f"{study.metric} in {study.unit}, at the last iteration, on data that are used once"],
-        ["difference that matters", f"{study.difference:g} {study.unit}"],
-        ["seeds", _numbers(study.seeds)],
-        ["tuning", _tuning(study)],
-        ["families", families],
-        *options,
-        *([["rates tried in the end", ", ".join(f"{rate:g}" for rate in grid)]] if tuned_variants(study) else []),
-        ["code", _origins([record.commit for record in records] or [header["commit"]])],
-        *[["repeated bit for bit", text] for text in header.get("verified", ())],
-        ["packages", _origins([_packages(record.versions) for record in records] or [_packages(header["versions"])])],
-    ]
-    return Table("Decided beforehand", ["", ""], rows)
-
-
-def _tuning(study: Study) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in study.grid)
-    if not tuned_variants(study):
-        return f"none: {study.rate} is {rates}, unless a variant sets it"
-    return f"{study.rate} of {rates}, seeds {_numbers(study.tuning_seeds)}"
-
-
-def _packages(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-
-
-def _origins(found: Sequence[str]) -> str:
-    """What all runs have in common, or each of several with the number of its runs."""
-    numbers = Counter(found)
-    return found[0] if len(numbers) == 1 else "; ".join(f"{name} ({number} runs)" for name, number in numbers.items())
-
-
-def _numbers(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
-
-
-def _options(options: dict) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in options.items())
-
-
-def tables(study: Study, results: Results) -> tuple[list[Table], str]:
-    """Make all tables of a report, and a sentence on how complete the study is."""
-    scores = results.scores()
-    planned = planned_runs(study, scores)
-    done = sum(run in scores for run in planned)
-    if is_complete(study, results):
-        found = [comparison_table(name, family, study) for name, family in comparisons(study, results).items()]
-        status = f"Complete: {done} runs."
-    else:
-        found = []
-        finals = len(study.variants) * len(study.seeds)
-        total = sum(run.stage != FINAL for run in planned) + finals
-        status = f"Incomplete: {done} of {total} runs are finished; there are no comparisons before all of them are."
-    origins = [record.origin for record in results.records().values() if record.origin]
-    status += "".join(
-        f" {origins.count(name)} of the runs are those of {name}, the same trainings." for name in sorted(set(origins))
-    )
-    grid, rates = current_grid(study, scores), chosen_rates(study, scores) or {}
-    if ends := [name for name in tuned_variants(study) if rates.get(name) in (grid[0], grid[-1])]:
-        status += f" The learning rate of {', '.join(ends)} is at an end of the largest grid that was allowed."
-    failed = [f"{run} ({record.error})" for run, record in results.records().items() if record.status == FAILED]
-    if failed:
-        status += f" Failed, and counted with their last score: {'; '.join(failed)}."
-    tuning = [tuning_table(study, results)] if tuned_variants(study) else []
-    return [*found, variant_table(study, results), *tuning, plan_table(study, results)], status
-
+MAIN = "methods"
+"""The family of a study that compares methods with 'none', of which there are estimates over all studies."""
 
 NOTES = (
     "Intervals and p are over seeds on one fixed split of the data, not over data. p is two-sided, of paired t tests, "
@@ -246,7 +35,11 @@ NOTES = (
     "interval may contain 0 where Holm's less strict p is below 0.05. 'detectable' is the difference that a comparison "
     f"with this spread finds in {POWER:.0%} of the cases. 'meets baseline at' is the first of the evenly spaced "
     "evaluations, on the data that tune, at which the mean reaches the baseline's last one. Failed runs count with "
-    "their last score."
+    "their last score. Condition numbers, the entropy (as a share of the largest possible one) and the largest logit "
+    "are medians over the attention sites, on one training image of each run; over the seeds, means of condition "
+    "numbers are geometric. Their ratios have 95 % intervals over seeds without a correction, because no comparison of "
+    "them was planned. C A(X) is what the preconditioner makes of the head outputs A(X), or, in a variant without one, "
+    "what it would make of them."
 )
 
 
@@ -269,7 +62,7 @@ def write_report(study: Study, results: Results) -> list[Path]:
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     contents = {
         "report.md": "\n\n".join(parts) + "\n",
-        "table.csv": _csv(found),
+        "table.csv": csv_text(study, results),
         "report.html": page.render(
             title=study.title, status=status, notes=NOTES, tables=found, curves=curves, spectra=spectra
         )
@@ -277,14 +70,6 @@ def write_report(study: Study, results: Results) -> list[Path]:
     }
     contents |= {name: figure for name, figure in (("curves.svg", curves), ("spectra.svg", spectra)) if figure}
     return [_write(results.folder / name, text) for name, text in contents.items()]
-
-
-def _csv(found: Sequence[Table]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for table in found:
-        writer.writerows([[table.title], table.header, *table.rows, []])
-    return text.getvalue()
 
 
 def _write(path: Path, text: str) -> Path:
@@ -372,17 +157,16 @@ def counts(study: Study, results: Results) -> bool:
 
 
 def effects(study: Study, results: Results) -> dict[str, Comparison]:
-    """Name of a method -> its comparison with no conditioning, in a complete study; empty if it compares others."""
-    found = {
-        one.variant: one for family in comparisons(study, results).values() for one in family if one.reference == "none"
-    }
-    return {name: found[name] for name in METHODS if name in found}
+    """Variant -> its comparison with no conditioning, in a complete study; empty if that is not its question."""
+    if MAIN not in study.families:
+        return {}
+    return {one.variant: one for one in comparisons(study, results)[MAIN] if one.reference == "none"}
 
 
 def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
-    """Table of methods: the effect of each against the baseline, pooled over complete studies that compare it.
+    """Table of methods: the effect of each against no conditioning, pooled over the complete studies that compare it.
 
-    Exploratory studies are left out.
+    Variants of equal names are the same method. Exploratory studies are left out.
     """
     estimates: dict[str, list[tuple[float, float]]] = {}
     for study, results in found:
@@ -401,7 +185,7 @@ def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
                 str(one.studies),
                 f"{one.estimate:+.2f}",
                 f"{one.low:+.2f} to {one.high:+.2f}",
-                _p(one.p),
+                format_p(one.p),
                 f"{one.tau:.2f}",
             ]
         )

@@ -15,7 +15,7 @@ import torch
 
 from ...weights.atomic import write_whole
 from ..errors import UserError
-from .plan import FINAL, RunId, Scores, Study
+from .plan import FINAL, RunId, Scores, Study, chosen_rates
 
 FINISHED, FAILED = "finished", "failed"
 PACKAGES = (
@@ -193,8 +193,10 @@ class Results:
             yield
 
     def final(self, variant: str) -> list[Record]:
-        """Records of the final runs of a variant, in the order of the study's seeds."""
-        records = {run.seed: r for run, r in self.records().items() if (run.stage, run.variant) == (FINAL, variant)}
+        """Records of the final runs of a variant with its chosen rate, in the order of the study's seeds."""
+        every = self.records()
+        wanted = (FINAL, variant, (chosen_rates(self.study, self.scores()) or {}).get(variant))
+        records = {run.seed: record for run, record in every.items() if (run.stage, run.variant, run.rate) == wanted}
         return [records[seed] for seed in self.study.seeds if seed in records]
 
 

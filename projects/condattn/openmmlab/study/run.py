@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from mmengine.config import Config
 
+from ...weights.atomic import write_whole
 from ..errors import UserError
 from .plan import FINAL, RunId, Study
 from .results import FAILED, FINISHED, Record, Results, versions
@@ -29,6 +30,10 @@ EMPTY = {"data_time", "time", "step"}
 
 class RunError(Exception):
     """Raised if a run could not be finished and has to be started again."""
+
+
+class BusyError(RunError):
+    """Raised if another process executes the run."""
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -150,6 +155,7 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
 
     Raises:
         RunError: If the run could not be finished; it can be started again.
+        BusyError: If another process executes it.
     """
     folder = results.work / "runs" / (str(run).replace("/", "_") + ("" if keep else f"_{commit[:12]}"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +166,7 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         text = f"# The code is that of commit {commit}.\n{cfg.pretty_text}"
         if not config.is_file() or config.read_text() != text:
             _clean(folder)
-        config.write_text(text)
+            write_whole(config, lambda part: part.write_text(text), overwrite=True)
         training = _training(study, cfg)
         if keep and (record := results.find_elsewhere(run, training, commit)):
             results.add(record)
@@ -172,6 +178,8 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         reported: dict[str, float] = {}
         if not error:
             if lost := _lost(cfg, curve):
+                if not curve and (names := _metrics(folder)):
+                    raise RunError(f"{run}: no {study.metric} in the evaluations, which report {', '.join(names)}")
                 _clean(folder)
                 raise RunError(f"{run}: no {study.metric} of iteration {', '.join(map(str, lost))}; it begins anew")
             if run.stage == FINAL:
@@ -211,6 +219,13 @@ def _lost(cfg: Config, curve: list[list[float]]) -> list[int]:
     return sorted(set(range(interval, iterations + 1, interval)) - {step for step, _ in curve})
 
 
+def _metrics(folder: Path) -> list[str]:
+    """Names of the metrics that the evaluations in a training reported."""
+    lines = [line for line in _scalars(folder) if "loss" not in line]
+    names = {name for line in lines for name in line if not name.startswith("spectra/")}
+    return sorted(names - EMPTY)
+
+
 def _training(study: Study, cfg: Config) -> str:
     """Hash of a training and its score; empty for a study whose trainings start from checkpoints, which may change."""
     text = f"{study.metric}\n{cfg.pretty_text}"
@@ -224,7 +239,7 @@ def _alone(folder: Path, run: RunId) -> Iterator[IO[str]]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"{run} is being run by another process") from error
+            raise BusyError(f"{run} is being run by another process") from error
         yield file
 
 

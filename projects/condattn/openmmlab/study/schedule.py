@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,20 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .plan import FINAL, TUNING, RunId, Study, missing_runs, planned_runs
+from .plan import FINAL, TUNING, RunId, Study, chosen_rates, missing_runs, planned_runs
 from .results import FAILED, Results
 from .run import progress
 
 POLL = 2.0
 """Seconds between checks of the running processes."""
+PAUSE = 30.0
+"""Seconds until a run that another process executes is tried again."""
+TRIES = 2
+"""How often a run is started before its error is reported."""
+BUSY = 75
+"""Exit status of the command of a run that another process executes (EX_TEMPFAIL)."""
+FULL = "No space left on device"
+"""Part of the error message of a run for which the disk is full; no further run is started."""
 
 
 @dataclass
@@ -57,21 +66,23 @@ class Pool:
         self.only, self.runs = list(only), None if runs is None else list(runs)
         self.jobs: list[Job] = []
         self.errors: dict[RunId, str] = {}
+        self.tries: Counter[RunId] = Counter()
+        self.busy: dict[RunId, float] = {}
         self.seconds: list[float] = []
         self.console = Console()
 
     def missing(self) -> list[RunId]:
-        """Runs that have no result, are not running, and have not ended with an error in this pool."""
+        """Runs that have no result, are not running, and have not ended with an error too often in this pool."""
         scores = self.results.scores()
         if self.runs is None:
             wanted = missing_runs(self.study, scores, self.only)
         else:
             wanted = [run for run in self.runs if run not in scores]
         running = {job.run for job in self.jobs}
-        return [run for run in wanted if run not in running and run not in self.errors]
+        return [run for run in wanted if run not in running and self.tries[run] < TRIES]
 
     def work(self) -> dict[RunId, str]:
-        """Execute all missing runs.
+        """Execute all missing runs; wait for those that another process executes.
 
         Returns:
             Run -> error message, of the runs that could not be finished; a new pool tries them again.
@@ -82,12 +93,13 @@ class Pool:
                 live.start()
             while True:
                 self._collect()
-                missing = self.missing()
-                while missing and len(self.jobs) < self.size:
-                    self._start(missing.pop(0))
+                missing = [] if self._is_disk_full() else self.missing()
+                ready = [run for run in missing if self.busy.get(run, 0.0) <= time.monotonic()]
+                while ready and len(self.jobs) < self.size:
+                    self._start(ready.pop(0))
                 if live:
                     live.update(self.table(), refresh=True)
-                if not self.jobs:
+                if not self.jobs and not missing:
                     return self.errors
                 time.sleep(POLL)
         finally:
@@ -113,21 +125,37 @@ class Pool:
             self.jobs.remove(job)
             errors = [line for line in job.process.stderr.read().splitlines() if line.strip()]
             took = time.monotonic() - job.began
+            if job.process.returncode == BUSY:
+                self.busy[job.run] = time.monotonic() + PAUSE
+                continue
             if job.process.returncode:
+                self.tries[job.run] += 1
                 self.errors[job.run] = errors[-1].removeprefix("error: ") if errors else "it was stopped"
                 self.console.print(f"{job.run}: {self.errors[job.run]}", style="red", highlight=False, soft_wrap=True)
                 continue
-            self.seconds.append(took)
+            self.errors.pop(job.run, None)
             record = self.results.records()[job.run]
+            if not record.origin:
+                self.seconds.append(took)
             score = record.score * self.study.factor
             note = f"failed: {record.error}" if record.status == FAILED else f"{score:.2f}"
             self.console.print(f"{job.run}: {note} ({took / 60:.1f} min)", highlight=False, soft_wrap=True)
 
+    def _is_disk_full(self) -> bool:
+        return any(FULL in reason for reason in self.errors.values())
+
+    def to_go(self) -> int:
+        """Number of runs that are not finished, with the final ones, which are not known before the tuning ends."""
+        known = len(self.missing()) + len(self.jobs)
+        if self.runs is not None or chosen_rates(self.study, self.results.scores()):
+            return known
+        return known + len(set(self.only) or self.study.variants) * len(self.study.seeds)
+
     def table(self) -> Table:
-        """Table of the progress of each variant, with the estimated time for the runs that are known to be needed."""
+        """Table of the progress of each variant, with the estimated time that is left."""
         records = self.results.records()
         planned = self.runs if self.runs is not None else planned_runs(self.study, self.results.scores())
-        table = Table(title=f"{self.study.name}: {self.study.title}", caption=self._time_left(len(self.missing())))
+        table = Table(title=f"{self.study.name}: {self.study.title}", caption=self._time_left())
         for name in ("variant", TUNING, FINAL, "failed", "running"):
             table.add_column(name, justify="left" if name in ("variant", "running") else "right")
         for variant in self.study.variants:
@@ -145,14 +173,16 @@ class Pool:
             table.add_row(variant, *cells, str(failed or ""), ", ".join(running))
         return table
 
-    def _time_left(self, missing: int) -> str:
+    def _time_left(self) -> str:
+        runs = self.to_go()
         if not self.seconds:
-            return f"{missing + len(self.jobs)} runs to go"
-        minutes = (missing + len(self.jobs) / 2) * statistics.mean(self.seconds) / self.size / 60
-        return f"{missing + len(self.jobs)} runs to go, about {int(minutes // 60)} h {int(minutes % 60)} min"
+            return f"{runs} runs to go"
+        minutes = (runs - len(self.jobs) / 2) * statistics.mean(self.seconds) / self.size / 60
+        return f"{runs} runs to go, about {int(minutes // 60)} h {int(minutes % 60)} min"
 
 
-def run_command(study: Study, size: str | None, data: str | None, tool: Path) -> list[str]:
-    """Command that executes one run of a study, with data in the folder ``data``; the run's name is to be appended."""
-    options = [*(["--size", size] if size else []), *(["--data", str(Path(data).absolute())] if data else [])]
+def run_command(study: Study, size: str | None, tool: Path) -> list[str]:
+    """Command that executes one run of a study, with the data of the environment; the run's name is to be appended."""
+    data = os.environ[study.data["variable"]] if study.data else None
+    options = [*(["--size", size] if size else []), *(["--data", data] if data else [])]
     return [sys.executable, str(tool), str(study.path), *options, "--run"]

@@ -105,6 +105,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def paired_ratio(
+    values: Sequence[float], references: Sequence[float], alpha: float = ALPHA
+) -> tuple[float, float, float]:
+    """Geometric mean of the ratios of paired positive numbers, and the ends of its interval (t, of the logarithms)."""
+    logarithms = np.log(np.asarray(values, dtype=float)) - np.log(np.asarray(references, dtype=float))
+    n = len(logarithms)
+    half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * float(logarithms.std(ddof=1)) / math.sqrt(n)
+    mean = float(logarithms.mean())
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
 def power_of(difference: float, deviation: float, seeds: int, level: float) -> float:
     """Probability that a two-sided paired t test at ``level`` finds a positive ``difference`` (noncentral t)."""
     critical = stats.t.ppf(1 - level / 2, seeds - 1)
@@ -155,8 +166,9 @@ class Pooled:
 def pool(effects: Sequence[float], variances: Sequence[float], alpha: float = ALPHA) -> Pooled:
     """Random-effects estimate with the interval of Hartung and Knapp (2001), which is reliable for few studies.
 
-    The variance between studies is estimated as by Paule and Mandel (1982). Hartung and Knapp's factor is never allowed
-    to reduce the variance of the estimate (Roever, Knapp and Friede 2015).
+    The variance between studies is estimated as by Paule and Mandel (1982): it makes Hartung and Knapp's factor, the
+    weighted sum of squares over k - 1, equal to 1. Where that variance is 0, the factor is at most 1, and 1 is used
+    instead, so that it never reduces the variance of the estimate (Roever, Knapp and Friede 2015).
 
     Args:
         effects: Effect in each study.
@@ -182,8 +194,7 @@ def pool(effects: Sequence[float], variances: Sequence[float], alpha: float = AL
     upper = 10 * float(y.var() + v.max())
     tau2 = float(optimize.brentq(excess, 0.0, upper)) if excess(0.0) > 0 else 0.0
     weights, mean = weighted(tau2)
-    factor = max(1.0, float((weights * (y - mean) ** 2).sum() / (k - 1)))
-    error = math.sqrt(factor / weights.sum())
+    error = math.sqrt(1 / weights.sum())
     half = float(stats.t.ppf(1 - alpha / 2, k - 1)) * error
     p = 2 * float(stats.t.sf(abs(mean) / error, k - 1))
     return Pooled(k, mean, mean - half, mean + half, p, math.sqrt(tau2))
