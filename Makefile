@@ -142,5 +142,7 @@ benchmark: setup
 	$(call measure,vit,--models upstream$(,)pc --network vit-b --repeats 3)
 	$(call measure,vit_infer,--models upstream$(,)pc --network vit-b --mode infer --repeats 3)
 	$(call measure,attention,--models upstream$(,)none$(,)pc --network attention)
+	$(call measure,ct,--models "none$(,)ct$(,)ct(form=\"newton_schulz\")")
+	$(call measure,ct_vit,--models "none$(,)ct$(,)ct(form=\"newton_schulz\")" --network vit-b --size 224 --repeats 9)
 	$(call measure,sweep,--models upstream$(,)pc --sweep --repeats 2)
 	@echo "the tables are in $(TABLES)"

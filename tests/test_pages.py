@@ -123,7 +123,7 @@ def test_what_the_reference_names_exists():
 
 def test_the_figures_of_the_performance_page():
     """Each row of the table has the ratios of 'pc' in the table that it links to, and the command that made it."""
-    pattern = r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| .*benchmark/([\w/]+).txt\) \| (.*) \|$"
+    pattern = r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| .*benchmark/(?!ct)([\w/]+).txt\) \| (.*) \|$"
     rows = re.findall(pattern, PAGES["performance.md"], re.MULTILINE)
     assert len(rows) == 12
     for what, time, memory, name, command in rows:
@@ -136,6 +136,17 @@ def test_the_figures_of_the_performance_page():
             assert command.strip("`") in text.splitlines()[0]
             pytest.importorskip("mmdet")
             check_tool("tools/analysis/benchmark.py", *shlex.split(command.strip("`")))
+
+
+def test_the_figures_of_conditioned_tokens():
+    """Each row has the ratios of both forms in the table that it links to, and the command that made it."""
+    pattern = r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| .*benchmark/(ct\w*).txt\) \| `(.*)` \|$"
+    rows = re.findall(pattern, PAGES["performance.md"], re.MULTILINE)
+    assert len(rows) == 2
+    for what, *ratios, name, command in rows:
+        first, *lines = (ROOT / "results" / "benchmark" / f"{name}.txt").read_text().splitlines()
+        assert first.endswith(f"benchmark.py {command}") and re.search(r"\d+ x \d+", what)[0] in lines
+        assert ratios == [line.split()[3] for line in lines if line.startswith("ct")], what
 
 
 def load(text, folder):
