@@ -1,6 +1,6 @@
 """Mask R-CNN with a small Swin on the built-in digit scenes, a study that needs no external data."""
 
-_base_ = "_base_/methods.py"
+_base_ = ["_base_/methods.py", "_base_/mask_rcnn_swin_t.py"]
 config = "_base_/mask_rcnn_digit_scenes.py"
 title = "Does conditioning a small Swin help Mask R-CNN to segment handwritten digits on photographs?"
 metric = "coco/segm_mAP"
@@ -8,18 +8,7 @@ factor = 100.0
 unit = "points of mask AP"
 tuning = dict(option="optim_wrapper.optimizer.lr", grid=[5e-4, 1e-3, 2e-3], seeds=[101, 102])
 sizes = dict(
-    cpu={},
     gpu={
-        "model.backbone.embed_dims": 96,
-        "model.backbone.depths": (2, 2, 6, 2),
-        "model.backbone.num_heads": (3, 6, 12, 24),
-        "model.backbone.strides": (4, 2, 2, 2),
-        "model.backbone.out_indices": (0, 1, 2, 3),
-        "model.neck.in_channels": [96, 192, 384, 768],
-        "model.neck.num_outs": 4,
-        "model.rpn_head.anchor_generator.strides": [4, 8, 16, 32],
-        "model.roi_head.bbox_roi_extractor.featmap_strides": [4, 8, 16, 32],
-        "model.roi_head.mask_roi_extractor.featmap_strides": [4, 8, 16, 32],
         "model.backbone.window_size": 8,
         "train_dataloader.dataset.pipeline.2.scale": (512, 512),
         "val_dataloader.dataset.pipeline.1.scale": (512, 512),

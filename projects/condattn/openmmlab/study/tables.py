@@ -190,7 +190,7 @@ def plan_table(study: Study, results: Results) -> Table:
         *[["repeated bit for bit", text] for text in header.get("verified", ())],
         ["packages", _origins([_packages(record.versions) for record in records] or [_packages(header["versions"])])],
     ]
-    return Table("Decided beforehand", ["", ""], rows)
+    return Table("Decided beforehand", ["setting", "value"], rows)
 
 
 def _tuning(study: Study) -> str:
@@ -267,7 +267,11 @@ def spectra_tables(study: Study, results: Results) -> list[Table]:
     ratios = [[f"{a} / {b}", *_ratios(last[a], last[b])] for a, b in _pairs(study)]
     names = {(q, r): QUANTITIES[q] + ("" if q == r else f" over {QUANTITIES[r]}") for q, r in RATIOS.items()}
     return [
-        Table("Attention at the end of the training", ["variant", *(QUANTITIES[q] for q in found)], rows),
+        Table(
+            "Condition numbers, entropy and largest logit at the end of the training",
+            ["variant", *(QUANTITIES[q] for q in found)],
+            rows,
+        ),
         Table("Ratios of condition numbers at the end of the training", ["comparison", *names.values()], ratios),
     ]
 
