@@ -28,8 +28,8 @@ class EmbeddedTokens(ModelInputMethod):
     our reading of the paper's "embedded tokens". Padding of images consists of tokens like others and takes part;
     tokens that a mask excludes (BERT) do not. kappa(X + C) <= 2 holds for the singular values that are larger than
     rounding errors of the precision in which the tokens were computed (:func:`condattn.kernels.polar.rounding`: 3e-5
-    of the largest in single precision). The others are not corrected, and their ratio to the largest doubles. Adds no
-    parameter.
+    of the largest in single precision, and more for over 4,096 tokens). The others are not corrected, and their ratio
+    to the largest doubles. Adds no parameter.
 
     Attributes:
         form: 'svd' decomposes the tokens in every forward, as the paper does. 'newton_schulz' approximates C by
