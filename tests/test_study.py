@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 from tiny_study import TINY, finish, write_images
 
 import condattn.registry  # noqa: F401  registers the models
@@ -136,7 +138,10 @@ def test_the_studies_of_this_project(path):
         study = load_study(str(path), size)
         for variant in study.variants:
             cfg = training_config(study, RunId(FINAL, variant, 0, study.grid[0]), ROOT, ROOT)
+            import_modules_from_strings(**cfg.get("custom_imports", {"imports": []}))
             check_metric(study, cfg)
+            with pytest.raises(UserError, match=f"no metric 'other'; the evaluators report .*{study.metric}"):
+                check_metric(replace(study, metric="other"), cfg)
             assert cfg.train_cfg.val_interval * study.evaluations == cfg.train_cfg.max_iters
             scheduler = cfg.param_scheduler[-1]
             assert scheduler.T_max == cfg.train_cfg.max_iters

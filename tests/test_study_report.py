@@ -36,6 +36,8 @@ def test_reports_are_the_same_every_time(study_file, tmp_path):
     assert (
         "| none | 2 of 2 | 52.00 | 0.00 | 0.001 | 100% |" in text and "| pc | 2 of 2 | 73.00 | 1.41 | 0.001 |" in text
     )
+    # two tuning scores of pc differ by 2, those of none by 0: the median variance is 1, its median share of chi2 0.455
+    assert "## Tuning: mean scores in points; 2 standard errors are 2.97\n" in text
     page = (results.folder / "report.html").read_text()
     assert page.count("<svg") == 1 and "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""

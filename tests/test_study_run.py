@@ -97,6 +97,21 @@ def training(study_file, tmp_path, monkeypatch):
     return run
 
 
+def test_a_record_names_the_checkpoint_that_it_started_from(study_file, tmp_path, monkeypatch):
+    start = dict(checkpoint="{seed}.pth", command="the test writes it")
+    study = replace(load_study(study_file()), start=start)
+    results = Results(study, tmp_path)
+    monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
+    monkeypatch.setattr(run_module, "_call", lambda *arguments: "the loss is not finite in iteration 1")
+    (tmp_path / "5.pth").write_bytes(b"abc")
+    record = execute(study, results, RUN, tmp_path, "abc")
+    assert record.start == "ba7816bf8f01cfea" and results.records() == {RUN: record}  # NIST's example of SHA-256
+    results.write_header(commit="abc", versions={})
+    write_report(study, results)
+    report = (results.folder / "report.md").read_text()
+    assert "| trainings start from | {seed}.pth; seed 5: ba7816bf8f01cfea |" in report
+
+
 def scores(*values):
     return [{"accuracy/top1": value, "step": 2 * step + 2} for step, value in enumerate(values)]
 

@@ -21,6 +21,8 @@ class ByteLoss(BaseMetric):
         **kwargs: ``collect_device``, ``prefix`` and ``collect_dir`` of mmengine's ``BaseMetric``.
     """
 
+    metric_names = ("nats_per_byte", "bits_per_byte", "accuracy", "unigram_bits_per_byte")
+
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Keep what the model has predicted: dictionaries as of ``ByteModel`` with the mode 'predict'."""
         self.results.extend(data_samples)

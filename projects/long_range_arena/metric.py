@@ -11,6 +11,7 @@ class SequenceAccuracy(BaseMetric):
     """``accuracy/top1``: percentage of the samples whose ``pred_label`` is their ``gt_label``."""
 
     default_prefix = "accuracy"
+    metric_names = ("top1",)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Compare the labels of a batch."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS, METRICS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 
 from ..errors import UserError
@@ -63,7 +63,10 @@ def check_metric(study: Study, cfg: Config) -> None:
 
 
 def metric_names(evaluator: dict[str, Any]) -> list[str]:
-    """Names of the metrics that an evaluator reports; empty if its type is not known here."""
+    """Names of the metrics that an evaluator reports; empty if neither they nor its type are known here.
+
+    The type may name them in its attribute ``metric_names``, without the prefix.
+    """
     kind = evaluator["type"].rpartition(".")[2]
     if kind == "CocoMetric":
         metrics = evaluator.get("metric", "bbox")
@@ -74,7 +77,9 @@ def metric_names(evaluator: dict[str, Any]) -> list[str]:
     if kind == "Accuracy":
         topk = evaluator.get("topk", (1,))
         return [f"accuracy/top{k}" for k in (topk if isinstance(topk, Iterable) else [topk])]
-    return []
+    metric = METRICS.get(evaluator["type"])
+    prefix = evaluator.get("prefix") or getattr(metric, "default_prefix", None)
+    return [f"{prefix}/{name}" if prefix else name for name in getattr(metric, "metric_names", ())]
 
 
 def check_images(study: Study, cfg: Config) -> None:

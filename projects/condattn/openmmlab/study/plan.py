@@ -291,24 +291,38 @@ def rates_on_grid(study: Study, scores: Scores, grid: Sequence[float]) -> dict[s
     up to 23 % showed one instead of 5 %. The cost is that a variant whose best rate differs, but is better by less than
     the threshold, is trained at a rate that is slightly worse for it. Rates that the study fixes are as they are.
     """
-    chosen, cells = fixed_rates(study), {}
-    if len(chosen) == len(study.variants):
+    chosen, cells = fixed_rates(study), _tuning_scores(study, scores, grid)
+    if not tuned_variants(study):
         return chosen
-    for variant in tuned_variants(study):
-        cells[variant] = [
-            [scores.get(RunId(TUNING, variant, seed, rate)) for seed in study.tuning_seeds] for rate in grid
-        ]
-        if any(None in cell for cell in cells[variant]):
-            return None
+    margin = tuning_margin(study, scores, grid)
+    if margin is None:
+        return None
     means = {variant: [statistics.mean(cell) for cell in row] for variant, row in cells.items()}
     deficits = [statistics.median(row[i] - max(row) for row in means.values()) for i in range(len(grid))]
     common = _best(deficits)
-    seeds = len(study.tuning_seeds)
-    margin = MARGIN * _spread([cell for row in cells.values() for cell in row]) * math.sqrt(2 / seeds)
     for variant, row in means.items():
         own = _best(row)
         chosen[variant] = grid[own if row[own] - row[common] > margin else common]
     return chosen
+
+
+def tuning_margin(study: Study, scores: Scores, grid: Sequence[float]) -> float | None:
+    """Margin by which a variant's own best rate must beat the common one, as a score; None while a run is missing.
+
+    It is :data:`MARGIN` standard errors of the difference between the mean scores of two rates.
+    """
+    cells = [cell for row in _tuning_scores(study, scores, grid).values() for cell in row]
+    if not cells or any(None in cell for cell in cells):
+        return None
+    return MARGIN * _spread(cells) * math.sqrt(2 / len(study.tuning_seeds))
+
+
+def _tuning_scores(study: Study, scores: Scores, grid: Sequence[float]) -> dict[str, list[list[Any]]]:
+    """Tuned variant -> for each rate, the scores of the tuning seeds; None for those of missing runs."""
+    return {
+        variant: [[scores.get(RunId(TUNING, variant, seed, rate)) for seed in study.tuning_seeds] for rate in grid]
+        for variant in tuned_variants(study)
+    }
 
 
 def _best(scores: Sequence[float]) -> int:

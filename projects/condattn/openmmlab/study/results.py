@@ -49,6 +49,7 @@ class Record:
         versions: What :func:`versions` returned when the run ended.
         training: Hash of the training's configuration; empty if no other study may use the run.
         origin: Name of the study that executed the run; empty if it was this one.
+        start: Hash of the checkpoint that the training started from; empty if there was none.
     """
 
     run: RunId
@@ -62,6 +63,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     training: str = ""
     origin: str = ""
+    start: str = ""
 
     def curve_over(self, steps: Sequence[float]) -> list[tuple[float, float]]:
         """The curve at ``steps``; a failed run keeps its last score, 0 if it has none, until the end."""

@@ -171,6 +171,7 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         if keep and (record := results.find_elsewhere(run, training, commit)):
             results.add(record)
             return record
+        start = _digest(start_of(study, run.seed, root).read_bytes()) if study.start else ""
         error = _call(code, root, lock, folder / "train.log", "train.py", config, "--work-dir", folder, "--resume")
         curve, spectra = read_curves(folder, study.metric)
         if error and DIVERGED not in error:
@@ -195,6 +196,7 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
             commit=commit,
             versions=versions(),
             training=training,
+            start=start,
         )
         if keep:
             results.add(record)
@@ -229,7 +231,11 @@ def _metrics(folder: Path) -> list[str]:
 def _training(study: Study, cfg: Config) -> str:
     """Hash of a training and its score; empty for a study whose trainings start from checkpoints, which may change."""
     text = f"{study.metric}\n{cfg.pretty_text}"
-    return "" if study.start else hashlib.sha256(text.encode()).hexdigest()[:16]
+    return "" if study.start else _digest(text.encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextmanager

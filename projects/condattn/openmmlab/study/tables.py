@@ -5,7 +5,7 @@ import io
 import math
 import statistics as mean_and_spread
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .plan import (
@@ -18,6 +18,7 @@ from .plan import (
     current_grid,
     planned_runs,
     tuned_variants,
+    tuning_margin,
 )
 from .results import FAILED, Record, Results
 from .statistics import ALPHA, Comparison, compare_family, paired_ratio, seeds_for
@@ -161,7 +162,9 @@ def tuning_table(study: Study, results: Results) -> Table:
             found = [study.factor * scores[run] for run in runs if run in scores]
             cells.append(f"{mean_and_spread.mean(found):.2f}" if len(found) == len(runs) else "")
         rows.append([name, *cells])
-    return Table(f"Tuning: mean scores in {study.unit}", ["variant", *(f"{rate:g}" for rate in grid)], rows)
+    margin = tuning_margin(study, scores, grid)
+    known = "" if margin is None else f"; {MARGIN:g} standard errors are {study.factor * margin:.2f}"
+    return Table(f"Tuning: mean scores in {study.unit}{known}", ["variant", *(f"{rate:g}" for rate in grid)], rows)
 
 
 def plan_table(study: Study, results: Results) -> Table:
@@ -175,7 +178,7 @@ def plan_table(study: Study, results: Results) -> Table:
         ["question", study.title + (" (exploratory)" if study.exploratory else "")],
         ["configuration", study.config.name + (f", with {_options(study.options)}" if study.options else "")],
         *([["data", study.data["source"]]] if study.data else []),
-        *([["trainings start from", study.start["checkpoint"]]] if study.start else []),
+        *([["trainings start from", _starts(study, records)]] if study.start else []),
         ["score", f"{study.metric} in {study.unit}, at the last iteration, on data that are used once"],
         ["difference that matters", f"{study.difference:g} {study.unit}"],
         ["families", families],
@@ -191,6 +194,12 @@ def plan_table(study: Study, results: Results) -> Table:
         ["packages", _origins([_packages(record.versions) for record in records] or [_packages(header["versions"])])],
     ]
     return Table("Decided beforehand", ["setting", "value"], rows)
+
+
+def _starts(study: Study, records: Iterable[Record]) -> str:
+    """The checkpoint that trainings start from, with the first digits of the SHA-256 of each seed's file."""
+    hashes = sorted({(record.run.seed, record.start) for record in records if record.start})
+    return study.start["checkpoint"] + "".join(f"; seed {seed}: {digest}" for seed, digest in hashes)
 
 
 def _tuning(study: Study) -> str:
@@ -314,7 +323,8 @@ def csv_text(study: Study, results: Results) -> str:
     compared = {(family, one.variant, one.reference): one for family, ones in found.items() for one in ones}
     pairs = [(family, *pair) for family, ones in study.families.items() for pair in ones]
     alone = [("", name, "") for name in study.variants if name not in {variant for _, variant, _ in pairs}]
-    variants = {row[0]: row for row in variant_table(study, results).rows}
+    table = variant_table(study, results)
+    variants = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -333,7 +343,7 @@ def csv_text(study: Study, results: Results) -> str:
                 len(scores),
                 f"{mean_and_spread.mean(scores):.6g}" if scores else "",
                 f"{mean_and_spread.stdev(scores):.6g}" if len(scores) > 1 else "",
-                *variants[variant][4:6],
+                *(variants[variant][column] for column in ("learning rate", "meets baseline at")),
                 sum(record.status == FAILED for record in results.final(variant)),
                 *(family, reference),
                 *([f"{number:.6g}" for number in numbers] or [""] * 5),
