@@ -8,6 +8,7 @@ pytest.importorskip("timm")
 import timm
 
 import condattn
+from condattn.openmmlab.study import gain as gain_module
 from condattn.openmmlab.study.gain import GAINS, GainedRowPreconditioner
 
 
@@ -40,6 +41,33 @@ def test_the_first_batch_fixes_an_initial_gain():
     other, _ = projection("initial")
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.blocks[0].attn.proj.head_gain, before)
+
+
+def test_evaluation_before_training_uses_the_gain_of_its_batch():
+    _, layer = projection("initial")
+    x = torch.randn(2, 5, layer.in_features)
+    output = layer.eval()(x)
+    assert layer.head_gain.isnan().all()
+    torch.testing.assert_close(output, layer.train()(x))
+
+
+def test_processes_have_the_same_gain(monkeypatch):
+    """The mean of what the first batches of all processes give."""
+    _, layer = projection("initial")
+    monkeypatch.setattr(gain_module, "all_reduce", lambda values, op: values.fill_({"mean": 3.0}[op]))
+    layer.train()(torch.randn(2, 5, layer.in_features))
+    assert layer.head_gain.eq(3).all()
+
+
+@pytest.mark.parametrize("gain", GAINS)
+def test_removed(gain):
+    model, _ = projection(gain)
+    condattn.remove(model)
+    plain = timm.create_model("test_vit", img_size=32)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
 
 
 def test_a_learned_gain_is_trained():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from mmengine.dist import all_reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,6 +64,13 @@ class GainedRowPreconditioner(RowPreconditioner):
             start = (owner.in_features / heads) ** 0.5 if self.gain == "sqrt" else torch.nan
             owner.register_buffer("head_gain", torch.full((heads,), start))
 
+    @classmethod
+    def remove(cls, site: AttentionSite) -> None:
+        """Remove the preconditioner and its gain."""
+        owner = site.out.owner
+        super().remove(site)
+        del owner.head_gain
+
 
 class GainedLinear(HeadTransformLinear):
     """An output projection whose normalised input is multiplied by a gain for each head.
@@ -75,8 +83,17 @@ class GainedLinear(HeadTransformLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the rows of the head outputs, multiply them by the gain, and project."""
-        if self.head_transform.method.gain == "initial" and self.training and self.head_gain.isnan().any():
-            with torch.no_grad():
-                self.head_gain.copy_(self.head_transform.scales(input))
-        gain = self.head_gain.repeat_interleave(self.in_features // len(self.head_gain)).to(input.dtype)
+        gain = self._initial_gain(input) if self.head_transform.method.gain == "initial" else self.head_gain
+        gain = gain.repeat_interleave(self.in_features // len(gain)).to(input.dtype)
         return F.linear(self.head_transform.transform(input) * gain, self.weight, self.bias)
+
+    @torch.no_grad()
+    def _initial_gain(self, input: Tensor) -> Tensor:
+        """Return the gain, which the first training batch of all processes fixes; before it, that of ``input``."""
+        if not self.head_gain.isnan().any():
+            return self.head_gain
+        found = self.head_transform.scales(input).to(self.head_gain)
+        if self.training:
+            all_reduce(found, "mean")
+            self.head_gain.copy_(found)
+        return found
