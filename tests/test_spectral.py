@@ -256,6 +256,15 @@ class TestCopies:
         module = attention(method)
         assert torch.equal(run(copy.deepcopy(module)), run(module))
 
+    def test_a_copy_of_a_compiled_module_computes_with_its_own_weights(self, method):
+        module = attention(method)
+        module.compile(backend="eager")
+        other = copy.deepcopy(module)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert not run(other).any() and run(module).any()
+
     def test_pickle(self, method):
         module = attention(method)
         buffer = io.BytesIO()

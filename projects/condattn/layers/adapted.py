@@ -18,6 +18,7 @@ from ..kernels.switch import is_compiling
 from .correction import CorrectedModule
 from .head_transform import HeadTransformLinear
 from .hooks import remove_hooks
+from .turns import end_turn, take_turn
 
 ADDITIVE = {"peft.tuners.lora.layer.LoraLayer": True, "mmpretrain.models.peft.lora.LoRALinear": True}
 """Adapters that compute the output of the wrapped layer for their own input, and add something to it."""
@@ -79,8 +80,10 @@ def prepare(adapter: Any, args: tuple) -> tuple | None:
             )
         layer.settle()
     transform = getattr(layer, "head_transform", None)
-    if transform is None or isinstance(layer, nn.MultiheadAttention) or layer.is_prepared:
+    if transform is None or isinstance(layer, nn.MultiheadAttention):
         return None
+    if layer.is_prepared if is_compiling() else not take_turn(transform, adapter):
+        return None  # by an adapter around this one
     layer.is_prepared = True
     return transform.transform(args[0]), *args[1:]
 
@@ -88,7 +91,7 @@ def prepare(adapter: Any, args: tuple) -> tuple | None:
 def finish(adapter: nn.Module, args: tuple, output: object) -> None:
     """Reset the flag that the input of the wrapped layer is transformed already; a forward hook of the adapter."""
     layer: Any = inner(adapter)
-    if getattr(layer, "is_prepared", False):
+    if getattr(layer, "is_prepared", False) and (is_compiling() or end_turn(layer.head_transform, adapter)):
         layer.is_prepared = False
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
 from ..attention.classes import qualified_name
 from ..attention.site import AttentionSite
+from ..kernels.private import override_parameter
+from .turns import end_turn, take_turn
 
 # Wrappers that behave differently from the class that they wrap only in torch before 1.5.
 SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
@@ -42,6 +45,8 @@ class ConditionedLayer:
     """Mixin for the classes that :func:`swap_class` gives to layers; ``host`` is the class that they extend."""
 
     host: ClassVar[type[nn.Module]]
+    overridden: Mapping[str, Any] | None = None
+    """The parameters that others replace at the moment, see :class:`.overrides.ParameterOverride`."""
 
     def __new__(cls, *args, **kwargs) -> Any:
         """Build a plain host layer if there are arguments, as PEFT's adapters need; copying passes no arguments."""
@@ -49,6 +54,22 @@ class ConditionedLayer:
 
     def __prepare_scriptable__(self) -> None:
         refuse_scripting()
+
+    def _save_to_state_dict(self, *args, **kwargs) -> None:
+        take_turn(self, self)
+        try:
+            restore_parameters(self)  # an interrupted forward has not done so
+            super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]  # of nn.Module
+        finally:
+            end_turn(self, self)
+
+
+def restore_parameters(owner: Any) -> None:
+    """Put the parameters back that were replaced for a forward."""
+    if overridden := getattr(owner, "overridden", None):
+        for name, parameter in overridden.items():
+            override_parameter(owner, name, parameter)
+        owner.overridden = None
 
 
 def refuse_scripting() -> None:

@@ -152,7 +152,7 @@ class CorrectedModule(nn.Module):
     """Whether the weight is stored as (in features, out features)."""
     corrections: Mapping[str, tuple[Correction, ...]] = MappingProxyType({})
     """Name of a weight -> its corrections."""
-    overridden: Mapping[str, Tensor] | None = None
+    overridden: Mapping[str, Any] | None = None
     """The weights W that W + C replaces at the moment, see :class:`.overrides.ParameterOverride`."""
     unsettled: frozenset[str] = frozenset()
     """Names of the buffers whose corrections are not fixed yet."""
@@ -298,9 +298,10 @@ class CorrectedModule(nn.Module):
             if name in self.unsettled and not weight.is_meta:
                 constant = getattr(self, name)
                 fixed[name] = correction.compute(self._matrix(weight)) if constant.isnan().any() else constant
+        state = super().__getstate__()  # without what ``compile`` has compiled
         if not fixed:
-            return self.__dict__
-        return {**self.__dict__, "_buffers": {**self._buffers, **fixed}, "unsettled": self.unsettled.difference(fixed)}
+            return state
+        return {**state, "_buffers": {**self._buffers, **fixed}, "unsettled": self.unsettled.difference(fixed)}
 
     def _settle(self, parameter: str, correction: Correction, matrix: Tensor) -> None:
         constant = getattr(self, correction.buffer(parameter))

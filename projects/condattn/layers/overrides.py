@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from ..attention.adapters import inner, is_at_work
 from ..kernels.private import forward_hooks, override_parameter
-from ..kernels.switch import is_plain
+from ..kernels.switch import is_compiling, is_plain
+from .class_swap import restore_parameters
 from .hooks import remove_hooks
+from .turns import end_turn, take_turn
 
 
 class ParameterOverride(ABC):
@@ -34,13 +36,15 @@ class ParameterOverride(ABC):
         """Return the replacements of parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
 
     def begin(self, reader: nn.Module, args: tuple) -> None:
-        """Replace the parameters; a forward pre-hook of the reader."""
+        """Replace the parameters; a forward pre-hook of the reader. Other threads wait until they are restored."""
         layer = reader.get_submodule(self.path)
         owner: Any = inner(layer)
+        if not is_compiling() and take_turn(owner, self):
+            restore_parameters(owner)  # an interrupted forward has not done so
         others = self.parameters(layer, owner)
         owner.overridden = {
-            **(getattr(owner, "overridden", None) or {}),
             **{name: getattr(owner, name) for name in others},
+            **(getattr(owner, "overridden", None) or {}),
         }
         for name, other in others.items():
             override_parameter(owner, name, other)
@@ -48,9 +52,16 @@ class ParameterOverride(ABC):
     def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
         """Restore the parameters; a forward hook of the reader."""
         owner: Any = inner(reader.get_submodule(self.path))
-        for name, parameter in (getattr(owner, "overridden", None) or {}).items():
-            override_parameter(owner, name, parameter)
-        owner.overridden = None
+        restore_parameters(owner)
+        try:
+            return self.finish(reader, output)
+        finally:
+            if not is_compiling():
+                end_turn(owner, self)
+
+    def finish(self, reader: nn.Module, output: Any) -> Any:
+        """Return what replaces the reader's output, with the parameters restored; None leaves it as it is."""
+        return None
 
     @classmethod
     def detach(cls, reader: nn.Module, owner: nn.Module | None = None, parameter: str | None = None) -> None:
@@ -58,6 +69,7 @@ class ParameterOverride(ABC):
         for override in _overrides(reader, cls):
             layer = inner(reader.get_submodule(override.path))
             if owner in (None, layer) and parameter in (None, getattr(override, "parameter", None)):
+                restore_parameters(layer)
                 layer.__dict__.pop("overridden", None)
                 remove_hooks(reader, (override.begin, override.end).__contains__)
 
@@ -130,7 +142,6 @@ class PostponedProjection(ParameterOverride):
             return {"weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device), "bias": None}
         return {"weight": weight.as_subclass(Identity), "bias": None}
 
-    def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
-        """Restore the parameters, and call the layer on the reader's output."""
-        super().end(reader, args, output)
+    def finish(self, reader: nn.Module, output: Any) -> Any:
+        """Call the layer on the reader's output; None if the forward failed."""
         return None if output is None else reader.get_submodule(self.path)(output)

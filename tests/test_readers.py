@@ -1,0 +1,77 @@
+"""Modules that read weights of a layer, and adapters around one: several threads, and forwards that are interrupted."""
+
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import condattn
+
+torchvision = pytest.importorskip("torchvision")
+
+
+@pytest.fixture
+def switching():
+    """Threads that take turns often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def swin(conditioning):
+    """A model whose attention modules read the weights of their layers themselves."""
+    torch.manual_seed(0)
+    model = torchvision.models.SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=3).eval()
+    condattn.condition(model, conditioning)
+    return model
+
+
+def all_equal(model, images, runs=60):
+    """Whether outputs of two threads are all equal to those of one."""
+    with torch.no_grad():
+        wanted = model(images)
+        with ThreadPoolExecutor(2) as pool:
+            outputs = list(pool.map(lambda _: torch.no_grad()(model)(images), range(runs)))
+    return all(torch.equal(output, wanted) for output in outputs)
+
+
+@pytest.mark.parametrize("conditioning", ["sc", "pc", "sc+pc"])
+def test_threads_that_share_a_model(conditioning, switching):
+    model = swin(conditioning)
+    before = copy.deepcopy(model.state_dict())
+    assert all_equal(model, torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_threads_that_share_adapters(switching):
+    peft = pytest.importorskip("peft")
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", img_size=32).eval()
+    condattn.condition(model, "pc")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["proj"], exclude_modules=["patch_embed.proj"]))
+    assert all_equal(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("conditioning", ["sc", "pc", "sc+pc"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interrupted_forward(conditioning, saved):
+    """The weights that are saved after it, and the next outputs, are those of a model that was not interrupted."""
+    model, images = swin(conditioning), torch.randn(1, 3, 32, 32)
+    wanted, before = model(images), copy.deepcopy(model.state_dict())
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt  # after which PyTorch calls no hook
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.functional, "dropout", interrupt)  # which the attention modules call
+        model(images)
+    if saved:
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(model(images), wanted)
+    assert torch.equal(model(images), wanted)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(model, images).result(60), wanted)
