@@ -25,7 +25,7 @@ pytest.importorskip("mmseg")
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.conditioning_guard import ConditioningGuardHook
 from condattn.openmmlab.models.factory import Conditioned
-from condattn.openmmlab.models.loading import check_conditioning, drop_record, record_of, with_record
+from condattn.openmmlab.models.loading import check_conditioning, drop_record, record_of, recorded, with_record
 from condattn.openmmlab.runner.checkpoints import read_checkpoint, read_safely
 
 SWIN = DEMO / "mask_rcnn_swin_pc.py"
@@ -412,6 +412,41 @@ def test_convert(call, refuse, suffix, tmp_path):
         "checkpoints/convert", "conv.pth", "x.pth", "--to", "mmseg", parts=("no known format (conv.weight)", "DaViT")
     )
     assert os.listdir(tmp_path) == [name for name in os.listdir(tmp_path) if not name.startswith(".")]
+
+
+def test_converted_weights_keep_the_record_of_their_conditioning(call, refuse):
+    """As of a whole detector in mmdet's names, and back."""
+    timm = pytest.importorskip("timm")
+    widths = dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 3))
+    model = timm.create_model("swin_tiny_patch4_window7_224", **widths)
+    condattn.condition(model, "sc+pc")
+    record = condattn.conditioning_of(model)
+    torch.save({"meta": {"conditioning": record}, "state_dict": model.state_dict()}, "timm.pth")
+    assert not call("checkpoints/convert", "timm.pth", "mmdet.pth", "--to", "mmdet")[0]
+    found = recorded(torch.load("mmdet.pth", weights_only=True))
+    assert found == {f"backbone.stages.{i}.blocks.0.attn.w_msa": record[f"layers.{i}.blocks.0.attn"] for i in range(4)}
+    assert not call("checkpoints/convert", "mmdet.pth", "back.pth", "--to", "timm")[0]
+    assert recorded(torch.load("back.pth", weights_only=True)) == record
+    parts = ("timm.pth was trained with conditioned attention", "choose a name with .pth")
+    refuse("checkpoints/convert", "timm.pth", "mmdet.safetensors", "--to", "mmdet", parts=parts)
+
+
+@pytest.mark.parametrize("conditioning, reason", [("ct", "trained without EmbeddedTokens cannot"), ("ci", "nothing")])
+def test_what_cannot_be_calibrated(refuse, detection, vanilla, scenes, conditioning, reason):
+    images = scenes / "images" / "validation"
+    options = ["--cfg-options", *detection.options, f"model.backbone.conditioning={conditioning}"]
+    command = [SWIN, vanilla, "--images", images, "--out", "new.pth"]
+    refuse("checkpoints/calibrate", *command, *options, parts=(reason,))
+
+
+def test_the_advice_for_weights_without_conditioning():
+    for conditioning, advised in (("pc", True), ("sc+pc", True), ("ct", False), ("ct+pc", False)):
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("test_vit", img_size=32)
+        condattn.condition(model, conditioning)
+        with pytest.raises(UserError) as error:
+            check_conditioning({}, "plain.pth", model)
+        assert ("calibrate.py" in str(error.value)) == advised, conditioning
 
 
 def test_calibration_before_the_first_iteration(call, detection, vanilla, tmp_path):

@@ -11,7 +11,8 @@ from condattn.attention.rules import find_sites
 from condattn.layers.correction import subtract_corrections
 from condattn.layers.head_transform import head_transform_of
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.models.loading import record_of, recorded
+from condattn.methods import HeadOutputMethod, WeightMethod
+from condattn.openmmlab.models.loading import inconvertible, methods_in, record_of, recorded
 from condattn.openmmlab.runner.inference import Predictor
 from condattn.openmmlab.runner.launch import choose_device
 from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, write_checkpoint
@@ -33,8 +34,14 @@ def main() -> None:
         raise UserError(f"{args.checkpoint} is of a conditioned model already; expected weights trained without")
     predictor = Predictor(cfg, args.checkpoint, choose_device(args.device), other_conditioning=True, unsafe=args.unsafe)
     model = predictor.model
-    if not any(record_of(model).values()):
-        raise UserError(f"the model of {args.config} is not conditioned; there is nothing to calibrate")
+    record = record_of(model)
+    if names := inconvertible(record):
+        raise UserError(
+            f"{args.config}: weights that were trained without {', '.join(names)} cannot be converted for it; train "
+            f"with it from the start, or from {args.checkpoint} as it is, by load_from and --other-conditioning"
+        )
+    if not any(methods_in(record, kind) for kind in (HeadOutputMethod, WeightMethod)):
+        raise UserError(f"the model of {args.config} has no PC and no SC; there is nothing to calibrate")
     if number := subtract_corrections(model):
         print(f"{number} weights: W - C in place of W; W + C, and so the function, is that of the checkpoint")
     if any(head_transform_of(site) for site in find_sites(model)):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.models.loading import ENTRY, Record, recorded, renamed_record
 from condattn.openmmlab.runner.checkpoints import add_unsafe_argument
 from condattn.weights.atomic import write_whole
 from condattn.weights.files import BadFileError, read_file, weights_of
@@ -29,7 +30,8 @@ def main() -> None:
     """Convert the weights, and print the recognised format and the names of weights that were left out."""
     args = parse_args()
     try:
-        weights, beside, where = weights_of(read_file(args.source, args.unsafe), args.source)
+        content = read_file(args.source, args.unsafe)
+        weights, beside, where = weights_of(content, args.source)
     except BadFileError as error:
         raise UserError(error) from error
     source = recognize(weights)
@@ -42,20 +44,29 @@ def main() -> None:
         raise UserError(f"{args.source} is a {source}, for which {args.to} has no names; these have: {takers}")
     converted, left_out = translate(weights, source, target)
     named = {target.prefix + name: value.contiguous() for name, value in converted.items()}
-    write_whole(args.target, lambda path: save(named, path, Path(args.target).suffix))
+    record = renamed_record(recorded(content), weights, source, target)
+    record = {target.prefix + name: methods for name, methods in record.items()}
+    suffix = Path(args.target).suffix
+    if any(record.values()) and suffix == ".safetensors":
+        raise UserError(
+            f"{args.source} was trained with conditioned attention, which it records, and a .safetensors file has no "
+            "place for the record; choose a name with .pth"
+        )
+    write_whole(args.target, lambda path: save(named, path, suffix, record))
     print(f"{where}: {source}; {len(named)} weights written to {args.target} as {target}")
     if left_out + beside:
         print(f"left out: {len(left_out + beside)} ({some(left_out + beside, 10)})")
 
 
-def save(weights: dict[str, torch.Tensor], path: Path, suffix: str) -> None:
-    """Write weights in the file format that belongs to the suffix."""
+def save(weights: dict[str, torch.Tensor], path: Path, suffix: str, record: Record) -> None:
+    """Write weights in the file format that belongs to the suffix, and the record of conditioning if there is one."""
     if suffix == ".safetensors":
         from safetensors.torch import save_file
 
         save_file({name: value.clone() for name, value in weights.items()}, path)
     else:
-        torch.save({"state_dict": weights}, path)
+        meta = {"meta": {ENTRY: record}} if record else {}
+        torch.save({**meta, "state_dict": weights}, path)
 
 
 if __name__ == "__main__":

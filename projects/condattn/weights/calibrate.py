@@ -19,7 +19,7 @@ from ..attention.rules import find_sites
 from ..attention.site import AttentionSite
 from ..attention.stored import check_writable
 from ..kernels.switch import plain
-from ..layers.head_transform import HeadTransform, head_transform_of
+from ..layers.head_transform import HeadTransform, HeadTransformLinear, head_transform_of
 
 
 @dataclass
@@ -154,6 +154,8 @@ class _Probe:
         owner, projection = self.site.out.owner, self.site.out.projection
         if is_at_work(owner):
             return "because an adapter is around its output projection; merge it before"
+        if isinstance(inner(owner), HeadTransformLinear) and type(inner(owner)) is not HeadTransformLinear:
+            return f"because a {type(inner(owner)).__name__} does more to its head outputs than transform them"
         direct = inner(owner) is projection or isinstance(owner, nn.MultiheadAttention | nn.Identity)
         if not direct:
             return f"because a {type(owner).__name__} stands between its heads and the output projection"

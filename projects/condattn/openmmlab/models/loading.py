@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ...attention.rules import find_sites
 from ...condition import conditioning_of, same_conditioning
-from ...methods.base import Method, registered_methods
+from ...methods.base import Method, method_class, registered_methods
+from ...methods.head_output import HeadOutputMethod
 from ...methods.parsing import parse
 from ...methods.weight import WeightMethod
 from ...weights.files import weights_of
-from ...weights.names import recognize, translate
+from ...weights.names import Format, recognize, translate
 from ...wording import some
 from ..errors import UserError
 from .wrapping import unwrapped
@@ -46,6 +47,16 @@ def methods_in(record: Record, kind: type[Method]) -> list[str]:
     """Names of the methods in ``record`` that are subclasses of ``kind``."""
     names = {method.get("type") for methods in record.values() for method in methods}
     return sorted(names & {cls.__name__ for cls in registered_methods() if issubclass(cls, kind)})
+
+
+def inconvertible(record: Record) -> list[str]:
+    """Names of the methods in ``record`` for which no weights can be made from weights without conditioning.
+
+    They change the function of the model otherwise than by head outputs or by weights.
+    """
+    kinds = (HeadOutputMethod, WeightMethod)
+    changing = methods_in(record, Method)
+    return [name for name in changing if method_class(name).changes_function and not issubclass(method_class(name), kinds)]
 
 
 def check_conditioning(checkpoint: Mapping[str, Any], path: str, model: nn.Module) -> None:
@@ -129,7 +140,7 @@ def difference(record: Record, model: nn.Module, source: str) -> str:
     together = [name for name in places if name == example or name not in sites]
     before, now = (_as_setting(_methods_at(together, entries)) for entries in (theirs, places))
     advice = f"set conditioning={before} in the configuration to load it as it was trained"
-    if before == "'none'":
+    if before == "'none'" and not inconvertible(own):
         advice += ", or make a conditioned checkpoint of it with tools/checkpoints/calibrate.py"
     names = some((name or "(the model itself)" for name in other), 2)
     return (
@@ -165,6 +176,11 @@ def _in_names_of(model: nn.Module, record: Record, checkpoint: Any) -> Record:
     source, target = recognize(weights), recognize(model.state_dict())
     if not source or not target or source == target or source.family != target.family:
         return record
+    return renamed_record(record, weights, source, target)
+
+
+def renamed_record(record: Record, weights: Mapping[str, Tensor], source: Format, target: Format) -> Record:
+    """The record of a model in the naming format ``source``, which has ``weights``, with the names of ``target``."""
     renamed = {}
     for key, methods in record.items():
         parts = key.split(".")
