@@ -404,6 +404,21 @@ def test_a_missing_file_is_the_error_that_upstream_raises(scope):
             build(scope, type, **settings).init_weights()
 
 
+def test_the_branch_of_a_file_that_a_prefix_names(tmp_path):
+    models = [build("mmdet", "ConditionedSwinTransformer", **SMALL) for _ in range(2)]
+    branches = zip(("student.backbone.", "backbone."), models, strict=True)
+    weights = {prefix + name: value for prefix, model in branches for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "both.pth")
+    start = dict(type="Pretrained", checkpoint=str(tmp_path / "both.pth"))
+    for prefix, source in ((dict(prefix="student.backbone."), models[0]), ({}, models[1])):
+        model = build("mmdet", "ConditionedSwinTransformer", **SMALL, init_cfg={**start, **prefix})
+        model.init_weights()
+        assert torch.equal(model.patch_embed.projection.weight, source.patch_embed.projection.weight)
+    model = build("mmdet", "ConditionedSwinTransformer", **SMALL, init_cfg=dict(**start, prefix="teacher"))
+    with pytest.raises(ValueError, match=r"no weights with the prefix 'teacher\.'"):
+        model.init_weights()
+
+
 def test_pretrained_weights_of_no_file():
     model = build("mmseg", "ConditionedVisionTransformer", **VIT, init_cfg=dict(type="Pretrained"))
     with pytest.raises(ValueError, match="expects checkpoint=FILE_OR_ADDRESS, found None"):

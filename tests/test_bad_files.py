@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import zipfile
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -192,6 +193,17 @@ def test_addresses_are_cached_apart(tmp_path, monkeypatch):
     for number in (1, 2, 1):
         content = read_file(f"https://example.org/{number}/model.pth?download=true")
         assert content["weight"] == number
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_page_that_was_downloaded_in_place_of_weights_is_not_kept(name, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda address, path: Path(path).write_text("<html>log in</html>" * 9)
+    )
+    check_refused(f"https://example.org/{name}", "or cut short: copy or download it again")
+    assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".lock"]
 
 
 def test_what_cannot_be_downloaded_is_an_os_error(tmp_path, monkeypatch):

@@ -13,9 +13,13 @@ from runs import CONFIGS, DEMO, LOADERS, NOWHERE, TOOLS, error_lines, run
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS
+
+import condattn.registry  # noqa: F401  registers the models
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner import launch
-from condattn.openmmlab.runner.checkpoints import read_checkpoint
+from condattn.openmmlab.runner.checkpoints import check_pretrained, read_checkpoint
 
 
 def test_a_user_error_is_one_line_and_a_fault_a_traceback(tmp_path):
@@ -215,6 +219,18 @@ def test_pretrained_weights_of_which_none_fits(refuse, detection_options, tmp_pa
     options = [NOWHERE[0], "model.backbone.init_cfg.checkpoint=foreign.pth", *detection_options]
     parts = ("no weight of foreign.pth has a place", "features.norm.weight", "patch_embed", "init_cfg=None")
     refuse("train", DEMO / "mask_rcnn_swin_pc.py", "--cfg-options", *options, parts=parts)
+
+
+def test_weights_of_which_none_fits_beside_corrections_that_are_computed_from_them(tmp_path):
+    torch.save({"state_dict": {"features.norm.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
+    start = dict(type="Pretrained", checkpoint=str(tmp_path / "foreign.pth"))
+    module = dict(type="mmseg.MixVisionTransformer", embed_dims=8, init_cfg=start)
+    settings = dict(type="Conditioned", module=module, conditioning="sc(relative=True)")
+    with pytest.raises(UserError, match=r"none fits: the file has features\.norm\.weight, the model expects layers"):
+        check_pretrained(MODELS.build(settings), settings)
+    swin = ConfigDict(type="mmdet.SwinTransformer", init_cfg=start)  # whose own code for such files fails
+    with pytest.raises(UserError, match=r"foreign\.pth cannot be loaded; .* \(IndexError: list index out of range\)"):
+        check_pretrained(MODELS.build(swin), swin)
 
 
 def test_a_file_in_the_way(call, detection, scenes, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from condattn.weights.files import weights_of
+from condattn.weights.files import BadFileError, weights_of
 from condattn.weights.load import ConversionError, fit, load_pretrained, load_weights
 from condattn.weights.names import FORMATS, recognize, translate
 
@@ -330,6 +330,12 @@ def test_prefixes_and_entries():
     assert weights_of(whole)[:2] == ({"a": tensor}, ["head.b"])
     assert weights_of({"model_ema": {"x": tensor}, "epoch": 3}) == ({"x": tensor}, [], "the file (model_ema)")
     other = {"x": torch.zeros(1)}
+    branches = {"a.backbone.x": tensor, "a.head.y": tensor, "backbone.x": other["x"]}
+    for prefix in ("a", "a."):
+        assert weights_of(branches, prefix=prefix)[0] == {"x": tensor}
+    assert weights_of(branches)[0] == other
+    with pytest.raises(BadFileError, match=r"the file has no weights with the prefix 'b\.'; it has a\.backbone\.x"):
+        weights_of(branches, prefix="b")
     averaged = {"state_dict": other, "state_dict_ema": {"x": tensor}}  # as timm's training script writes it
     assert weights_of(averaged) == ({"x": tensor}, [], "the file (state_dict_ema)")
     swapped = {"state_dict": {"x": tensor}, "ema_state_dict": other}  # as mmengine's EMAHook writes it

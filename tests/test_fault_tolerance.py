@@ -258,6 +258,17 @@ def test_a_loss_that_is_not_a_number_stops_the_run(call, detection, tmp_path):
     assert not list(Path("run").rglob("*.pth"))
 
 
+def test_trouble_where_queries_share_keys():
+    """The heads of queries and keys differ in number."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=24, intermediate_size=16, num_hidden_layers=1, vocab_size=8, max_position_embeddings=8)
+    config = transformers.Qwen2Config(**sizes, num_attention_heads=3, num_key_value_heads=1)
+    model = transformers.Qwen2Model(config)
+    assert find_trouble(model, (torch.tensor([[1, 2, 3]]),), {}) == []
+    model.layers[0].self_attn.k_proj.bias.data.fill_(1e6)
+    assert find_trouble(model, (torch.tensor([[1, 2, 3]]),), {}) == ["saturated logits at layers.0.self_attn"]
+
+
 def test_trouble_is_named_by_site():
     class Model(nn.Module):
         def __init__(self):

@@ -8,6 +8,7 @@ import torch
 from computed_weights import COMPUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registrations import registrations_undone
 from torch import nn
 
 import condattn
@@ -223,6 +224,24 @@ def test_weights_that_are_computed_are_refused(compute):
     (site,) = condattn.find_sites(model.blocks[1])
     with pytest.raises(ValueError, match="set_weight: the weight of a .*Linear cannot be written"):
         site.q.set_weight(torch.zeros(24, 24))
+
+
+@pytest.mark.parametrize("conditioning", ["ci", "sc"])
+@pytest.mark.parametrize("settings", [dict(kernel_size=3), dict(kernel_size=1, groups=2)])
+def test_convolutions_over_several_pixels_or_parts_of_channels_are_refused(settings, conditioning):
+    class Convolutional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Conv2d(8, 24, **settings), nn.Conv2d(8, 8, 1)
+
+    with registrations_undone():
+        rule = lambda m: dict(num_heads=2, out=condattn.into(m.proj, axis=1), **condattn.thirds(m.qkv))  # noqa: E731
+        condattn.register_rule(f"{Convolutional.__module__}.{Convolutional.__qualname__}", rule)
+        model = nn.Sequential(Convolutional())
+        before = model[0].qkv.weight.clone()
+        with pytest.raises(ValueError, match="its q is no 1 x 1 convolution of all channels"):
+            condattn.condition(model, conditioning)
+        assert torch.equal(model[0].qkv.weight, before)
 
 
 def test_a_layout_that_is_none():

@@ -118,6 +118,11 @@ def test_bad_eps(eps):
         RowPreconditioner(eps=eps)
 
 
+def test_a_flag_that_is_none():
+    with pytest.raises(ValueError, match="RowPreconditioner: detach is 'no'; expected True or False"):
+        RowPreconditioner(detach="no")
+
+
 def test_a_vit_of_timm_keeps_no_more_for_its_backward():
     timm = pytest.importorskip("timm")
 

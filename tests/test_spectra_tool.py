@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import condattn
 from condattn.spectra import Measurement, measure
-from condattn.spectra.report import write_report
+from condattn.spectra.report import plot_entropy, write_report
 
 
 def test_the_report(tmp_path):
@@ -36,6 +37,18 @@ def test_the_report(tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "http" not in page and "A &lt;title&gt;" in page
     assert "attention is saturated" in page and page.count("blocks.5.attn") >= 3
+
+
+def test_the_plot_of_the_entropy_has_all_image_sizes():
+    """Of a model with one site, whose entropies are kept apart by the number of keys."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", img_size=64, dynamic_img_size=True, depth=1).eval()
+    images = [torch.randn(1, 3, size, size) for size in (64, 96)]
+    both, *single = (measure(model, inputs, ["entropy"]) for inputs in (images, *([one] for one in images)))
+    assert len(both.entropies) == 2
+    (line, *_) = plot_entropy({"none": both}).axes[0].lines
+    values = [value for m in single for one in m.entropies for value in one.relative.flatten().tolist()]
+    assert line.get_ydata().item() == pytest.approx(statistics.median(values))
 
 
 def spectra_tool(call, *arguments):

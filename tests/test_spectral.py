@@ -285,6 +285,8 @@ class TestCopies:
         (dict(strength=float("nan")), "strength is nan; expected a finite number"),
         (dict(strength=float("inf")), "strength is inf; expected a finite number"),
         (dict(strength="ten"), "strength is 'ten'; expected a finite number"),
+        (dict(strength=True), "strength is True; expected a finite number"),
+        (dict(relative="False"), "relative is 'False'; expected True or False"),
         (dict(strength=dict(q=1.0)), "name the same ones in both"),
         (dict(targets=()), "expected some of"),
         (dict(targets=("q", "o")), "expected some of"),

@@ -70,6 +70,18 @@ def test_removed(gain):
     assert torch.equal(model.eval()(images), plain.eval()(images))
 
 
+def test_measurements_run_the_unconditioned_model():
+    """With the head outputs as they are, and without the gain."""
+    model, layer = projection("sqrt")
+    plain = timm.create_model("test_vit", img_size=32)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "head_gain" not in name})
+    seen = []
+    for block in model.blocks:
+        block.attn.proj.head_transform.observer = seen.append
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model.eval()(images), plain.eval()(images)) and len(seen) == len(model.blocks)
+
+
 def test_a_learned_gain_is_trained():
     model, _ = projection("learned")
     model.train()(torch.randn(2, 3, 32, 32)).sum().backward()

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("mmpretrain")
 
@@ -89,6 +90,19 @@ def test_the_table_and_the_time_that_is_left(pool):
         results.add(a_record(run, 50.0))
     made.jobs = []
     assert made.to_go() == 4
+
+
+@pytest.mark.parametrize("visible, used", [(None, ["0", "1", "0"]), ("4,GPU-7", ["4", "GPU-7", "4"])])
+def test_each_run_has_a_gpu_of_its_own(visible, used, pool, monkeypatch):
+    """Of all, or of those that a scheduler gave to the study."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    made = pool("import os, sys; sys.exit(os.environ['CUDA_VISIBLE_DEVICES'])", jobs=3)
+    for _ in used:
+        made._start(RUN)
+    assert [job.process.communicate()[1].strip() for job in made.jobs] == used
 
 
 def test_runs_that_were_taken_over_say_nothing_about_the_time(pool):

@@ -208,6 +208,14 @@ def test_the_power_stated_is_the_power_found():
     assert statistics.seeds_for(difference, 1.0, level) == seeds
 
 
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0, 40.0])
+def test_the_number_of_seeds_is_the_smallest(ratio):
+    """Also where thousands would be needed, as beside a run that diverged."""
+    seeds = statistics.seeds_for(1.0, ratio, 0.05)
+    assert statistics.power_of(1.0, ratio, seeds, 0.05) >= 0.8
+    assert seeds == 2 or statistics.power_of(1.0, ratio, seeds - 1, 0.05) < 0.8
+
+
 @pytest.mark.parametrize("comparisons", [1, 3, 12])
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_what_few_seeds_detect(seeds, comparisons):

@@ -231,6 +231,29 @@ def test_the_fast_path_is_taken(monkeypatch):
         fast(torch.randn(1, 3, 40, 48))
 
 
+@pytest.mark.parametrize("part", ["softmax", "attn_drop", "forward"])
+def test_attention_that_was_changed_runs_as_it_is(part):
+    """Modules that the fast path does not call, and a subclass with a forward of its own."""
+    fast, slow = pair("mmdet", conditioning="none")
+    x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    before = run(slow, x)
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    for model in (fast, slow):
+        msa = model.stages[0].blocks[1].attn.w_msa
+        if part == "forward":
+            kind = type(msa)
+            msa.__class__ = type(kind.__name__, (kind,), dict(forward=lambda self, x, mask=None: 2 * x))
+        else:
+            setattr(msa, part, Doubled())
+    assert not torch.allclose(run(slow, x)[0], before[0])
+    with torch.no_grad():
+        assert_same(fast.eval()(x), slow.eval()(x), 1e-9)
+
+
 def test_layers_that_were_replaced_are_called():
     """This includes replacements whose class has the same name, such as those of adapters."""
 

@@ -309,14 +309,38 @@ def test_rules_of_users():
         wanted = model[0].blocks[0](by_hand(x).float())
         assert condattn.condition(model, "ct").elsewhere == ("0.blocks.0",)
         torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
-    with registrations_undone():
-        condattn.register_token_rule(name, lambda m: dict(module=nn.Identity(), layout="rows"))
-        with pytest.raises(ValueError, match="the rule for the tokens of .*Encoder is wrong"):
-            find_token_entries(Encoder())
     assert "timm.models.xcit.Xcit" in known_token_rules()
 
 
-@pytest.mark.parametrize("settings", [dict(form="qr"), dict(iterations=0), dict(iterations=1.5)])
+@pytest.mark.parametrize(
+    "describe, message",
+    [
+        (lambda m: dict(module=nn.Identity()), "TypeError: expected a module in it"),
+        (lambda m: dict(module=m.block, layout="rows"), "TypeError: expected a module in it, and a layout out of"),
+        (lambda m: dict(block=m.block), "KeyError: 'module'"),
+        (lambda m: dict(module=m.block, masks=""), "TypeError: .*unexpected keyword argument 'masks'"),
+        (lambda m: dict(module=m.blocks[0]), "AttributeError: .*no attribute 'blocks'"),
+        (lambda m: None, "TypeError: 'NoneType' object is not subscriptable"),
+    ],
+)
+def test_rules_that_are_wrong(describe, message):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Identity()
+
+    with registrations_undone():
+        condattn.register_token_rule(f"{Encoder.__module__}.{Encoder.__qualname__}", describe)
+        with pytest.raises(ValueError, match=f"the rule for the tokens of .*Encoder is wrong: {message}.*; expected a"):
+            find_token_entries(Encoder())
+
+
+def test_rules_for_classes_that_are_not_named_fully():
+    with pytest.raises(ValueError, match="expected the module and name of a class as text"):
+        condattn.register_token_rule("Encoder", dict)
+
+
+@pytest.mark.parametrize("settings", [dict(form="qr"), dict(iterations=0), dict(iterations=1.5), dict(detach=1)])
 def test_settings_that_are_none(settings):
-    with pytest.raises(ValueError, match="EmbeddedTokens: (form|iterations) is .*; expected"):
+    with pytest.raises(ValueError, match="EmbeddedTokens: (form|iterations|detach) is .*; expected"):
         EmbeddedTokens(**settings)

@@ -10,8 +10,8 @@ from argparse import ArgumentParser, Namespace
 from condattn.attention.rules import find_sites
 from condattn.layers.correction import subtract_corrections
 from condattn.layers.head_transform import head_transform_of
-from condattn.openmmlab.errors import UserError, run_tool
 from condattn.methods import HeadOutputMethod, WeightMethod
+from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.models.loading import inconvertible, methods_in, record_of, recorded
 from condattn.openmmlab.runner.inference import Predictor
 from condattn.openmmlab.runner.launch import choose_device

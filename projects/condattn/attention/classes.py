@@ -15,3 +15,11 @@ def look_up(table: Mapping[str, Any], cls: type) -> Any:
         if qualified_name(base) in table:
             return table[qualified_name(base)]
     return None
+
+
+def check_qualified(class_name: object) -> None:
+    """Raise a ``ValueError`` unless ``class_name`` is a text with the module and the name of a class."""
+    if not isinstance(class_name, str) or "." not in class_name:
+        raise ValueError(
+            f"expected the module and name of a class as text, 'my_package.models.Attention', got {class_name!r}"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .classes import qualified_name
+from .classes import check_qualified, qualified_name
 from .site import AttentionSite, HeadOutputs, Place, Projection, is_within
 
 Describe = Callable[[Any], Mapping[str, Any]]
@@ -31,10 +31,7 @@ def register_rule(class_name: str, describe: Describe) -> None:
     Raises:
         ValueError: If the class has a rule already, or is not named by its module and name.
     """
-    if not isinstance(class_name, str) or "." not in class_name:
-        raise ValueError(
-            f"expected the module and name of a class as text, 'my_package.models.Attention', got {class_name!r}"
-        )
+    check_qualified(class_name)
     if class_name in _RULES:
         raise ValueError(f"{class_name} has a rule already; register each attention class once")
     _RULES[class_name] = describe

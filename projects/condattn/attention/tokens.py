@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .classes import look_up, qualified_name
+from .classes import check_qualified, look_up, qualified_name
 from .site import Place
 
 LAYOUTS = ("tokens", "channels_last", "channels_first")
@@ -43,8 +43,9 @@ def register_token_rule(class_name: str, describe: Callable[[Any], Mapping[str, 
             ``module`` is required.
 
     Raises:
-        ValueError: If the class has a rule already.
+        ValueError: If the class has a rule already, or is not named by its module and name.
     """
+    check_qualified(class_name)
     if class_name in _RULES:
         raise ValueError(f"{class_name} has a rule for its tokens already; register each class once")
     _RULES[class_name] = describe
@@ -60,14 +61,8 @@ def find_token_entries(model: nn.Module) -> list[TokenEntry]:
     names = {id(module): name for name, module in model.named_modules()}
     for module in model.modules():
         if describe := look_up(_RULES, type(module)):
-            fields = describe(module)
-            block, layout = fields["module"], fields.get("layout", "tokens")
-            if id(block) not in names or layout not in LAYOUTS:
-                raise ValueError(
-                    f"the rule for the tokens of {qualified_name(type(module))} is wrong: expected a module in it, and "
-                    f"a layout out of {', '.join(LAYOUTS)}, found a {type(block).__name__} and {layout!r}"
-                )
-            found.setdefault(id(block), TokenEntry(name=names[id(block)], model=names[id(module)], **fields))
+            entry = _entry(module, describe, names)
+            found.setdefault(id(entry.module), entry)
     if not found:
         raise ValueError(
             f"no rule says where the embedded tokens of {type(model).__name__} enter its first block; add one, but not "
@@ -75,6 +70,24 @@ def find_token_entries(model: nn.Module) -> list[TokenEntry]:
             "dict(module=m.blocks[0])), with mask='ARGUMENT' as well if the block gets a mask of padding"
         )
     return list(found.values())
+
+
+def _entry(model: nn.Module, describe: Callable[[Any], Mapping[str, Any]], names: Mapping[int, str]) -> TokenEntry:
+    """Apply a rule to ``model``, and raise a ``ValueError`` that names its class if the rule is wrong."""
+    try:
+        fields = describe(model)
+        block, layout = fields["module"], fields.get("layout", "tokens")
+        if id(block) not in names or layout not in LAYOUTS:
+            raise TypeError(
+                f"expected a module in it, and a layout out of {', '.join(LAYOUTS)}, found a {type(block).__name__} "
+                f"and {layout!r}"
+            )
+        return TokenEntry(name=names[id(block)], model=names[id(model)], **fields)
+    except Exception as error:
+        raise ValueError(
+            f"the rule for the tokens of {qualified_name(type(model))} is wrong: {type(error).__name__}: {error}; "
+            "expected a dictionary with module, and possibly layout, mask and obstacle"
+        ) from error
 
 
 def known_token_rules() -> list[str]:

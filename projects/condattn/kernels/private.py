@@ -77,8 +77,9 @@ def has_backward_or_global_hooks(module: nn.Module) -> bool:
     """Return whether ``module`` has backward hooks, or global hooks exist: fast paths do not call them."""
     every = nn.modules.module
     own = module._backward_hooks, module._backward_pre_hooks
-    of_all = every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks
-    return any((*own, *of_all))
+    forward = every._global_forward_hooks, every._global_forward_pre_hooks
+    backward = every._global_backward_hooks, every._global_backward_pre_hooks
+    return any((*own, *forward, *backward))
 
 
 def override_parameter(module: Any, name: str, value: Tensor | None) -> None:

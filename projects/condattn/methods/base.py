@@ -95,6 +95,13 @@ class Method(ABC):
         return {"type": type(self).__name__, **dataclasses.asdict(self)}
 
 
+def check_flags(method: Method, *names: str) -> None:
+    """Raise a ``ValueError`` unless the settings called ``names`` are True or False."""
+    for name in names:
+        if not isinstance(value := getattr(method, name), bool):
+            raise ValueError(f"{type(method).__name__}: {name} is {value!r}; expected True or False")
+
+
 def register_method(cls: type[Method]) -> type[Method]:
     """Class decorator: let configs name ``cls`` by its class name and by its ``alias``.
 

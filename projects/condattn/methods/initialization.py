@@ -13,7 +13,7 @@ from ..attention.stored import check_stored
 from ..layers.class_swap import leave_out
 from .base import Method, register_method
 from .initial_weights import InitialWeightsMethod
-from .weight import WeightMethod
+from .weight import WeightMethod, check_is_matrix
 
 LAYOUTS = ("fused", "per_head")
 
@@ -52,7 +52,8 @@ class ConditionedInitialization(InitialWeightsMethod):
         for name, projection in _projections(site).items():
             check_stored(projection.owner, projection.parameter, str(site))
             rows, heads = len(projection.weight), site.heads_of(projection)
-            if projection.weight.dim() != 2 or rows % heads:
+            check_is_matrix(projection.owner, name, site)
+            if rows % heads:
                 raise ValueError(
                     f"{site}: {heads} heads do not divide the {rows} rows of its {name}; {leave_out(site)}"
                 )

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..attention.site import AttentionSite
 from ..layers.head_norm import HeadNorm
-from .base import register_method
+from .base import check_flags, register_method
 from .head_output import HeadOutputMethod
 
 
@@ -39,6 +39,7 @@ class RowPreconditioner(HeadOutputMethod):
     cross_covariance: str = "channels"
 
     def __post_init__(self):
+        check_flags(self, "detach")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"RowPreconditioner: eps is {self.eps!r}; expected a positive finite number")
         if self.cross_covariance not in ("channels", "tokens"):

@@ -10,7 +10,7 @@ from typing import ClassVar
 from ..attention.site import AttentionSite, Projection
 from ..layers.class_swap import leave_out
 from ..layers.correction import Block, BlockCorrection
-from .base import register_method
+from .base import check_flags, register_method
 from .weight import WeightMethod
 
 
@@ -66,11 +66,12 @@ class SpectralCorrection(WeightMethod):
                 )
         values = strength.values() if isinstance(strength, dict) else [strength]
         for value in values:
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"SpectralCorrection: strength is {value!r}; expected a finite number")
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "strength", strength)
         object.__setattr__(self, "relative", svd if self.relative is None else self.relative)
+        check_flags(self, "relative")
 
     def check(self, site: AttentionSite) -> None:
         """Raise a ``ValueError`` if the base class does, or the heads do not divide the rows of a target."""

@@ -13,7 +13,7 @@ from ..attention.site import AttentionSite, Place, is_within
 from ..attention.tokens import find_token_entries
 from ..kernels.polar import newton_schulz_correction, svd_correction
 from ..layers.input_transform import TokenCorrection
-from .base import register_method
+from .base import check_flags, register_method
 from .model_input import ModelInputMethod
 
 FORMS = ("svd", "newton_schulz")
@@ -49,6 +49,7 @@ class EmbeddedTokens(ModelInputMethod):
     iterations: int = 24
 
     def __post_init__(self):
+        check_flags(self, "detach")
         if self.form not in FORMS:
             raise ValueError(f"EmbeddedTokens: form is {self.form!r}; expected one of {', '.join(map(repr, FORMS))}")
         if type(self.iterations) is not int or self.iterations < 1:

@@ -19,6 +19,12 @@ from ..layers.overrides import CorrectedWeightOverride
 from .base import Method
 
 
+def check_is_matrix(owner: nn.Module, target: str, site: AttentionSite) -> None:
+    """Raise a ``ValueError`` if ``owner``, the projection ``target`` of ``site``, maps more than single tokens."""
+    if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
+        raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
+
+
 class WeightMethod(Method):
     """Base class of methods that use W + C in place of W in projections of a site; W is trained, C is set once.
 
@@ -66,8 +72,7 @@ class WeightMethod(Method):
                     "weight: name one of them"
                 )
             check_can_swap(owner, _layer(owner), site)
-            if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
-                raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
+            check_is_matrix(owner, target, site)
 
     def apply(self, site: AttentionSite) -> None:
         """Replace W by W + C in the projections of ``site`` that are targets."""

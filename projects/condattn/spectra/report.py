@@ -164,10 +164,10 @@ def plot_values(measurements: Measurements) -> Figure | None:
 
 def plot_entropy(measurements: Measurements) -> Figure | None:
     """Entropy of attention by depth, as a share of its largest possible value."""
-    data = {
-        label: {m.sites[one.site]: one.relative.flatten().numpy() for one in m.entropies}
-        for label, m in measurements.items()
-    }
+    data: dict[str, dict[int, list[float]]] = {label: {} for label in measurements}
+    for label, m in measurements.items():
+        for one in m.entropies:  # one for each number of keys, which differs between images of different sizes
+            data[label].setdefault(m.sites[one.site], []).extend(one.relative.flatten().tolist())
     if not any(data.values()):
         return None
     figure, (axis,) = _grid(["entropy"])

@@ -140,7 +140,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise BadFileError(
+        raise DamagedFileError(
             f"{path} is no safetensors file, or cut short: copy or download it again ({error})"
         ) from error
 
@@ -154,7 +154,7 @@ def _read_torch(path: Path, unsafe: bool) -> Any:
     except pickle.UnpicklingError as error:
         foreign = re.search(r"(?:GLOBAL|function|class) ([\w.<>']+)", str(error))
         if foreign is None:
-            raise BadFileError(f"{path} is no file of weights, or cut short: copy or download it again") from error
+            raise DamagedFileError(f"{path} is no file of weights, or cut short: copy or download it again") from error
         raise BadFileError(
             f"{path} holds more than weights ({foreign[1]}), and reading it would execute its code; if you trust where "
             "it comes from, allow that with --unsafe of the tools, or in an init_cfg with unsafe=True"
@@ -186,8 +186,15 @@ def _plain_data() -> list[Any]:
     return [*plain, HistoryBuffer, statistic]
 
 
-def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, Tensor], list[str], str]:
+def weights_of(
+    content: Any, path: str | Path = "the file", prefix: str = ""
+) -> tuple[dict[str, Tensor], list[str], str]:
     """Extract the weights from the content of a file, without wrappers and common prefixes.
+
+    Args:
+        content: What :func:`read_file` returned.
+        path: The file, for messages.
+        prefix: Only weights whose names begin with it are taken, without it. A dot is added at its end.
 
     Returns:
         Names and tensors; the names of tensors outside the backbone; and a text that says where the weights were.
@@ -208,6 +215,12 @@ def weights_of(content: Any, path: str | Path = "the file") -> tuple[dict[str, T
     if not weights:
         raise BadFileError(f"{path} holds no weights; its entries are {some(content) or 'nothing'}")
     beside: list[str] = []
+    if prefix:
+        prefix = f"{prefix.rstrip('.')}."
+        inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not inside:
+            raise BadFileError(f"{path} has no weights with the prefix {prefix!r}; it has {some(weights)}")
+        weights, beside = inside, [name for name in weights if not name.startswith(prefix)]
     stripped = True
     while stripped:
         stripped = False

@@ -56,7 +56,12 @@ class LoadReport:
 
 
 def load_pretrained(
-    model: nn.Module, path: str | Path, load: str = "raw", unsafe: bool = False, known: Collection[str] = ()
+    model: nn.Module,
+    path: str | Path,
+    load: str = "raw",
+    unsafe: bool = False,
+    known: Collection[str] = (),
+    prefix: str = "",
 ) -> LoadReport:
     """Load the weights of a file into ``model``, in place.
 
@@ -73,15 +78,16 @@ def load_pretrained(
         unsafe: See :func:`condattn.weights.files.read_file`.
         known: Names of weights that the model could have but does not (pruned layers); they are not reported as left
             out.
+        prefix: Only weights whose names begin with it are loaded, without it.
 
     Raises:
-        BadFileError: If the file cannot be read, or holds no weights.
+        BadFileError: If the file cannot be read, or holds no weights, or none with the prefix.
         ConversionError: If no weight fits, a block of the model is not in the file, a block of the file is not in the
             model, shapes differ, or values are not finite; the model is unchanged in these cases.
         ValueError: If ``load`` is neither 'raw' nor 'effective', or is 'effective' and a corrected weight is computed
             (pruned), or is that of another layer as well.
     """
-    weights, beside, where = weights_of(read_file(path, unsafe), path)
+    weights, beside, where = weights_of(read_file(path, unsafe), path, prefix)
     report = load_weights(model, weights, str(path), load, known)
     report.path = where
     report.left_out += beside

@@ -42,7 +42,11 @@ class FiniteLossHook(Hook):
         self._hook.remove()
         newest = Path(self._runner.work_dir, LAST)
         checkpoint = newest.read_text().strip() if newest.exists() else "none"
-        troubles = _union(dist.all_gather_object(find_trouble(model, args, kwargs)))
+        try:
+            trouble = find_trouble(model, args, kwargs)
+        except Exception as error:  # the loss is reported whatever the second forward does
+            trouble = [f"the attention sites could not be examined ({type(error).__name__}: {error})"]
+        troubles = _union(dist.all_gather_object(trouble))
         raise UserError(
             f"{', '.join(_union(dist.all_gather_object(bad)))} is not finite in iteration {self._runner.iter + 1}; "
             f"{'; '.join(troubles) or 'the attention sites are sound'}; the last checkpoint is {checkpoint}; "
@@ -76,8 +80,8 @@ def find_trouble(model: nn.Module, args: tuple, kwargs: dict) -> list[str]:
                 note("weights that are not finite", site.name)
             if isinstance(projection.owner, nn.Linear):
 
-                def measure(module, args, output, name=name, rows=projection.rows, lengths=lengths, site=site):
-                    part = torch.cat([output[..., r] for r in rows], -1).unflatten(-1, (site.num_heads, -1))
+                def measure(module, args, output, name=name, part=projection, lengths=lengths, site=site):
+                    part = torch.cat([output[..., r] for r in part.rows], -1).unflatten(-1, (site.heads_of(part), -1))
                     lengths[name] = part.norm(dim=-1).max().item()
                     if lengths.keys() == {"q", "k"} and lengths["q"] * lengths["k"] / part.shape[-1] ** 0.5 > 1000:
                         note("saturated logits", site.name)

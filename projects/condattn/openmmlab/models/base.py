@@ -110,8 +110,8 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
         ValueError: As :func:`condattn.weights.load.load_pretrained`, and for unknown settings.
     """
     refuse_initial_weights(model)
-    settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location", "prefix")}
-    known_settings = ("checkpoint", *PRETRAINED_SETTINGS)
+    settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location")}
+    known_settings = ("checkpoint", *PRETRAINED_SETTINGS, "prefix")
     if unknown := settings.keys() - set(known_settings):
         raise ValueError(
             f"init_cfg of type 'Pretrained' has {', '.join(sorted(unknown))}; its settings are "
@@ -123,6 +123,7 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
     if not settings.pop("other_conditioning", False):
         check_start(checkpoint, path, model, settings.get("load", "raw"))
     setattr(model, TRAINED_WITH, recorded(checkpoint))
+    settings["prefix"] = settings.get("prefix") or ""
     report = load_pretrained(model, path, known=known, **settings)
     if wrong := describe_wrong_hash(path):
         print_log(wrong, logger="current", level=logging.WARNING)

@@ -56,7 +56,9 @@ def inconvertible(record: Record) -> list[str]:
     """
     kinds = (HeadOutputMethod, WeightMethod)
     changing = methods_in(record, Method)
-    return [name for name in changing if method_class(name).changes_function and not issubclass(method_class(name), kinds)]
+    return [
+        name for name in changing if method_class(name).changes_function and not issubclass(method_class(name), kinds)
+    ]
 
 
 def check_conditioning(checkpoint: Mapping[str, Any], path: str, model: nn.Module) -> None:

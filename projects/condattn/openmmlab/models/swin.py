@@ -29,16 +29,19 @@ class FastShiftWindowMSA:
     """Mixin for upstream's ``ShiftWindowMSA`` that projects tokens before it puts them into windows.
 
     It does not rebuild the feature map and the mask in each forward. Upstream's forward runs instead if attention
-    dropout is active, if ``w_msa`` or a module in it is not as upstream built it or has hooks that would not be called,
-    or if :func:`condattn.kernels.switch.is_upstream` says so. The projections may be of any class and have hooks; only
-    a ``HeadTransformLinear`` with a ``HeadNorm`` and without hooks is not called, but computed here.
+    dropout is active, if ``w_msa``, its softmax or its dropout is not of the class that upstream builds or has hooks
+    that would not be called, or if :func:`condattn.kernels.switch.is_upstream` says so. The projections may be of any
+    class and have hooks; only a ``HeadTransformLinear`` with a ``HeadNorm`` and without hooks is not called, but
+    computed here.
     """
+
+    upstream: ClassVar[ModuleType]
+    """The toolbox's module of which the class is."""
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Map (B, H * W, C) to the same shape; see upstream."""
         msa = self.w_msa
-        has_hooks = any(has_forward_hooks(module) for module in (msa, msa.softmax, msa.attn_drop))
-        if has_hooks or (self.training and msa.attn_drop.p) or not isinstance(msa.qkv, nn.Linear) or is_upstream():
+        if is_upstream() or not self._is_upstreams(msa) or (self.training and msa.attn_drop.p):
             return super().forward(query, hw_shape)
         grid = Windows(*hw_shape, self.window_size, self.shift_size, query.device)
         proj = msa.proj
@@ -51,6 +54,13 @@ class FastShiftWindowMSA:
         if not is_compiling():
             FirstForward.forget(msa)
         return drop_path(msa.proj_drop(x), self.drop)
+
+    def _is_upstreams(self, msa: nn.Module) -> bool:
+        """Whether ``msa`` computes what upstream's class does, and nothing observes the parts that are not called."""
+        if type(msa) is not self.upstream.WindowMSA or not isinstance(msa.qkv, nn.Linear):
+            return False
+        parts = is_standard(msa.softmax, "Softmax") and msa.softmax.dim == -1 and is_standard(msa.attn_drop, "Dropout")
+        return parts and not any(has_forward_hooks(module) for module in (msa, msa.softmax, msa.attn_drop))
 
     def _bias(self) -> Tensor:
         """The relative position bias, (heads, N, N)."""
@@ -228,7 +238,7 @@ def make_fast_classes(upstream: ModuleType, place: str) -> dict[type[nn.Module],
     for name, mixin in MIXINS.items():
         cls = getattr(upstream, name)
         text = f"``{cls.__module__}.{name}`` with a fast forward."
-        made[cls] = type(f"Fast{name}", (mixin, cls), {"__module__": place, "__doc__": text})
+        made[cls] = type(f"Fast{name}", (mixin, cls), {"__module__": place, "__doc__": text, "upstream": upstream})
         setattr(sys.modules[place], f"Fast{name}", made[cls])
     return made
 

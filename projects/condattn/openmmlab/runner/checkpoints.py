@@ -266,16 +266,17 @@ def check_pretrained(model: nn.Module, settings: dict, unsafe: bool = False) -> 
                 module.init_weights()
                 continue
             weights = read_checkpoint(init_cfg["checkpoint"], unsafe)
-            before = {key: value.clone() for key, value in module.state_dict().items()}
+            before = {key: value.detach().clone() for key, value in module.named_parameters()}
             module.init_weights()
-            if all(value.equal(before[key]) for key, value in module.state_dict().items()):
+            if all(value.equal(before[key]) for key, value in module.named_parameters()):
                 weights = weights.get("state_dict", weights.get("model", weights))
                 raise UserError(f"none fits: the file has {some(weights)}, the model expects {some(before)}")
-        except (UserError, ValueError) as error:
+        except (UserError, ValueError, LookupError) as error:  # LookupError: upstream's code for files of other models
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
             raise UserError(
                 f"the pretrained weights {init_cfg.get('checkpoint')} cannot be loaded; train from a file with "
                 f"--cfg-options {place}.{setting}=FILE or from scratch with --cfg-options "
-                f"{' '.join(f'{place}.{option}' for option in nothing)} ({error})"
+                f"{' '.join(f'{place}.{option}' for option in nothing)} ({reason})"
             ) from error
 
 

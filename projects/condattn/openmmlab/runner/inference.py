@@ -16,9 +16,10 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
-from ..data_check.settings import leaves
+from ..data_check.settings import class_of, leaves
 from ..errors import UserError
 from ..models.loading import check_conditioning
+from ..models.settings import class_name
 from .checkpoints import check_fit, drop_pretrained, read_checkpoint
 from .launch import build_model
 
@@ -172,15 +173,13 @@ def _instances(instances: BaseDataElement) -> dict:
 
 def _image_pipeline(dataset: dict) -> list[dict]:
     """The test pipeline without loading annotations, which new images do not have."""
-    return [step for step in copy.deepcopy(next(leaves(dataset))["pipeline"]) if "Annotations" not in step["type"]]
+    return [step for step in copy.deepcopy(next(leaves(dataset))["pipeline"]) if "Annotations" not in class_name(step)]
 
 
 def _dataset_meta(dataset: dict) -> dict:
     """Class names and colours of a data set that need not exist: from its class, overridden by the configuration."""
     dataset = next(leaves(dataset))
-    with DATASETS.switch_scope_and_registry(None) as registry:
-        cls = registry.get(dataset["type"])
-    return {**getattr(cls, "METAINFO", {}), **dataset.get("metainfo", {})}
+    return {**getattr(class_of(dataset, DATASETS), "METAINFO", {}), **dataset.get("metainfo", {})}
 
 
 def _build_visualizer(cfg: Config, meta: dict):

@@ -218,7 +218,7 @@ def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | 
     given = given or copy.deepcopy(cfg)
     start_processes(cfg)
     checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    if checkpoints.get("type") == "CheckpointHook":
+    if class_name(checkpoints) == "CheckpointHook":
         checkpoints.type = "WholeCheckpointHook"
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if isinstance(runner.model, dict):  # FlexibleRunner builds its model only when the run begins

@@ -9,7 +9,9 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 
+from ..data_check.settings import class_of
 from ..errors import UserError
+from ..models.settings import class_name
 from ..runner.launch import build_model, load_config
 from .plan import TUNING, RunId, Study
 from .run import start_of, training_config
@@ -67,7 +69,7 @@ def metric_names(evaluator: dict[str, Any]) -> list[str]:
 
     The type may name them in its attribute ``metric_names``, without the prefix.
     """
-    kind = evaluator["type"].rpartition(".")[2]
+    kind = class_name(evaluator)
     if kind == "CocoMetric":
         metrics = evaluator.get("metric", "bbox")
         metrics = [metrics] if isinstance(metrics, str) else metrics
@@ -77,7 +79,7 @@ def metric_names(evaluator: dict[str, Any]) -> list[str]:
     if kind == "Accuracy":
         topk = evaluator.get("topk", (1,))
         return [f"accuracy/top{k}" for k in (topk if isinstance(topk, Iterable) else [topk])]
-    metric = METRICS.get(evaluator["type"])
+    metric = class_of(evaluator, METRICS)
     prefix = evaluator.get("prefix") or getattr(metric, "default_prefix", None)
     return [f"{prefix}/{name}" if prefix else name for name in getattr(metric, "metric_names", ())]
 

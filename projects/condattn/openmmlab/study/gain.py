@@ -59,10 +59,10 @@ class GainedRowPreconditioner(RowPreconditioner):
         owner.__class__ = GainedLinear
         heads = owner.head_transform.num_heads
         if self.gain == "learned":
-            owner.head_gain = nn.Parameter(torch.ones(heads))
+            owner.head_gain = nn.Parameter(owner.weight.new_ones(heads))
         else:
             start = (owner.in_features / heads) ** 0.5 if self.gain == "sqrt" else torch.nan
-            owner.register_buffer("head_gain", torch.full((heads,), start))
+            owner.register_buffer("head_gain", owner.weight.new_full((heads,), start))
 
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
@@ -83,6 +83,8 @@ class GainedLinear(HeadTransformLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the rows of the head outputs, multiply them by the gain, and project."""
+        if self.head_transform.observer is not None:  # measurements run the unconditioned model
+            return super().forward(input)
         gain = self._initial_gain(input) if self.head_transform.method.gain == "initial" else self.head_gain
         gain = gain.repeat_interleave(self.in_features // len(gain)).to(input.dtype)
         return F.linear(self.head_transform.transform(input) * gain, self.weight, self.bias)

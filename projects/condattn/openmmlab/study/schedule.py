@@ -113,8 +113,9 @@ class Pool:
     def _start(self, run: RunId) -> None:
         slot = min(set(range(self.size)) - {job.slot for job in self.jobs})
         env = dict(os.environ)
-        if torch.cuda.device_count() and "CUDA_VISIBLE_DEVICES" not in env:
-            env["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        if number := torch.cuda.device_count():
+            devices = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number)))).split(",")
+            env["CUDA_VISIBLE_DEVICES"] = devices[slot % number]
         process = subprocess.Popen(
             [*self.command, str(run)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

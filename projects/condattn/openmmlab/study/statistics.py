@@ -136,10 +136,13 @@ def detectable_difference(deviation: float, seeds: int, level: float, power: flo
 
 def seeds_for(difference: float, deviation: float, level: float, power: float = POWER) -> int:
     """Smallest number of seeds with which a paired t test finds ``difference`` with probability ``power``."""
-    seeds = 2
-    while power_of(difference, deviation, seeds, level) < power:
-        seeds += 1
-    return seeds
+    few, many = 1, 2
+    while power_of(difference, deviation, many, level) < power:
+        few, many = many, 2 * many
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if power_of(difference, deviation, middle, level) >= power else (middle, many)
+    return many
 
 
 @dataclass(frozen=True)
