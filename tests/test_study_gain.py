@@ -73,7 +73,7 @@ def test_removed(gain):
 
 def test_measurements_run_the_unconditioned_model():
     """With the head outputs as they are, and without the gain."""
-    model, layer = projection("sqrt")
+    model, _ = projection("sqrt")
     plain = timm.create_model("test_vit", img_size=32)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if "head_gain" not in name})
     seen = []
