@@ -15,14 +15,14 @@ import torch
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.attention.classes import qualified_name
-from condattn.attention.rules import known_exceptions, known_hosts
+from condattn.attention.rules import attending_exceptions, known_exceptions, known_hosts
 
 ZOOS = {"zoo_timm": "NAMES", "zoo_openmmlab": "NAMES", "zoo_torchvision": "MODELS", "zoo_transformers": "MODELS"}
 INTRODUCTION = """# Supported attention
 
-What `condattn.condition` knows, by the class that computes the attention; subclasses count as their base. *PC* is row
-preconditioning of the head outputs, *SC* spectral correction and the projections that it applies to. *Seen in* names a
-model in which the test suite checks the class against the untouched model. `python tools/analysis/sites.py MODEL` lists
+The attention classes that `condattn.condition` can change; a subclass counts as its base class. *PC*: whether the head
+outputs can be preconditioned. *SC*: the projections that spectral conditioning corrects. *Seen in*: a model in which
+the tests compare the class with the unconditioned model. `python tools/analysis/sites.py MODEL` lists
 the sites of any model; `condattn.register_rule` teaches another class. Written by `python docs/make_attention.py`,
 checked by the tests.
 """
@@ -78,9 +78,14 @@ def page() -> str:
                 pc, sc, model = found.get(host, ("", "", f"only in other versions of {library}"))
                 lines.append(f"| `{host.removeprefix(library + '.')}` | {pc} | {sc} | {model} |")
         reasons = {n: r for n, r in known_exceptions().items() if n.split(".")[0] == library}
-        if reasons:
-            lines += ["", "No attention site, although the name says so:", ""]
-            lines += [f"- `{name.removeprefix(library + '.')}`: {reason}" for name, reason in reasons.items()]
+        for text, attends in (
+            ("Attention that stays unconditioned, about which `condition` warns:", True),
+            ("No attention between tokens, although the name says so; passed over without a warning:", False),
+        ):
+            chosen = {name: reason for name, reason in reasons.items() if (name in attending_exceptions()) == attends}
+            if chosen:
+                lines += ["", text, ""]
+                lines += [f"- `{name.removeprefix(library + '.')}`: {reason}" for name, reason in chosen.items()]
         lines.append("")
     return "\n".join(lines).rstrip()
 

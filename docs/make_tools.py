@@ -14,9 +14,10 @@ from unittest import mock
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 INTRODUCTION = """# Tools
 
-Every tool of `tools/`, with its options. `python tools/train.py --help` prints the same. Bad input is answered by one
-line that begins with `error:`, with exit status 2, and nothing is written; [troubleshooting](troubleshooting.md) lists
-these messages. Written by `python docs/make_tools.py`, checked by the tests.
+Every tool of `tools/`, with its options. `python tools/train.py --help` prints the same. On bad input a tool
+prints one line that begins with `error:`, exits with status 2, and writes nothing;
+[troubleshooting](troubleshooting.md) lists these messages. Written by `python docs/make_tools.py`, checked by the
+tests.
 """
 
 

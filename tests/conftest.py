@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+from registrations import registrations_undone
 from runs import CONFIGS, DEMO, LOADERS, TOOLS, Run, error_lines, train
+
+settings.register_profile("reproducible", derandomize=True, database=None)
+settings.load_profile("reproducible")
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +26,24 @@ def cache(tmp_path_factory):
     """Give this process and its children a separate cache folder."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment():
+    """Take away what the environment of the developer says about data, downloads and processes."""
+    names = ("CAMVID", "NUCLEI", "FASHION_MNIST", "LRA_DATA", "LISTOPS_SMALL", "IMAGE_FOLDER", "LANGUAGE_MODEL_TEXT")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in (*names, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture
+def registrations():
+    """Undo the registrations of rules and methods that a test makes."""
+    with registrations_undone():
         yield
 
 
@@ -114,6 +137,7 @@ def call(monkeypatch, capsys, tmp_path):
         spec = importlib.util.spec_from_file_location(f"condattn_tools_{tool}", TOOLS / f"{tool}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        monkeypatch.setenv("LOCAL_RANK", "0")  # which the tools set
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             run_tool(module.main)

@@ -76,6 +76,7 @@ def test_patterns_of_the_baseline_are_checked():
     assert condattn.condition(transformer(), "none", include="encoder").conditioned == ()
 
 
+@pytest.mark.usefixtures("registrations")
 def test_sites_that_share_a_layer():
     sites.register_rule(f"{__name__}.Shared", lambda m: dict(num_heads=m.heads, out=condattn.into(m.proj)))
     model = nn.ModuleDict(dict(a=Shared(2), b=Shared(4)))
@@ -83,7 +84,6 @@ def test_sites_that_share_a_layer():
     with pytest.raises(ValueError, match=r"a \(Shared\) and b \(Shared\) share a Linear; exclude one of them"):
         condattn.condition(model)
     assert condattn.condition(model, exclude="a").conditioned == ("b",)
-    del sites._RULES[f"{__name__}.Shared"]
 
 
 @pytest.mark.parametrize("conditioning", ["pc", "sc", "ci"])
@@ -115,6 +115,7 @@ class Shared(nn.Module):
 
 
 @pytest.mark.parametrize("conditioning", ["pc", "sc"])
+@pytest.mark.usefixtures("registrations")
 def test_heads_that_do_not_divide(conditioning):
     sites.register_rule(
         f"{__name__}.Shared",
@@ -122,7 +123,6 @@ def test_heads_that_do_not_divide(conditioning):
     )
     with pytest.raises(ValueError, match="3 heads do not divide"):
         condattn.condition(Shared(3), conditioning)
-    del sites._RULES[f"{__name__}.Shared"]
 
 
 def test_not_a_model():
@@ -161,6 +161,7 @@ def test_heads_that_do_not_divide_the_channels():
         condattn.condition(module, SpectralCorrection(layout="per_head"))
 
 
+@pytest.mark.usefixtures("registrations")
 def test_a_convolution_that_is_no_projection():
     from condattn.attention.builders import into, thirds
 
@@ -173,7 +174,6 @@ def test_a_convolution_that_is_no_projection():
     condattn.register_rule(name, lambda m: dict(num_heads=2, out=into(m.proj), **thirds(m.qkv)))
     with pytest.raises(ValueError, match="its q is no 1 x 1 convolution of all channels"):
         condattn.condition(Convolved(), "sc")
-    del sites._RULES[name]
 
 
 def test_method_twice():

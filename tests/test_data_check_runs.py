@@ -487,7 +487,8 @@ def test_every_configuration_can_be_checked():
     ):
         cfg = load_config(str(CONFIGS / name))
         for loader in ("train", "val", "test"):
-            assert all(_kind(leaf) for leaf in leaves(cfg[f"{loader}_dataloader"].dataset)), name
+            kinds = [_kind(leaf) for leaf in leaves(cfg[f"{loader}_dataloader"].dataset)]
+            assert kinds and all(kinds), name
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_swin_pc", "upernet_swin_pc"])

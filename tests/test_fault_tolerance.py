@@ -162,7 +162,7 @@ def test_a_validation_that_is_in_the_checkpoint_is_not_repeated(small, scenes, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, workers", [("epoch", 0), pytest.param("iter", 2, marks=forwarded)])
-def test_twenty_kills(kind, workers, small, scenes, tmp_path):
+def test_ten_kills(kind, workers, small, scenes, tmp_path):
     check_kills(kind, small, scenes, tmp_path, kills=10, workers=workers)
 
 

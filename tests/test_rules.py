@@ -18,6 +18,7 @@ class StrangeAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
 
 
+@pytest.mark.usefixtures("registrations")
 def test_unknown_attention_is_named_with_the_rule_to_add():
     with pytest.raises(ValueError, match=r"StrangeAttention \(the model itself\): no rule describes it; add a rule"):
         condattn.condition(StrangeAttention())
@@ -28,7 +29,6 @@ def test_unknown_attention_is_named_with_the_rule_to_add():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         condattn.condition(model, "sc")
-    del sites._EXCEPTIONS[f"{__name__}.StrangeAttention"]
 
 
 def test_unknown_attention_is_left_out_without_a_warning_where_patterns_say_so():

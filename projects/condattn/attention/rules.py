@@ -176,6 +176,11 @@ def _entry(cls: type) -> str:
     return next((name for name in names if name in _RULES or name in _EXCEPTIONS), "")
 
 
+def attending_exceptions() -> set[str]:
+    """Return the qualified names of the classes in :func:`known_exceptions` that compute attention."""
+    return set(_ATTENDING)
+
+
 def _attends(cls: type) -> bool:
     """Return whether the class is registered as attention that has no site."""
     entry = _entry(cls)

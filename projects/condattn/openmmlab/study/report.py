@@ -34,7 +34,7 @@ NOTES = (
     "with Holm's correction within the family; intervals hold for the whole family at once (Bonferroni), so that an "
     "interval may contain 0 where Holm's less strict p is below 0.05. 'detectable' is the difference that a comparison "
     f"with this spread finds in {POWER:.0%} of the cases. 'meets baseline at' is the first of the evenly spaced "
-    "evaluations, on the data that tune, at which the mean reaches the baseline's last one. Failed runs count with "
+    "evaluations, on the tuning set, at which the mean reaches the baseline's last one. Failed runs count with "
     "their last score. Condition numbers, the entropy (as a share of the largest possible one) and the largest logit "
     "are medians over the attention sites, on one training image of each run; over the seeds, means of condition "
     "numbers are geometric. Their ratios have 95 % intervals over seeds without a correction, because no comparison of "
@@ -56,7 +56,7 @@ def write_report(study: Study, results: Results) -> list[Path]:
     parts = [f"# {study.title}", status, NOTES]
     parts += [f"## {table.title}\n\n{table.markdown()}" for table in found]
     if curves:
-        parts.append("## Learning curves\n\n![score on the data that tune, mean and standard deviation](curves.svg)")
+        parts.append("## Learning curves\n\n![score on the tuning set, mean and standard deviation](curves.svg)")
     if spectra:
         parts.append("## Condition numbers and entropy\n\n![medians over attention sites](spectra.svg)")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
@@ -146,7 +146,8 @@ def _summary(study: Study, results: Results) -> str:
     found, status = tables(study, results)
     parts = [f"{status} [Report](../results/{study.name}/report.md)"]
     if any(map(results.final, study.variants)):
-        parts += [table.markdown() for table in found if table.title.startswith(("Family", "Variants"))]
+        shown = [table for table in found if table.title.startswith(("Family", "Variants"))]
+        parts += [f"**{table.title}**\n\n{table.markdown()}" for table in shown]
         parts.append(f"![learning curves](../results/{study.name}/curves.svg)")
     return "\n\n".join(parts)
 
@@ -189,5 +190,12 @@ def pooled_table(found: Sequence[tuple[Study, Results]]) -> Table:
                 f"{one.tau:.2f}",
             ]
         )
-    header = ["method", "complete studies", "difference (points)", "95 % interval", "p", "deviation between studies"]
+    header = [
+        "method",
+        "complete studies",
+        "difference (points)",
+        "95 % interval",
+        "p",
+        "standard deviation between studies",
+    ]
     return Table("All studies", header, rows)

@@ -262,7 +262,8 @@ def tables(study: Study, results: Results) -> tuple[list[Table], str]:
 def spectra_tables(study: Study, results: Results) -> list[Table]:
     """Tables of what was measured of attention at the end of the final runs, and of ratios of condition numbers.
 
-    The first has means over the seeds, of condition numbers geometric ones. The second has the ratios of
+    The first has means over the seeds, of condition numbers geometric ones, and what the preconditioner changes in one
+    network: the condition number of C A(X) over that of A(X). The second has the ratios of
     :data:`RATIOS`, paired over seeds. There are no tables without measurements.
     """
     last = {name: [_last(record) for record in results.final(name)] for name in study.variants}
@@ -272,13 +273,15 @@ def spectra_tables(study: Study, results: Results) -> list[Table]:
     rows = []
     for name, runs in last.items():
         columns = [[values[q] for values in runs if q in values] for q in found]
-        rows.append([name, *(_mean(q, column) for q, column in zip(found, columns, strict=True))])
+        within = [v["kappa_CAX"] / v["kappa_AX"] for v in runs if v.get("kappa_AX") and "kappa_CAX" in v]
+        means = [_mean(q, column) for q, column in zip(found, columns, strict=True)]
+        rows.append([name, *means, _mean("kappa_CAX", within)])
     ratios = [[f"{a} / {b}", *_ratios(last[a], last[b])] for a, b in _pairs(study)]
     names = {(q, r): QUANTITIES[q] + ("" if q == r else f" over {QUANTITIES[r]}") for q, r in RATIOS.items()}
     return [
         Table(
             "Condition numbers, entropy and largest logit at the end of the training",
-            ["variant", *(QUANTITIES[q] for q in found)],
+            ["variant", *(QUANTITIES[q] for q in found), "C A(X) over A(X)"],
             rows,
         ),
         Table("Ratios of condition numbers at the end of the training", ["comparison", *names.values()], ratios),
