@@ -298,7 +298,7 @@ def test_calibrate_then_evaluate(call, refuse, vanilla, detection, scenes, tmp_p
     assert call("test", SWIN, tmp_path / "new.pth", "--cfg-options", *detection.options)[0] is None
     refuse(*command, parts=("new.pth exists already",))
     command[6] = "newer.pth"
-    refuse(*command, "--cfg-options", NONE, parts=("not conditioned", "nothing to calibrate"))
+    refuse(*command, "--cfg-options", NONE, parts=("has no PC and no SC; there is nothing to calibrate",))
     command[2] = detection.checkpoint
     refuse(*command, parts=("is of a conditioned model already",))
 

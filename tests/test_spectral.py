@@ -266,6 +266,12 @@ class TestCopies:
                 parameter.zero_()
         assert torch.equal(run(other), run(plain)) and not torch.equal(run(other), run(module))
 
+    def test_compiled_before_the_first_forward(self, method):
+        """Which fixes the corrections that depend on the weights."""
+        module = attention(method)
+        plain = copy.deepcopy(module)
+        torch.testing.assert_close(run(torch.compile(module, backend="aot_eager")), run(plain))
+
     def test_pickle(self, method):
         module = attention(method)
         buffer = io.BytesIO()

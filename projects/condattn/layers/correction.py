@@ -180,7 +180,7 @@ class CorrectedModule(nn.Module):
         has_columns = self._register_columns(parameter, correction)
         if correction.depends_on_weight:
             constant = weight.new_full(weight.shape[:1] if has_columns else weight.shape, torch.nan)
-            self.unsettled |= {name}
+            self.unsettled = self.unsettled | {name}
         else:
             constant = correction.compute(weight)
         self.register_buffer(name, constant, persistent=correction.depends_on_weight)
@@ -252,7 +252,7 @@ class CorrectedModule(nn.Module):
             if method is not None and type(correction.method) is not method:
                 remaining[parameter] = (*remaining.get(parameter, ()), correction)
                 continue
-            self.unsettled -= {correction.buffer(parameter)}
+            self.unsettled = self.unsettled - {correction.buffer(parameter)}
             for name in (correction.buffer(parameter), correction.columns_buffer(parameter)):
                 if hasattr(self, name):
                     delattr(self, name)
@@ -270,7 +270,7 @@ class CorrectedModule(nn.Module):
             if correction.depends_on_weight:
                 name = correction.buffer(parameter)
                 getattr(self, name).copy_(correction.compute(self._matrix(getattr(self, parameter))))
-                self.unsettled -= {name}
+                self.unsettled = self.unsettled - {name}
         for parameter, correction in corrections:
             matrix, constant = self._matrix(getattr(self, parameter)), getattr(self, correction.buffer(parameter))
             columns = getattr(self, correction.columns_buffer(parameter), None)
@@ -307,7 +307,7 @@ class CorrectedModule(nn.Module):
         constant = getattr(self, correction.buffer(parameter))
         if constant.isnan().any():
             constant.copy_(correction.compute(matrix))
-        self.unsettled -= {correction.buffer(parameter)}
+        self.unsettled = self.unsettled - {correction.buffer(parameter)}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -316,7 +316,7 @@ class CorrectedModule(nn.Module):
             key = prefix + name
             if correction.depends_on_weight and key in state_dict:
                 self._register_columns(parameter, correction)  # they are not saved, and may be on the meta device
-                self.unsettled |= {name}  # the checkpoint may have been saved before the first forward
+                self.unsettled = self.unsettled | {name}  # the checkpoint may have been saved before the first forward
             elif prefix + parameter in state_dict:
                 # Compute C from the loaded weight. This also covers a module that was built on the meta device.
                 self._register(parameter, correction)
