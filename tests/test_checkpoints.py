@@ -105,6 +105,29 @@ def test_calibration_does_not_write_a_weight_that_is_computed(compute):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_calibration_over_processes():
+    """As with all batches in one process, also where one process has fewer, or none that reach a site."""
+    plain = nn.ModuleDict({name: nn.MultiheadAttention(8, 2, batch_first=True) for name in "ab"}).eval()
+    batches = [("a", 2 * torch.randn(2, 3, 8)), ("a", torch.randn(2, 3, 8)), ("a", torch.randn(2, 3, 8))]
+    batches += [("b", torch.randn(2, 3, 8))]
+
+    def calibrated(part, reduce):
+        model = copy.deepcopy(plain)
+        condattn.condition(model, "pc")
+        calibrate(model, lambda: [model[name](x, x, x) for name, x in part], reduce=reduce)
+        return model
+
+    sent = []
+    other = calibrated(batches[:1], lambda value: (sent.append(value), value)[1])
+    assert torch.equal(other["b"].out_proj.weight, plain["b"].out_proj.weight)
+    together = calibrated(batches[1:], lambda value: (value + sent.pop(0)) / 2)
+    whole = calibrated(batches, lambda value: value)
+    assert not sent
+    for name in "ab":
+        torch.testing.assert_close(together[name].out_proj.weight, whole[name].out_proj.weight)
+        assert not torch.allclose(whole[name].out_proj.weight, plain[name].out_proj.weight)
+
+
 def test_calibration_says_what_it_cannot_do():
     timm = pytest.importorskip("timm")
     with pytest.raises(ValueError, match="has no preconditioned attention site"):

@@ -262,6 +262,10 @@ def test_is_its_published_reference_but_for_the_conditioning(name):
     with scope(reference):
         for setting in RECIPE & reference.keys():
             assert effective(ours[setting]) == effective(reference[setting]), setting
+        for setting in ("custom_hooks", "load_from", "resume", "runner_type", "randomness"):
+            assert effective(ours.get(setting)) == effective(reference.get(setting)), setting
+        scaling = reference.get("auto_scale_lr", {"enable": False, "base_batch_size": 16})
+        assert ours.auto_scale_lr == scaling and not scaling.get("enable")  # tools/train.py --auto-scale-lr
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_swin_pc.py", "mask_rcnn_swin_sc.py", "upernet_vit_pc.py"])
@@ -310,6 +314,18 @@ def test_own_coco_data_on_every_detector(base, tmp_path):
 @pytest.mark.parametrize("base", ["mask2former_swin_pc.py", "detr_r50_pc.py", "dino-4scale_r50_pc.py"])
 def test_own_coco_data_trains_heads_of_another_kind(base, tmp_path):
     check_training(shrink(own_coco(base, tmp_path)))
+
+
+@pytest.mark.parametrize("template, rate", [("coco.py", 1e-4), ("png_labels.py", 6e-5)])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_the_rate_for_own_data_follows_the_batch_by_its_square_root(template, rate, batch_size, tmp_path):
+    """``rate`` is that of a batch of 16."""
+    text = (CONFIGS / "own_data" / template).read_text().replace('"../', f'"{CONFIGS}/')
+    assert "batch_size = 4" in text
+    (tmp_path / "mine.py").write_text(text.replace("batch_size = 4", f"batch_size = {batch_size}"))
+    cfg = Config.fromfile(tmp_path / "mine.py")
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(rate * {1: 0.25, 4: 0.5, 16: 1.0}[batch_size])
+    assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size == batch_size
 
 
 def rates(cfg, batches):

@@ -93,10 +93,29 @@ def test_the_page_of_the_tools_is_up_to_date():
     assert parsers().page() + "\n" == PAGES["tools.md"], "run python docs/make_tools.py"
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", PAGES[page]):
-        assert ((DOCS / page).parent / link).exists(), link
+def markdown():
+    """The Markdown files of the repository."""
+    folders = [ROOT / name for name in ("docs", "configs", "projects", "results")]
+    found = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def anchors(path):
+    """Anchors of the headings of a file, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", markdown())
+def test_links_lead_somewhere(file):
+    """To files that exist, and to headings in them."""
+    path = ROOT / file
+    for link in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", path.read_text()):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
 
 
 def test_every_page_is_in_the_navigation():

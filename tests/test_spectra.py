@@ -26,8 +26,11 @@ def attention(dim=12, heads=3, **settings):
     return nn.MultiheadAttention(dim, heads, **dict(batch_first=True) | settings).double().eval()
 
 
-def by_hand(model, queries, keys, bias=None):
-    """Attention map and head outputs of nn.MultiheadAttention in numpy, one image and head at a time."""
+def by_hand(model, queries, keys, bias=None, logs=None):
+    """Attention map and head outputs of nn.MultiheadAttention in numpy, one image and head at a time.
+
+    The logits are added to ``logs``, if it is given.
+    """
     weights, biases = (p.detach().numpy() for p in (model.in_proj_weight, model.in_proj_bias))
     (wq, wk, wv), (bq, bk, bv) = np.split(weights, 3), np.split(biases, 3)
     d = model.head_dim
@@ -41,6 +44,8 @@ def by_hand(model, queries, keys, bias=None):
             weight /= weight.sum(1, keepdims=True)
             maps.append(weight)
             outputs.append(weight @ v)
+            if logs is not None:
+                logs.append(logits)
     return maps, outputs
 
 
@@ -58,7 +63,8 @@ def test_maps_and_outputs_against_numpy(cross, mask):
     if mask:
         bias[:, 3:] = -torch.inf
     measurement = measure(model, [dict(query=x, key=y, value=y, attn_mask=bias)])
-    maps, outputs = by_hand(model, x, y, bias.numpy())
+    logits = []
+    maps, outputs = by_hand(model, x, y, bias.numpy(), logits)
     close = dict(rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(values(measurement, "map"), [np.linalg.svd(m, compute_uv=False) for m in maps], **close)
     np.testing.assert_allclose(
@@ -72,6 +78,29 @@ def test_maps_and_outputs_against_numpy(cross, mask):
     wanted = [-(m * np.log(np.where(m > 0, m, 1))).sum(1).mean() for m in maps]
     np.testing.assert_allclose(entropy.values.flatten(), wanted, **close)
     np.testing.assert_allclose(entropy.relative.flatten(), np.array(wanted) / math.log(y.shape[1]), **close)
+    np.testing.assert_allclose(entropy.largest_logit.flatten(), [one.max() for one in logits], **close)
+
+
+def test_limits_of_a_measurement():
+    """Samples are spread evenly; maps that are too large are left out, and named."""
+    model, x = attention(), torch.randn(5, 6, 12).double()
+    every, few = (measure(model, [dict(query=x, key=x, value=x)], ["map"], max_samples=n) for n in (5, 3))
+    torch.testing.assert_close(few.spectra[0].values, every.spectra[0].values[[0, 1, 3]])
+    small = measure(model, [dict(query=x, key=x, value=x)], ["map", "outputs"], max_tokens=5)
+    assert {one.matrix for one in small.spectra} == {"A(X)", "C A(X)"} and small.left_out
+
+
+def test_rows_of_the_table():
+    """Median and largest condition number over the samples, of each head."""
+    model, x = attention(), torch.randn(5, 6, 12).double()
+    _, outputs = by_hand(model, x, x)
+    kappas = np.array([np.linalg.cond(m) for m in outputs]).reshape(5, 3)
+    rows = measure(model, [dict(query=x, key=x, value=x)], ["outputs"]).rows()
+    for head in range(3):
+        (row,) = [row for row in rows if row["quantity"] == "A(X)" and row["head"] == head]
+        assert row["kappa"] == pytest.approx(np.median(kappas[:, head]))
+        assert row["kappa_max"] == pytest.approx(kappas[:, head].max())
+        assert (row["samples"], row["singular"]) == (5, 0)
 
 
 @pytest.mark.parametrize("conditioning", ["none", "sc", SVD])
@@ -80,8 +109,6 @@ def test_weights_against_numpy(conditioning):
     plain = [part.reshape(3, 4, 12) for part in np.split(model.in_proj_weight.detach().numpy().copy(), 3)]
     condattn.condition(model, conditioning)
     measurement = measure(model, quantities=["weights"])
-    (site,) = condattn.find_sites(model)
-    corrected = effective_heads(site, "q").detach().numpy()
     for name, heads in zip("QKV", plain, strict=True):
         wanted = [np.linalg.svd(head, compute_uv=False) for head in heads]
         np.testing.assert_allclose(values(measurement, f"W_{name}"), wanted, rtol=1e-10)
@@ -91,8 +118,12 @@ def test_weights_against_numpy(conditioning):
         return
     assert "W_Q + C" in matrices
     assert repr(measurement).startswith("Measurement(1 site: 6 matrices, 0 entropies, 0 Jacobians; 0 left out")
-    wanted = [np.linalg.svd(head, compute_uv=False) for head in corrected]
-    np.testing.assert_allclose(values(measurement, "W_Q + C"), wanted, rtol=1e-10)
+    for name, heads in zip("QKV", plain, strict=True):
+        u, s, vh = np.linalg.svd(heads.reshape(12, 12))
+        correction = np.eye(12) if conditioning == "sc" else s[0] * u @ vh
+        corrected = (heads.reshape(12, 12) + correction).reshape(3, 4, 12)
+        wanted = [np.linalg.svd(head, compute_uv=False) for head in corrected]
+        np.testing.assert_allclose(values(measurement, f"W_{name} + C"), wanted, rtol=1e-9)
     for row in measurement.rows():
         assert row["used"] == row["quantity"].endswith("+ C")
 

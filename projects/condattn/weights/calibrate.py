@@ -119,9 +119,16 @@ class _Probe:
         self.count += 1
 
     def settle(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Average the factors, between the passes."""
-        if self.count:
-            self.scales = reduce(self.sum / self.count)
+        """Average the factors over all batches of all processes, between the passes.
+
+        Every process takes part, also one in which no input reached the site: the others wait for it.
+        """
+        if self.sum is None:
+            device = next((p.device for p in self.site.module.parameters()), None)
+            self.sum = torch.zeros(self.transform.num_heads, dtype=torch.float64, device=device)
+        *total, count = reduce(torch.cat([self.sum, self.sum.new_tensor([self.count])]))
+        if count > 0:
+            self.scales = torch.stack(total) / count
 
     def compare(self, x: Tensor) -> None:
         """Accumulate the errors of the projection's output without and with the factors, in the second pass."""
