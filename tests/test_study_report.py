@@ -3,7 +3,9 @@
 import csv
 import re
 import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from runs import ROOT
@@ -159,17 +161,28 @@ def test_broken_results(study_file, tmp_path):
             results.records()
 
 
+def under_way() -> set[str]:
+    """Studies with records that are not committed: a study that runs writes its report in the end."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "results"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return {Path(line[3:]).parent.name for line in lines if line.endswith("runs.jsonl")}
+
+
 def test_the_results_in_this_repository(tmp_path):
     """Tables equal those made from the data, byte for byte; figures depend on the version of Matplotlib."""
     for name in ("configs", "results", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    running = under_way()
     for study, results in begun_studies(tmp_path):
+        if study.name in running:
+            continue
         write_report(study, results)
         for name in ("report.md", "table.csv"):
             committed = ROOT / "results" / study.name / name
             assert (results.folder / name).read_bytes() == committed.read_bytes(), f"{study.name}: --report-only"
-    write_documents(tmp_path)
-    assert (tmp_path / "docs" / "results.md").read_bytes() == (ROOT / "docs" / "results.md").read_bytes()
+    if not running:
+        write_documents(tmp_path)
+        assert (tmp_path / "docs" / "results.md").read_bytes() == (ROOT / "docs" / "results.md").read_bytes()
 
 
 def test_curves_are_compared_at_equal_iterations(study_file):
