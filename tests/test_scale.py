@@ -332,3 +332,40 @@ def test_processes_stop_together(tmp_path):
     """One process has a non-finite loss; both stop and print the reason."""
     (tmp_path / "loss.py").write_text(LOSS)
     together([sys.executable, tmp_path / "loss.py"], tmp_path, two_processes())
+
+
+PLAIN = """
+import timm
+import torch
+from torch import distributed, nn
+
+import condattn
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+for conditioning in ("sc(relative=True)+pc", "ct+pc", "ci+sc"):
+    for name in ("vit_tiny_patch16_224", "beit_base_patch16_224"):  # BEiT reads the weights of its layers itself
+        for broadcast in (True, False):
+            torch.manual_seed(0)
+            model = timm.create_model(name, img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=5)
+            condattn.condition(model, conditioning)
+            parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+            optimizer = torch.optim.SGD(model.parameters(), 0.01)
+            torch.manual_seed(1 + rank)
+            for _ in range(2):
+                optimizer.zero_grad()
+                parallel(torch.randn(2, 3, 32, 32)).square().mean().backward()
+                optimizer.step()
+            own = torch.cat([value.float().flatten() for value in model.state_dict().values()])
+            first = own.clone()
+            distributed.broadcast(first, 0)
+            assert own.isfinite().all() and torch.equal(own, first), (conditioning, name, broadcast)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_plain_torch_stay_equal(tmp_path):
+    """Weights, and the corrections that are computed from them, with and without a broadcast of buffers."""
+    pytest.importorskip("timm")
+    (tmp_path / "plain.py").write_text(PLAIN)
+    together([sys.executable, tmp_path / "plain.py"], tmp_path, two_processes())

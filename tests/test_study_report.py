@@ -163,7 +163,7 @@ def test_broken_results(study_file, tmp_path):
 
 def under_way() -> set[str]:
     """Studies with records that are not committed: a study that runs writes its report in the end."""
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "results"]
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=all", "--", "results"]
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     return {Path(line[3:]).parent.name for line in lines if line.endswith("runs.jsonl")}
 
