@@ -334,7 +334,7 @@ def test_processes_stop_together(tmp_path):
     together([sys.executable, tmp_path / "loss.py"], tmp_path, two_processes())
 
 
-PLAIN = """
+PLAIN_TORCH = """
 import timm
 import torch
 from torch import distributed, nn
@@ -367,5 +367,5 @@ for conditioning in ("sc(relative=True)+pc", "ct+pc", "ci+sc"):
 def test_two_processes_of_plain_torch_stay_equal(tmp_path):
     """Weights, and the corrections that are computed from them, with and without a broadcast of buffers."""
     pytest.importorskip("timm")
-    (tmp_path / "plain.py").write_text(PLAIN)
-    together([sys.executable, tmp_path / "plain.py"], tmp_path, two_processes())
+    (tmp_path / "plain_torch.py").write_text(PLAIN_TORCH)
+    together([sys.executable, tmp_path / "plain_torch.py"], tmp_path, two_processes())
