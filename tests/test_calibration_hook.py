@@ -1,13 +1,17 @@
 """Calibration before the first iteration: on batches as the training has them, of all kinds of models."""
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from runs import CONFIGS
+from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -17,6 +21,8 @@ from mmdet.structures.mask import BitmapMasks
 from mmseg.structures import SegDataSample
 from whole_models import NAMES, small
 
+import condattn
+import condattn.registry
 from condattn.openmmlab.hooks.calibration import CalibrationHook
 from condattn.openmmlab.hooks.spectra import SpectraHook
 from condattn.openmmlab.runner.launch import build_model, load_config
@@ -59,7 +65,8 @@ def calibrate(model, batches, loaded=None):
     """Run the hook, after it has seen the checkpoint ``loaded``, and return what it logs."""
     lines = []
     logger = SimpleNamespace(info=lambda line: lines.append(str(line)))
-    runner = SimpleNamespace(iter=0, model=model, train_dataloader=batches, logger=logger)
+    loader = DataLoader(batches, collate_fn=lambda items: items[0])
+    runner = SimpleNamespace(iter=0, model=model, train_dataloader=loader, logger=logger, seed=0)
     hook = CalibrationHook(batches=len(batches))
     if loaded is not None:
         hook.after_load_checkpoint(runner, loaded)
@@ -152,3 +159,64 @@ def test_a_checkpoint_replaces_the_weights_that_the_model_was_built_with(tmp_pat
     write_checkpoint(tmp_path / "backbone.pth", build(cfg, tmp_path).backbone, {})
     cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "backbone.pth"))
     assert len(calibrate(build(cfg, tmp_path), [batch("mmseg")], {"state_dict": {}})) == 8
+
+
+class RandomImages(Dataset):
+    """Images with an index and random numbers from all generators that augmentations use."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        numbers = index + torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])
+        return {"inputs": numbers.reshape(3, 1, 1).expand(3, 32, 32).float()}
+
+
+class Classifier(BaseModel):
+    """Minimises its outputs, and keeps the batches that it was trained with."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = pytest.importorskip("timm").create_model("test_vit", img_size=32)
+        condattn.condition(self.backbone, "pc")
+        self.batches = []
+
+    def forward(self, inputs, data_samples=None, mode="tensor"):
+        inputs = torch.stack(list(inputs))
+        if mode == "loss":
+            self.batches.append(inputs[:, :, 0, 0])
+            return {"loss": self.backbone(inputs).square().mean()}
+        return self.backbone(inputs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("sampler", ["InfiniteSampler", "DefaultSampler"])
+def test_the_training_sees_the_same_batches(sampler, exact, workers, tmp_path):
+    """As many iterations as without the hook, with the same images and augmentations."""
+    trained = []
+    for hooks in ([], [dict(type="CalibrationHook", batches=3)]):
+        in_epochs = (
+            dict(by_epoch=True, max_epochs=2) if sampler == "DefaultSampler" else dict(by_epoch=False, max_iters=8)
+        )
+        runner = Runner(
+            Classifier(),
+            str(tmp_path / str(len(trained))),
+            train_dataloader=dict(
+                dataset=RandomImages(),
+                sampler=dict(type=sampler),
+                batch_size=4,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+            ),
+            train_cfg=in_epochs,
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=1e-3)),
+            custom_hooks=[*hooks, *([dict(type="ExactResumeHook")] if exact else [])],
+            experiment_name=f"{tmp_path.name} {len(trained)}",
+            randomness=dict(seed=3),
+        )
+        model = runner.train()
+        trained.append(torch.stack(model.batches))
+    assert trained[0].shape == (10 if sampler == "DefaultSampler" else 8, 4, 3)
+    assert torch.equal(*trained)

@@ -4,11 +4,14 @@ from itertools import islice
 
 import torch
 from mmengine import dist
+from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from ...methods import HeadOutputMethod
+from ...spectra.measure import unchanged
 from ...weights.calibrate import calibrate
 from ..models.forward import forward
 from ..models.loading import methods_in, recorded, trained_with
@@ -21,10 +24,11 @@ class CalibrationHook(Hook):
 
     For weights that were trained without a preconditioner; see :func:`condattn.weights.calibrate.calibrate`. A
     resumed run is not calibrated, nor are weights whose checkpoint records a preconditioner. In a distributed run each
-    process measures its part of the data, and folds in the mean over all processes.
+    process measures its part of the data, and folds in the mean over all processes. The training then sees the same
+    batches as without the hook.
 
     Args:
-        batches: Number of batches of the training data that are measured.
+        batches: Number of batches that are measured, of training images in random order.
     """
 
     def __init__(self, batches: int = 8) -> None:
@@ -47,17 +51,26 @@ class CalibrationHook(Hook):
         if methods:
             runner.logger.info(f"CalibrationHook leaves weights alone that were trained with {', '.join(methods)}")
             return
-        with torch.random.fork_rng():
-            samples = islice(runner.train_dataloader, self.batches)
+        with unchanged(model):
+            samples = islice(_apart(runner.train_dataloader, runner.seed), self.batches)
             batches = [model.data_preprocessor(sample, training=True) for sample in samples]
 
-        def run() -> None:
-            with torch.random.fork_rng():
-                for batch in batches:
-                    forward(model, batch)
+            def run() -> None:
+                with torch.random.fork_rng():
+                    for batch in batches:
+                        forward(model, batch)
 
-        for site in calibrate(model, run, reduce=_mean):
+            sites = calibrate(model, run, reduce=_mean)
+        for site in sites:
             runner.logger.info(site)
+
+
+def _apart(loader: DataLoader, seed: int) -> DataLoader:
+    """A loader of the same data with a sampler of its own: samplers without an end have a position, which is kept."""
+    size = getattr(loader.batch_sampler, "batch_size", 1)
+    return DataLoader(
+        loader.dataset, size, sampler=DefaultSampler(loader.dataset, seed=seed), collate_fn=loader.collate_fn
+    )
 
 
 def _mean(value: torch.Tensor) -> torch.Tensor:

@@ -14,4 +14,4 @@ def forward(model: nn.Module, data: dict[str, Any]) -> None:
     """
     head = getattr(model, "decode_head", None)
     needs_samples = head is not None and "batch_data_samples" in signature(head.forward).parameters
-    model(data["inputs"], data["data_samples"], mode="predict" if needs_samples else "tensor")
+    model(**data, mode="predict" if needs_samples else "tensor")
