@@ -148,11 +148,13 @@ def test_the_exact_correction_of_the_same_weights_is_refused(conditioning):
 
 
 def test_a_relative_correction_is_of_the_weights_that_were_set():
-    """In either order."""
-    for conditioning in ("ci+sc(strength=3.0, relative=True)", "sc(strength=3.0, relative=True)+ci"):
+    """In either order, also if the model has been used in between."""
+    relative = "sc(strength=3.0, relative=True)"
+    for calls in ([f"ci+{relative}"], [f"{relative}+ci"], [relative, "ci"], ["ci", relative]):
         model = vit().eval()
-        condattn.condition(model, conditioning)
-        model(torch.rand(1, 3, 16, 16))
+        for conditioning in calls:
+            condattn.condition(model, conditioning)
+            model(torch.rand(1, 3, 16, 16))
         qkv = model.blocks[0].attn.qkv
         largest = torch.linalg.matrix_norm(qkv.weight[:24], 2)
         torch.testing.assert_close(
@@ -180,12 +182,39 @@ def test_pretrained_weights_are_refused(tmp_path):
         torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
         pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "vit.pth"))
         settings["init_cfg"] = pretrained
-        with pytest.raises(ValueError, match="'ci' sets initial weights, which the pretrained weights would replace"):
+        message = "'ci' sets initial weights, which the pretrained weights would replace"
+        with pytest.raises(ValueError, match=message):
             MODELS.build(dict(**settings, conditioning="ci")).init_weights()
         MODELS.build(dict(**settings, conditioning="pc")).init_weights()
     backbone.init_weights()
     sites = condattn.find_sites(backbone)
     assert all(torch.equal(site.v.weight, torch.eye(192)) for site in sites)
+
+
+def test_weights_that_are_loaded_when_a_module_is_built_are_refused(tmp_path):
+    """As wrappers of other libraries load them, also in a part of the module."""
+    pytest.importorskip("mmpretrain")
+    from mmengine.registry import MODELS, DefaultScope
+
+    import condattn.registry  # noqa: F401
+
+    torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "vit.pth")
+    loaded = dict(checkpoint_path=str(tmp_path / "vit.pth"))
+    backbone = dict(type="TIMMBackbone", model_name="test_vit", num_classes=5)
+    head = dict(type="LinearClsHead", num_classes=5, in_channels=64)
+    modules = {
+        "backbone": (backbone, loaded),
+        "backbone of a classifier": (dict(type="ImageClassifier", backbone=backbone, head=head), {}),
+        "classifier": (dict(type="TimmClassifier", model_name="test_vit", num_classes=5), loaded),
+    }
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        for name, (module, start) in modules.items():
+            MODELS.build(dict(type="Conditioned", module=module, conditioning="ci"))
+            pretrained = {**module, **start} if start else {**module, "backbone": {**backbone, **loaded}}
+            MODELS.build(dict(type="Conditioned", module=pretrained, conditioning="pc"))
+            with pytest.raises(ValueError, match="'ci' sets initial weights, which the pretrained weights") as error:
+                MODELS.build(dict(type="Conditioned", module=pretrained, conditioning="ci"))
+            assert "\n" not in str(error.value), name
 
 
 def test_pretrained_weights_of_the_whole_model_are_refused():

@@ -1,6 +1,8 @@
 """Conditioned embedded tokens in models: where they enter, masks, half precision, compilation, what is refused."""
 
 import importlib.util
+from inspect import signature
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -128,16 +130,19 @@ def test_the_tokens_of_the_first_block(name, conditioning):
 def test_combinations_do_not_depend_on_the_order():
     torch.manual_seed(0)
     state = MODELS["vit"]().state_dict()
-    outputs = []
-    for conditioning in ("ct+sc+pc", "pc+ct+sc", "sc+pc+ct"):
-        model = MODELS["vit"]().eval()
-        model.load_state_dict(state)
-        condattn.condition(model, conditioning)
-        outputs.append(model(torch.ones(1, 3, 16, 16)))
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    for names in (("ct", "sc", "pc"), ("ct", "ci", "sc(strength=3.0, relative=True)", "pc")):
+        outputs = []
+        for order in permutations(names):
+            model = MODELS["vit"]().eval()
+            model.load_state_dict(state)
+            torch.manual_seed(1)  # 'ci' sets random weights
+            condattn.condition(model, "+".join(order))
+            outputs.append(model(torch.ones(1, 3, 16, 16)))
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
     record = condattn.conditioning_of(model)
     assert [one["type"] for one in record["blocks.0"]] == ["EmbeddedTokens"]
-    assert [one["type"] for one in record["blocks.0.attn"]] == ["RowPreconditioner", "SpectralCorrection"]
+    found = [one["type"] for one in record["blocks.0.attn"]]
+    assert sorted(found) == ["ConditionedInitialization", "RowPreconditioner", "SpectralCorrection"]
     assert condattn.fold(model) == 2 and condattn.conditioning_of(model)["blocks.0"] == record["blocks.0"]
 
 
@@ -255,6 +260,35 @@ def test_causal_models_are_refused(bert):
     other = x.clone()
     other[:, -1] += 1.0
     assert not torch.allclose(svd_correction(x)[:, 0], svd_correction(other)[:, 0], atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, patch", [("vit_tiny_patch16_224", 16), ("eva02_tiny_patch14_224", 14)])
+def test_masks_of_timm(name, patch):
+    """Masks of PyTorch's attention: padding takes no part; other masks, and causal attention, are refused."""
+    model = timm.create_model(name, img_size=4 * patch, depth=2, embed_dim=16, num_heads=2).eval()
+    if "attn_mask" not in signature(model.forward_features).parameters:
+        pytest.skip("this timm passes no mask")
+    condattn.condition(model, "ct")
+    images, seen = torch.randn(2, 3, 4 * patch, 4 * patch), []
+    model.blocks[0].norm1.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model.forward_features(images)
+    tokens = seen[0].shape[1]
+    shown = torch.arange(tokens) % 3 > 0
+    for mask in (shown.expand(tokens, tokens), shown.expand(2, 1, tokens, tokens), torch.zeros(tokens, tokens)):
+        seen.clear()
+        kept = shown if mask.dtype == torch.bool else torch.ones(tokens, dtype=torch.bool)
+        model.forward_features(images, attn_mask=mask)
+        condattn.remove(model)
+        model.forward_features(images)
+        condattn.condition(model, "ct")
+        corrected, plain = seen
+        assert torch.equal(corrected[:, ~kept], plain[:, ~kept])
+        torch.testing.assert_close(corrected[:, kept].double(), by_hand(plain[:, kept]), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="mask 'attn_mask' lets queries see different tokens"):
+        model.forward_features(images, attn_mask=torch.ones(tokens, tokens, dtype=torch.bool).tril())
+    with pytest.raises(ValueError, match="with is_causal=True each token sees only those before it"):
+        model.forward_features(images, is_causal=True)
 
 
 def test_models_without_a_rule_are_refused():

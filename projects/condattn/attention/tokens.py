@@ -24,6 +24,8 @@ class TokenEntry(Place):
         layout: 'tokens' for (batch, tokens, channels), 'channels_last' for (batch, height, width, channels),
             'channels_first' for (batch, channels, height, width).
         mask: Name of the argument of the block (its second, or a keyword) that masks padding tokens; '' if it has none.
+            Two axes are (batch, tokens), and those of ``'attn_mask'`` (queries, keys), as in PyTorch's attention; the
+            last two of more axes are (queries, keys).
         obstacle: Why tokens must not be mixed, as the end of a sentence "cannot be conditioned: ..."; '' if they may.
     """
 

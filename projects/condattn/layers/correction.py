@@ -290,6 +290,14 @@ class CorrectedModule(nn.Module):
                 self._settle(parameter, correction, self._matrix(weight))
 
     @torch.no_grad()
+    def unsettle(self, parameter: str) -> None:
+        """Compute the corrections of a weight anew in the next forward, because other values were written into it."""
+        for correction in self.corrections.get(parameter, ()):
+            if correction.depends_on_weight:
+                getattr(self, correction.buffer(parameter)).fill_(torch.nan)
+                self.unsettled = self.unsettled | {correction.buffer(parameter)}
+
+    @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, in which the corrections are fixed as the module's own weights determine them."""
         fixed = {}

@@ -62,9 +62,15 @@ class TokenCorrection(InputTransform):
         """X + C, in the layout and the dtype of ``x``.
 
         Raises:
-            ValueError: If the mask differs between queries, as that of a decoder does. On a GPU and in compiled models,
-                which do not wait for the comparison, the error is a ``RuntimeError``.
+            ValueError: If the block is called with ``is_causal=True``, or the mask differs between queries, as that of
+                a decoder does. On a GPU and in compiled models, which do not wait for the comparison of masks, that
+                error is a ``RuntimeError``.
         """
+        if kwargs.get("is_causal"):
+            raise ValueError(
+                f"the tokens of a {type(self.method).__name__} are mixed with one another, but with is_causal=True "
+                "each token sees only those before it; remove the method, or is_causal"
+            )
         dtype = x.dtype if x.dtype.itemsize < 4 else autocast_dtype(x)
         zero = None if dtype is None else rounding(dtype)
         tokens = {"tokens": x, "channels_last": x.flatten(1, -2), "channels_first": x.flatten(2).mT}[self.layout]
@@ -85,6 +91,8 @@ class TokenCorrection(InputTransform):
         mask = kwargs.get(self.mask, args[1] if len(args) > 1 else None)
         if not isinstance(mask, Tensor):
             return None
+        if self.mask == "attn_mask" and mask.dim() == 2:
+            mask = mask[None]
         rows = mask
         if mask.dim() > 2:
             every = mask.flatten(1, -2)

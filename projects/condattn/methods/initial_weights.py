@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..attention.site import AttentionSite
+from ..layers.correction import CorrectedModule
 from .base import Method
 
 MARK = "initialized_by"
@@ -52,8 +53,11 @@ class InitialWeightsMethod(Method):
 
     @torch.no_grad()
     def initialize(self, site: AttentionSite) -> None:
-        """Set the initial weights of ``site``."""
+        """Set the initial weights of ``site``; corrections that depend on them are computed anew."""
         self.set_weights(site)
+        for projection in filter(None, (site.q, site.k, site.v)):
+            if isinstance(projection.owner, CorrectedModule):
+                projection.owner.unsettle(projection.parameter)
 
     def check(self, site: AttentionSite) -> None:
         """Raise a ``ValueError`` if another method has set initial weights of ``site``."""

@@ -31,10 +31,10 @@ for name in (
     register_token_rule(name, lambda m: dict(module=m.layers[0]))
 register_token_rule("mmpretrain.models.backbones.xcit.XCiT", lambda m: dict(module=m.xca_layers[0]))
 
-for name in (
-    *("vision_transformer.VisionTransformer", "xcit.Xcit", "beit.Beit", "eva.Eva", "deit.VisionTransformerDistilled"),
-):
+for name in ("xcit.Xcit", "beit.Beit"):
     register_token_rule(f"timm.models.{name}", lambda m: dict(module=m.blocks[0]))
+for name in ("vision_transformer.VisionTransformer", "deit.VisionTransformerDistilled", "eva.Eva"):
+    register_token_rule(f"timm.models.{name}", lambda m: dict(module=m.blocks[0], mask="attn_mask"))
 for name in ("swin_transformer.SwinTransformer", "swin_transformer_v2.SwinTransformerV2"):
     register_token_rule(f"timm.models.{name}", lambda m: dict(module=m.layers[0].blocks[0], layout="channels_last"))
 register_token_rule("timm.models.davit.DaVit", lambda m: _first_of_stages(m) | dict(layout="channels_first"))

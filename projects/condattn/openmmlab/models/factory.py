@@ -11,7 +11,7 @@ from torch import nn
 from ...condition import condition
 from ...methods.initial_weights import InitialWeightsMethod
 from ...methods.parsing import DEFAULT, Conditioning
-from .base import initialize_as_upstream
+from .base import initialize_as_upstream, refuse_initial_weights
 from .loading import guard_loading
 from .settings import module_settings
 
@@ -45,19 +45,35 @@ def Conditioned(
         The module itself, conditioned in place.
 
     Raises:
-        ValueError: As :func:`condattn.condition`, and for settings of a module that is built already.
+        ValueError: As :func:`condattn.condition`, for settings of a module that is built already, and for a
+            conditioning that sets initial weights of a module that loads pretrained weights when it is built.
     """
+    loaded: list[nn.Module] = []
     if not isinstance(module, nn.Module):
-        module = MODELS.build(module_settings(dict(settings, module=module, data_preprocessor=data_preprocessor)))
+        cfg = module_settings(dict(settings, module=module, data_preprocessor=data_preprocessor))
+        module = MODELS.build(cfg)
+        loaded = _loaded(module, cfg)
     elif settings:
         raise ValueError(f"Conditioned has {', '.join(settings)} beside a module that is built already; leave that out")
     report = condition(module, conditioning, include, exclude)
+    for part in loaded:
+        refuse_initial_weights(part)
     guard_loading(module)
     initial = any(isinstance(method, InitialWeightsMethod) for method in report.methods)
     if initial and hasattr(module, "init_weights"):
         module.init_weights = partial(_init_weights, module)
     print_log(f"{type(module).__name__}: {report}", logger="current")
     return module
+
+
+def _loaded(module: nn.Module, cfg: Mapping[str, Any]) -> list[nn.Module]:
+    """The parts of a module that has just been built from ``cfg`` whose weights are pretrained.
+
+    Wrappers of other libraries (``TIMMBackbone``, ``TimmClassifier``) load them before ``init_weights``.
+    """
+    if cfg.get("pretrained") is True or cfg.get("checkpoint_path"):
+        return [module]
+    return [part for part in module.modules() if getattr(part, "is_init", False) is True]
 
 
 def _init_weights(module: nn.Module) -> None:
