@@ -144,5 +144,6 @@ benchmark: setup
 	$(call measure,attention,--models upstream$(,)none$(,)pc --network attention)
 	$(call measure,ct,--models "none$(,)ct$(,)ct(form=\"newton_schulz\")")
 	$(call measure,ct_vit,--models "none$(,)ct$(,)ct(form=\"newton_schulz\")" --network vit-b --size 224 --repeats 9)
+	$(call measure,ct_small_vit,--models "none$(,)ct$(,)ct(form=\"newton_schulz\")" --network small-vit --batch 64 --repeats 60)
 	$(call measure,sweep,--models upstream$(,)pc --sweep --repeats 2)
 	@echo "the tables are in $(TABLES)"

@@ -161,7 +161,7 @@ def test_the_figures_of_conditioned_tokens():
     """Each row has the ratios of both forms in the table that it links to, and the command that made it."""
     pattern = r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| .*benchmark/(ct\w*).txt\) \| `(.*)` \|$"
     rows = re.findall(pattern, PAGES["performance.md"], re.MULTILINE)
-    assert len(rows) == 2
+    assert len(rows) == 3
     for what, *ratios, name, command in rows:
         first, *lines = (ROOT / "results" / "benchmark" / f"{name}.txt").read_text().splitlines()
         assert first.endswith(f"benchmark.py {command}") and re.search(r"\d+ x \d+", what)[0] in lines

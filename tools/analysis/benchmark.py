@@ -41,9 +41,14 @@ from condattn.openmmlab.runner.launch import choose_device
 UPSTREAM = "upstream"
 NETWORKS = {
     **{"swin-t": (512, 512), "vit-b": (1024, 1024), "mask-rcnn": (800, 1333), "attention": (512, 512)},
-    "demo": (96, 96),
+    **{"small-vit": (28, 28), "demo": (96, 96)},
 }
 """Network -> default height and width of the images."""
+VITS = {
+    "vit-b": {},
+    "small-vit": dict(patch_size=4, embed_dim=64, depth=4, num_heads=2, mlp_ratio=2),
+}
+"""Network -> its settings, where they differ from those of timm's ViT-B."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEP, LARGEST = 256, 1536
 """Step and largest side, in pixels, of the square images of a sweep."""
@@ -68,7 +73,7 @@ def parse_args() -> argparse.Namespace:
         choices=NETWORKS,
         default="swin-t",
         help="Swin-T as a backbone of mmdet, ViT-B of timm, Mask R-CNN with Swin-T, the attention of Swin-T's first "
-        "blocks alone, or the demo's Mask R-CNN (default: %(default)s)",
+        "blocks alone, a ViT of the size of that in the studies, or the demo's Mask R-CNN (default: %(default)s)",
     )
     parser.add_argument("--size", help="height x width of the images, e.g. 512 or 800x1333 (default: by the network)")
     parser.add_argument(
@@ -102,10 +107,11 @@ def build(name: str, network: str, size: tuple[int, int]) -> nn.Module:
     name, _, form = name.partition(":")
     methods = name
     fast = form != "plain"
-    if network == "vit-b":
+    if network in VITS:
         import timm
 
-        model = timm.create_model("vit_base_patch16_224", img_size=size, num_classes=0, global_pool="")
+        settings = dict(img_size=size, num_classes=0, global_pool="", **VITS[network])
+        model = timm.create_model("vit_base_patch16_224", **settings)
         if name != UPSTREAM:
             condattn.condition(model, methods)
     else:
@@ -295,7 +301,7 @@ def complexity(name: str, args: argparse.Namespace, size: tuple[int, int]) -> di
     model = build(name, args.network, size)
     model.eval()  # not chained: eval() of upstream's class does not return the model
     found = dict(parameters=sum(p.numel() for p in model.parameters()), flops=None, activations=None)
-    if args.network in ("swin-t", "vit-b"):
+    if args.network in ("swin-t", *VITS):
         images = torch.randn(args.batch, 3, *size)
         result = get_model_complexity_info(model, inputs=(images,), show_table=False, show_arch=False)
         found |= dict(flops=2 * result["flops"], activations=result["activations"])  # mmengine counts multiply-adds

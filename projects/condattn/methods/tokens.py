@@ -46,7 +46,7 @@ class EmbeddedTokens(ModelInputMethod):
 
     form: str = "svd"
     detach: bool = True
-    iterations: int = 24
+    iterations: int = 12
 
     def __post_init__(self):
         check_flags(self, "detach")
