@@ -225,7 +225,7 @@ def test_singular_values_stay_within_the_largest(iterations):
     """No direction is overshot, whatever the number of iterations."""
     x = torch.diag(torch.logspace(0, -6, 40, dtype=torch.float64))
     corrected = newton_schulz_correction(x, iterations).diagonal()
-    assert 0 <= corrected.min() and corrected.max() <= 1 + 1e-6
+    assert corrected.min() >= 0 and corrected.max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -20,8 +20,10 @@ TEMPLATE = Path(__file__).with_name("report.html")
 POOLED = "pooled"
 """Marker of the section of docs/results.md about all studies."""
 POOLING = (
-    "An estimate needs two or more complete studies. Points of accuracy, AP and mIoU are pooled as they are; "
-    "exploratory studies are left out."
+    "An estimate needs two or more complete studies. Points of accuracy, AP and mIoU are different units, and are "
+    "pooled as they are. The standard deviation between few studies is hardly known: 0.00 does not mean that they "
+    "agree. The estimate is made anew after each study, and its p is not corrected for that. Exploratory studies are "
+    "left out."
 )
 """Below the table in that section."""
 FIGURE = "differences.svg"
@@ -35,7 +37,8 @@ NOTES = (
     "interval may contain 0 where Holm's less strict p is below 0.05. 'detectable' is the difference that a comparison "
     f"with this spread finds in {POWER:.0%} of the cases. 'meets baseline at' is the first of the evenly spaced "
     "evaluations, on the tuning set, at which the mean reaches the baseline's last one. Failed runs count with "
-    "their last score. Condition numbers, the entropy (as a share of the largest possible one) and the largest logit "
+    "their last score, which is of the tuning set. Nothing is corrected across families or studies. Condition "
+    "numbers, the entropy (as a share of the largest possible one) and the largest logit "
     "are medians over the attention sites, on one training image of each run; over the seeds, means of condition "
     "numbers are geometric. Their ratios have 95 % intervals over seeds without a correction, because no comparison of "
     "them was planned. C A(X) is what the preconditioner makes of the head outputs A(X), or, in a variant without one, "
@@ -145,7 +148,7 @@ def begun_studies(root: Path) -> list[tuple[Study, Results]]:
 def _summary(study: Study, results: Results) -> str:
     found, status = tables(study, results)
     parts = [f"{status} [Report](../results/{study.name}/report.md)"]
-    if any(map(results.final, study.variants)):
+    if is_complete(study, results):
         shown = [table for table in found if table.title.startswith(("Family", "Variants"))]
         parts += [f"**{table.title}**\n\n{table.markdown()}" for table in shown]
         parts.append(f"![learning curves](../results/{study.name}/curves.svg)")

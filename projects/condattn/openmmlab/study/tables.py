@@ -76,22 +76,25 @@ def comparisons(study: Study, results: Results) -> dict[str, list[Comparison]]:
 
 
 def variant_table(study: Study, results: Results) -> Table:
-    """Table of variants: scores over the seeds so far, learning rate, and when the baseline's level was reached."""
+    """Table of variants: scores, learning rate, and when the baseline's level was reached.
+
+    There are no scores before the study is complete, so that nothing is decided by them while it runs.
+    """
     rates = chosen_rates(study, results.scores()) or {}
     rows = []
-    target = _baseline_level(study, results)
+    complete, target = is_complete(study, results), _baseline_level(study, results)
     length = max((step for record in results.final(study.baseline) for step, _ in record.curve), default=0)
     for name in study.variants:
         records = results.final(name)
-        values = [final_score(study, record) for record in records]
+        values = [final_score(study, record) for record in records if complete]
         rows.append(
             [
                 name,
-                f"{len(values)} of {len(study.seeds)}",
+                f"{len(records)} of {len(study.seeds)}",
                 f"{mean_and_spread.mean(values):.2f}" if values else "",
                 f"{mean_and_spread.stdev(values):.2f}" if len(values) > 1 else "",
                 f"{rates[name]:g}" if name in rates else "",
-                _reaches(records, target, length),
+                _reaches(records, target, length) if complete else "",
                 str(sum(record.status == FAILED for record in records) or ""),
             ]
         )
@@ -319,10 +322,11 @@ def _ratios(variant: Sequence[dict[str, float]], reference: Sequence[dict[str, f
 def csv_text(study: Study, results: Results) -> str:
     """Format variants and comparisons as CSV, with scores in :attr:`.plan.Study.unit`.
 
-    There is a line for each comparison, and one for each variant that is compared with none. The columns of the
-    comparison are empty before the study is complete.
+    There is a line for each comparison, and one for each variant that is compared with none. The columns of scores and
+    comparisons are empty before the study is complete.
     """
-    found = comparisons(study, results) if is_complete(study, results) else {}
+    complete = is_complete(study, results)
+    found = comparisons(study, results) if complete else {}
     compared = {(family, one.variant, one.reference): one for family, ones in found.items() for one in ones}
     pairs = [(family, *pair) for family, ones in study.families.items() for pair in ones]
     alone = [("", name, "") for name in study.variants if name not in {variant for _, variant, _ in pairs}]
@@ -337,17 +341,18 @@ def csv_text(study: Study, results: Results) -> str:
         ]
     )
     for family, variant, reference in (*alone, *pairs):
-        scores = [final_score(study, record) for record in results.final(variant)]
+        records = results.final(variant)
+        scores = [final_score(study, record) for record in records if complete]
         one = compared.get((family, variant, reference))
         numbers = (one.difference, one.low, one.high, one.p, one.detectable) if one else ()
         writer.writerow(
             [
                 variant,
-                len(scores),
+                len(records),
                 f"{mean_and_spread.mean(scores):.6g}" if scores else "",
                 f"{mean_and_spread.stdev(scores):.6g}" if len(scores) > 1 else "",
                 *(variants[variant][column] for column in ("learning rate", "meets baseline at")),
-                sum(record.status == FAILED for record in results.final(variant)),
+                sum(record.status == FAILED for record in records),
                 *(family, reference),
                 *([f"{number:.6g}" for number in numbers] or [""] * 5),
                 one.verdict if one else "",
