@@ -402,7 +402,7 @@ def test_parametrized_weights():
     case.delta = lambda name: 0.5 * (name == "qkv")
     nn.utils.parametrize.register_parametrization(block.qkv, "weight", Plus())
     case.check()
-    with pytest.raises(ValueError, match="cannot be merged .*remove_parametrizations first"):
+    with pytest.raises(ValueError, match="cannot become a plain layer again.*remove_parametrizations first"):
         condattn.fold(case.model)
     case.check()
     nn.utils.parametrize.remove_parametrizations(block.qkv, "weight")

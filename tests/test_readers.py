@@ -75,3 +75,17 @@ def test_an_interrupted_forward(conditioning, saved):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(model, images).result(60), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", ["sc", "pc", "sc+pc"])
+def test_hooks_see_the_output_of_the_whole_forward(conditioning):
+    """Whether they are registered before the model is conditioned, or after."""
+    model, seen = swin("none"), []
+    attention = model.features[1][0].attn
+    look = lambda module, args, output: seen.append(output.clone())  # noqa: E731
+    attention.register_forward_hook(look)
+    condattn.condition(model, conditioning)
+    attention.register_forward_hook(look)
+    model(torch.randn(1, 3, 32, 32))
+    assert torch.equal(*seen)

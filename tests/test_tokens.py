@@ -234,6 +234,14 @@ def test_masked_tokens_anywhere(bert):
 
 
 @needs_transformers
+def test_masks_that_are_no_tensors_are_refused(bert):
+    """Such as those of flex attention, which say nothing of padding that could be read here."""
+    condattn.condition(bert, "ct")
+    with pytest.raises(ValueError, match="conditioned tokens cannot read a object as the mask 'attention_mask'"):
+        bert.encoder.layer[0](torch.rand(1, 5, 24), attention_mask=object())
+
+
+@needs_transformers
 def test_what_is_left_out_is_not_conditioned(bert):
     """Whole models are, by patterns of their attention sites; a causal one among them does not matter."""
     both = nn.ModuleDict({"one": bert, "two": transformers.BertModel(bert.config)})

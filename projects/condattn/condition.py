@@ -16,6 +16,7 @@ from .attention.rules import UnsupportedAttention, describe_unsupported, find_si
 from .attention.site import AttentionSite, Place
 from .kernels.private import forget_compiled
 from .layers.adapted import check_adapter, follow_all
+from .layers.class_swap import check_can_restore
 from .layers.correction import check_weights_of, corrected_modules
 from .layers.first_forward import FirstForward
 from .layers.overrides import CorrectedWeightOverride
@@ -135,12 +136,7 @@ def fold(model: nn.Module) -> int:
             in this case nothing is merged.
     """
     foldable = corrected_modules(model)
-    for module in foldable:
-        if nn.utils.parametrize.is_parametrized(module):
-            raise ValueError(
-                f"the weight of a {type(module).__name__} cannot be merged with its correction; call "
-                "torch.nn.utils.parametrize.remove_parametrizations first"
-            )
+    check_can_restore(foldable)
     check_weights_of(model, foldable)
     for module in foldable:
         module.fold()
@@ -167,7 +163,9 @@ def remove(model: nn.Module) -> int:
 
     Raises:
         NotImplementedError: If a method does not define how it is removed.
+        ValueError: If a conditioned layer is parametrized, or accelerate has replaced its forward; nothing is changed.
     """
+    check_can_restore(model.modules())
     conditioned = conditioned_places(model)
     for place, method in reversed(conditioned):
         method.remove(place)

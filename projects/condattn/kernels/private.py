@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Hooks = MutableMapping[int, Callable]
 
@@ -71,6 +72,21 @@ def remove_forward_hook(module: nn.Module, number: int) -> None:
     """Remove the forward hook with this number, as its handle would."""
     module._forward_hooks.pop(number, None)
     module._forward_hooks_always_called.pop(number, None)
+
+
+def remove_forward_pre_hook(module: nn.Module, number: int) -> None:
+    """Remove the forward pre-hook with this number, as its handle would."""
+    module._forward_pre_hooks.pop(number, None)
+    module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def reserve_hook(number: int) -> None:
+    """Give no hook this number from now on.
+
+    PyTorch numbers hooks from 0 in each process. In a process that loads a pickled module, another hook would get the
+    number of one that the module has, and replace it.
+    """
+    RemovableHandle.next_id = max(RemovableHandle.next_id, number + 1)
 
 
 def has_backward_or_global_hooks(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -19,21 +19,47 @@ SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
 def check_can_swap(owner: nn.Module, layer: type[ConditionedLayer], site: AttentionSite) -> None:
     """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer`` by :func:`swap_class`.
 
-    It can if it is not parametrized, and its class is the host class, ``layer.host``, one of ``SAME``, or a subclass
-    that adds no methods except ``__init__``.
+    It can if it is not parametrized, its forward is that of its class, and this class is the host class,
+    ``layer.host``, one of ``SAME``, or a subclass that adds no methods except ``__init__``.
     """
     if isinstance(owner, layer):
         return
     classes = type(owner).__mro__
     own = classes[: classes.index(layer.host)] if layer.host in classes else classes
     added = [cls for cls in own if qualified_name(cls) not in SAME]
-    if nn.utils.parametrize.is_parametrized(owner):
+    if has_own_forward(owner):
+        problem = f"{type(owner).__name__}, whose forward was replaced (by accelerate, for instance)"
+    elif nn.utils.parametrize.is_parametrized(owner):
         problem = f"parametrized {layer.host.__name__}"
     elif any(callable(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
         problem = f"{type(owner).__name__}, which has methods that {layer.host.__name__} has not"
     else:
         return
     raise ValueError(f"{site}: cannot condition its {problem}; {leave_out(site)}")
+
+
+def has_own_forward(owner: nn.Module) -> bool:
+    """Return whether ``owner`` has a forward of its own, other than that of its class.
+
+    accelerate gives one to layers whose weights it moves between devices; where it removes it, it leaves that of the
+    class.
+    """
+    own = vars(owner).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(owner).forward
+
+
+def check_can_restore(modules: Iterable[nn.Module]) -> None:
+    """Raise a one-line ``ValueError`` unless :func:`restore_class` can undo all changes of classes of ``modules``."""
+    for module in modules:
+        if not isinstance(module, ConditionedLayer):
+            continue
+        if nn.utils.parametrize.is_parametrized(module):
+            advice = "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+        elif has_own_forward(module):
+            advice = "has a forward of accelerate's; call accelerate.hooks.remove_hook_from_submodules(model) first"
+        else:
+            continue
+        raise ValueError(f"a {type(module).__name__} cannot become a plain layer again, because it {advice}")
 
 
 def leave_out(site: AttentionSite) -> str:
@@ -92,9 +118,11 @@ def swap_class(owner: Any, layer: type[ConditionedLayer]) -> Any:
     if not isinstance(owner, layer):
         owner.host_class = type(owner)
         owner.__class__ = layer
+        owner.__dict__.pop("forward", None)  # see has_own_forward
     return owner
 
 
 def restore_class(owner: nn.Module) -> None:
     """Undo :func:`swap_class`."""
     owner.__class__ = owner.__dict__.pop("host_class")
+    owner.__dict__.pop("forward", None)

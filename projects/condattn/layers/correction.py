@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..attention.site import Projection, indices
 from ..attention.stored import check_writable
+from ..kernels.private import is_watched_or_transformed
+from ..kernels.switch import is_compiling
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Correction(ABC):
     @property
     @abstractmethod
     def depends_on_weight(self) -> bool:
-        """Whether C is a function of the weight, and must therefore be saved with it."""
+        """Whether C is a function of the weight, and must therefore be saved with it.
+
+        If not, it is a function of the weight's shape alone, and computed for each device and dtype.
+        """
 
     @abstractmethod
     def compute(self, weight: Tensor) -> Tensor:
@@ -66,10 +71,6 @@ class Correction(ABC):
     def buffer(self, parameter: str) -> str:
         """Return the name of the buffer that holds C of the weight ``parameter``."""
         return f"{parameter}_correction" + (f"_{self.name}" if self.name else "")
-
-    def columns_buffer(self, parameter: str) -> str:
-        """Return the name of the buffer that holds the columns, if there are any."""
-        return f"{parameter}_columns" + (f"_{self.name}" if self.name else "")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class CorrectedModule(nn.Module):
     it, and C is computed from the loaded weights. A C that does not depend on the weights is not saved. Several
     corrections of one weight are added; each is computed from W alone.
 
-    Run one forward before ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot trace how C is fixed.
+    Run one forward before ``torch.jit.trace``, ``torch.export`` or ``torch.compile(fullgraph=True)``, which cannot
+    trace how C is fixed.
     """
 
     transposed = False
@@ -156,6 +158,13 @@ class CorrectedModule(nn.Module):
     """The weights W that W + C replaces at the moment, see :class:`.overrides.ParameterOverride`."""
     unsettled: frozenset[str] = frozenset()
     """Names of the buffers whose corrections are not fixed yet."""
+    abstract: frozenset[str] = frozenset()
+    """Names of the buffers that were registered on the meta device, and not filled by ``load_state_dict``."""
+    entries: Mapping[tuple, tuple[Tensor | None, Tensor | None]] = MappingProxyType({})
+    """Name of a buffer, device and dtype -> C, unless it depends on the weight, and the columns of its entries.
+
+    They are no buffers: a moving average of buffers would change the columns, and loaders leave them uninitialised.
+    """
 
     def add_correction(self, parameter: str, correction: Correction) -> None:
         """Add a correction to the weight called ``parameter``."""
@@ -174,23 +183,28 @@ class CorrectedModule(nn.Module):
 
     @torch.no_grad()
     def _register(self, parameter: str, correction: Correction) -> None:
-        """Register the buffers of a correction, on the weight's device: C, and the columns of its entries."""
-        weight = self._matrix(_gathered(getattr(self, parameter)))
-        name = correction.buffer(parameter)
-        has_columns = self._register_columns(parameter, correction)
-        if correction.depends_on_weight:
-            constant = weight.new_full(weight.shape[:1] if has_columns else weight.shape, torch.nan)
-            self.unsettled = self.unsettled | {name}
-        else:
-            constant = correction.compute(weight)
-        self.register_buffer(name, constant, persistent=correction.depends_on_weight)
+        """Register the buffer of a correction that depends on the weight, on its device."""
+        if not correction.depends_on_weight:
+            return
+        weight, name = self._matrix(_gathered(getattr(self, parameter))), correction.buffer(parameter)
+        shape = weight.shape if correction.columns(weight) is None else weight.shape[:1]
+        self.register_buffer(name, weight.new_full(shape, torch.nan))
+        self.unsettled = self.unsettled | {name}
+        self.abstract = self.abstract | {name} if weight.is_meta else self.abstract - {name}
 
-    def _register_columns(self, parameter: str, correction: Correction) -> bool:
-        """Register the columns of the entries of C on the weight's device; return whether there are any."""
-        columns = correction.columns(self._matrix(getattr(self, parameter)))
-        if columns is not None:
-            self.register_buffer(correction.columns_buffer(parameter), columns, persistent=False)
-        return columns is not None
+    @torch.no_grad()
+    def _entries(self, parameter: str, correction: Correction, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """C of a weight, and the columns of its entries; see :meth:`Correction.compute` and :meth:`.columns`."""
+        name = correction.buffer(parameter)
+        key = name, matrix.device, matrix.dtype
+        constant, columns = self.entries.get(key, (None, None))
+        if key not in self.entries:
+            like = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+            constant = None if correction.depends_on_weight else correction.compute(like)
+            columns = correction.columns(like)
+            if not (is_compiling() or torch.jit.is_tracing() or is_watched_or_transformed()):
+                self.entries = {**self.entries, key: (constant, columns)}
+        return getattr(self, name) if constant is None else constant, columns
 
     def _apply(self, fn, recurse=True):
         """Register the buffers again where ``to_empty`` moves a weight away from the meta device."""
@@ -223,12 +237,11 @@ class CorrectedModule(nn.Module):
         matrix = self._matrix(weight)
         corrected = matrix
         for correction in corrections:
-            name = correction.buffer(parameter)
-            if name in self.unsettled:
+            if correction.buffer(parameter) in self.unsettled:
                 self._settle(parameter, correction, matrix)
-            constant, columns = getattr(self, name), getattr(self, correction.columns_buffer(parameter), None)
+            constant, columns = self._entries(parameter, correction, matrix)
             if columns is None:
-                corrected = corrected + constant
+                corrected = corrected + constant.to(corrected.dtype)
             else:
                 corrected = corrected.scatter_add(1, columns[:, None], constant[:, None].to(corrected.dtype))
         return corrected.T if self.transposed else corrected.view_as(weight)
@@ -252,15 +265,16 @@ class CorrectedModule(nn.Module):
             if method is not None and type(correction.method) is not method:
                 remaining[parameter] = (*remaining.get(parameter, ()), correction)
                 continue
-            self.unsettled = self.unsettled - {correction.buffer(parameter)}
-            for name in (correction.buffer(parameter), correction.columns_buffer(parameter)):
-                if hasattr(self, name):
-                    delattr(self, name)
+            name = correction.buffer(parameter)
+            self.unsettled, self.abstract = self.unsettled - {name}, self.abstract - {name}
+            self.entries = {key: value for key, value in self.entries.items() if key[0] != name}
+            if hasattr(self, name):
+                delattr(self, name)
         if remaining:
             self.corrections = remaining
         else:
-            del self.corrections
-            self.__dict__.pop("unsettled", None)
+            for name in ("corrections", "unsettled", "abstract", "entries"):
+                self.__dict__.pop(name, None)
 
     @torch.no_grad()
     def subtract_corrections(self) -> None:
@@ -272,8 +286,8 @@ class CorrectedModule(nn.Module):
                 getattr(self, name).copy_(correction.compute(self._matrix(getattr(self, parameter))))
                 self.unsettled = self.unsettled - {name}
         for parameter, correction in corrections:
-            matrix, constant = self._matrix(getattr(self, parameter)), getattr(self, correction.buffer(parameter))
-            columns = getattr(self, correction.columns_buffer(parameter), None)
+            matrix = self._matrix(getattr(self, parameter))
+            constant, columns = self._entries(parameter, correction, matrix)
             if columns is None:
                 matrix.sub_(constant)
             else:
@@ -300,22 +314,32 @@ class CorrectedModule(nn.Module):
     @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, in which the corrections are fixed as the module's own weights determine them."""
-        fixed = {}
+        fixed, state = {}, super().__getstate__()  # without what ``compile`` has compiled
         for parameter, correction in self._all_corrections():
             weight, name = getattr(self, parameter), correction.buffer(parameter)
             if name in self.unsettled and not weight.is_meta:
                 constant = getattr(self, name)
                 fixed[name] = correction.compute(self._matrix(weight)) if constant.isnan().any() else constant
-        state = super().__getstate__()  # without what ``compile`` has compiled
-        if not fixed:
-            return state
-        return {**state, "_buffers": {**self._buffers, **fixed}, "unsettled": self.unsettled.difference(fixed)}
+        state.pop("entries", None)
+        return {**state, "_buffers": {**self._buffers, **fixed}}
 
     def _settle(self, parameter: str, correction: Correction, matrix: Tensor) -> None:
-        constant = getattr(self, correction.buffer(parameter))
+        name = correction.buffer(parameter)
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "spectral correction is fixed by the first forward, which torch.jit.trace cannot record; run the model "
+                "once before it is traced"
+            )
+        constant = getattr(self, name)
+        if name in self.abstract and not constant.is_meta:
+            raise RuntimeError(
+                f"the correction {name} of a {type(self).__name__} was made on the meta device and not loaded with "
+                "load_state_dict, so that its memory may never have been written; condition the model after its "
+                "weights are loaded (after from_pretrained)"
+            )
         if constant.isnan().any():
             constant.copy_(correction.compute(matrix))
-        self.unsettled = self.unsettled - {correction.buffer(parameter)}
+        self.unsettled = self.unsettled - {name}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -323,8 +347,8 @@ class CorrectedModule(nn.Module):
             name = correction.buffer(parameter)
             key = prefix + name
             if correction.depends_on_weight and key in state_dict:
-                self._register_columns(parameter, correction)  # they are not saved, and may be on the meta device
                 self.unsettled = self.unsettled | {name}  # the checkpoint may have been saved before the first forward
+                self.abstract = self.abstract - {name}
             elif prefix + parameter in state_dict:
                 # Compute C from the loaded weight. This also covers a module that was built on the meta device.
                 self._register(parameter, correction)

@@ -13,10 +13,10 @@ from ..attention.adapters import inner
 from ..attention.site import AttentionSite
 from ..kernels.private import forward_hooks, forward_pre_hooks
 from ..kernels.switch import is_compiling
-from .hooks import remove_methods
+from .hooks import PickledHook, remove_methods
 
 
-class FirstForward:
+class FirstForward(PickledHook):
     """Forward hooks of a conditioned site, which check that its first forward calls every module that its rule names.
 
     Modules that the rule gives a reader need not be called. A site that does not run, whose forward fails, or that is
@@ -40,8 +40,9 @@ class FirstForward:
         self.forget(module)
         if self.paths:
             module.first_forward = self
-            module.register_forward_pre_hook(self.begin)
-            module.register_forward_hook(self.end, always_call=True)
+            self.keep(
+                module.register_forward_pre_hook(self.begin), module.register_forward_hook(self.end, always_call=True)
+            )
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         """Register hooks on the named modules; a forward pre-hook of the site."""

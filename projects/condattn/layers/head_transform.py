@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from ..attention.adapters import inner
 from ..attention.site import AttentionSite
 from .class_swap import ConditionedLayer
+from .hooks import PickledHook
 
 
-class HeadTransform(ABC):
+class HeadTransform(PickledHook, ABC):
     """Base class of functions of the outputs of each head of a site, which lie side by side in one tensor.
 
     An instance can also be registered as a forward pre-hook. Subclasses implement :meth:`transform_heads`.

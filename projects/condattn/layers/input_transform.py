@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..kernels.polar import rounding
 from ..kernels.private import require
 from ..kernels.switch import autocast, autocast_dtype
+from .hooks import PickledHook
 
 LARGE = -1e4
 """Masks that are added to scores hold 0 for tokens that take part, and less than this for the others."""
 
 
-class InputTransform:
+class InputTransform(PickledHook):
     """A forward pre-hook that replaces the first argument of a module by a function of it.
 
     Args:
@@ -89,8 +90,13 @@ class TokenCorrection(InputTransform):
         if not self.mask:
             return None
         mask = kwargs.get(self.mask, args[1] if len(args) > 1 else None)
-        if not isinstance(mask, Tensor):
+        if mask is None:
             return None
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"conditioned tokens cannot read a {type(mask).__name__} as the mask {self.mask!r}; expected a tensor, "
+                "as the attention implementations 'sdpa' and 'eager' get"
+            )
         if self.mask == "attn_mask" and mask.dim() == 2:
             mask = mask[None]
         rows = mask

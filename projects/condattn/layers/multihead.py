@@ -13,7 +13,7 @@ from ..kernels.private import forward_pre_hooks
 from .class_swap import ConditionedLayer, restore_class, swap_class
 from .correction import CorrectedModule
 from .head_transform import HeadTransform
-from .hooks import remove_hooks
+from .hooks import PickledHook, remove_hooks
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -130,7 +130,7 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
     def release(self) -> None:
         """Restore the original class unless a method still conditions the module."""
         if self.head_transform is None and not self.corrections:
-            remove_hooks(self, keep_fast_path_away.__eq__)
+            remove_hooks(self, lambda hook: isinstance(hook, KeepFastPathAway))
             restore_class(self)
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
@@ -187,17 +187,21 @@ class ConditionedMultiheadAttention(ConditionedLayer, CorrectedModule, nn.Multih
 
 def swap_to_conditioned(module: nn.MultiheadAttention) -> ConditionedMultiheadAttention:
     """Turn ``module`` in place into a :class:`ConditionedMultiheadAttention`, and return it."""
-    if keep_fast_path_away not in forward_pre_hooks(module).values():
-        module.register_forward_pre_hook(keep_fast_path_away)
+    if not any(isinstance(hook, KeepFastPathAway) for hook in forward_pre_hooks(module).values()):
+        hook = KeepFastPathAway()
+        hook.keep(module.register_forward_pre_hook(hook))
     return swap_class(module, ConditionedMultiheadAttention)
 
 
-def keep_fast_path_away(module: nn.Module, args: tuple) -> None:
-    """Do nothing; a forward pre-hook whose presence disables PyTorch's inference fast path.
+class KeepFastPathAway(PickledHook):
+    """A forward pre-hook whose presence disables PyTorch's inference fast path.
 
     The fast path of ``nn.TransformerEncoderLayer`` reads ``in_proj_weight`` itself and would skip the conditioning.
     PyTorch does not take it if a module has a hook.
     """
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        """Do nothing."""
 
 
 def _float_mask(name: str, mask: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:

@@ -14,11 +14,11 @@ from ..attention.adapters import inner, is_at_work
 from ..kernels.private import forward_hooks, override_parameter
 from ..kernels.switch import is_compiling, is_plain
 from .class_swap import restore_parameters
-from .hooks import remove_hooks
+from .hooks import PickledHook, remove_hooks
 from .turns import end_turn, take_turn
 
 
-class ParameterOverride(ABC):
+class ParameterOverride(PickledHook, ABC):
     """Base class of forward hooks of a reader module that replace parameters of a layer in it during its forward.
 
     Args:
@@ -28,8 +28,11 @@ class ParameterOverride(ABC):
 
     def __init__(self, reader: nn.Module, owner: nn.Module) -> None:
         self.path = next(path for path, module in reader.named_modules() if inner(module) is owner)
-        reader.register_forward_pre_hook(self.begin)
-        reader.register_forward_hook(self.end, always_call=True)
+        self.keep(
+            reader.register_forward_pre_hook(self.begin),
+            # Before the hooks of others, which expect the output of the whole forward.
+            reader.register_forward_hook(self.end, prepend=True, always_call=True),
+        )
 
     @abstractmethod
     def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..attention.adapters import inner, is_copying
 from ..attention.site import AttentionSite, HeadOutputs
-from ..layers.class_swap import check_can_swap, leave_out, refuse_scripting, restore_class, swap_class
+from ..layers.class_swap import check_can_swap, has_own_forward, leave_out, refuse_scripting, restore_class, swap_class
 from ..layers.head_transform import PLAIN_LINEAR, HeadTransform, HeadTransformLinear, head_transform_of
 from ..layers.hooks import remove_hooks
 from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
@@ -64,10 +64,10 @@ class HeadOutputMethod(Method):
         owner.is_prepared = False
         if isinstance(owner, nn.MultiheadAttention):
             swap_to_conditioned(owner)
-        elif type(owner) in PLAIN_LINEAR and owner is out.projection:
+        elif type(owner) in PLAIN_LINEAR and owner is out.projection and not has_own_forward(owner):
             swap_class(owner, HeadTransformLinear)
         else:
-            owner.register_forward_pre_hook(owner.head_transform)
+            owner.head_transform.keep(owner.register_forward_pre_hook(owner.head_transform))
             owner.__prepare_scriptable__ = refuse_scripting
         if out.reader is not None:
             PostponedProjection(out.reader, owner)

@@ -42,7 +42,8 @@ class ModelInputMethod(Method):
 
     def apply(self, place: Place) -> None:
         """Register the forward pre-hook that transforms the input."""
-        place.module.register_forward_pre_hook(self.input_transform(place), with_kwargs=True)
+        transform = self.input_transform(place)
+        transform.keep(place.module.register_forward_pre_hook(transform, with_kwargs=True))
 
     @classmethod
     def applied_to(cls, place: Place) -> ModelInputMethod | None:
