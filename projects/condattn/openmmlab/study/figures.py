@@ -87,10 +87,9 @@ def draw_differences(found: Sequence[tuple[Study, Sequence[Comparison]]]) -> str
         axes.axvline(0.0, color="#555555", linewidth=0.8)
         labels = [f"{study.name}, {one.variant}, {one.seeds} seeds" for study, one in rows]
         axes.set_yticks(range(len(rows)), labels)
-        axes.set(
-            ylim=(len(rows) - 0.5, -0.5),
-            xlabel="difference to 'none' in points, 95 % intervals; grey: smaller than what matters",
-        )
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        label = "difference to 'none' in points, 95 % intervals; grey: smaller than what matters"
+        figure.supxlabel(label, fontsize="medium")  # wider than the axes
         return _svg(figure)
 
 
