@@ -8,6 +8,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
 from mmengine.runner.priority import get_priority
 from runs import DEMO
 from torch import nn
@@ -20,8 +22,9 @@ pytest.importorskip("mmseg")
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.conditioning_guard import ConditioningGuardHook
 from condattn.openmmlab.models.factory import Conditioned
-from condattn.openmmlab.models.loading import check_conditioning, drop_record, record_of, with_record
-from condattn.openmmlab.runner.checkpoints import read_checkpoint
+from condattn.openmmlab.models.loading import check_conditioning, drop_record, record_of, trained_with, with_record
+from condattn.openmmlab.runner.checkpoints import check_pretrained, read_checkpoint
+from condattn.openmmlab.runner.rewriting import write_checkpoint
 
 SWIN = DEMO / "mask_rcnn_swin_pc.py"
 NONE = "model.backbone.conditioning=none"
@@ -175,6 +178,72 @@ def test_a_whole_conditioned_model_refuses_the_weights_of_another():
     drop_record(saved)
     build("none").load_state_dict(saved)
     build("none").load_state_dict(build("pc").state_dict())
+
+
+class Attention(BaseModule):
+    """A part of a model, of a class that loads its pretrained weights as mmengine does."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.attn = nn.MultiheadAttention(8, 2)
+
+
+class Detector(BaseModule):
+    """A whole model with such a part."""
+
+    def __init__(self, backbone, init_cfg=None):
+        super().__init__(init_cfg)
+        self.backbone = MODELS.build(backbone)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Save a detector with a conditioning, and build it, whole or its backbone alone, to start from these weights."""
+
+    def build(conditioning, whole, **init_cfg):
+        backbone = dict(type=Attention, **init_cfg)
+        module = dict(type=Detector, backbone=backbone) if whole else backbone
+        return Conditioned(module, conditioning=conditioning)
+
+    def save_and_build(before, after, whole, **settings):
+        saved = build(before, True)
+        (tmp_path / "a.pth").unlink(missing_ok=True)
+        write_checkpoint(tmp_path / "a.pth", saved, {})
+        init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "a.pth"), prefix="backbone.", **settings)
+        return saved, build(after, whole, init_cfg=init_cfg)
+
+    return save_and_build
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_pretrained_weights_of_a_conditioned_module_and_of_its_parts(whole, start):
+    """Their record is compared and kept, although mmengine drops it with the prefix."""
+    saved, model = start("pc", "pc", whole)
+    model.init_weights()
+    weight = "attn.out_proj.weight"
+    name = f"backbone.{weight}" if whole else weight
+    assert torch.equal(model.state_dict()[name], saved.state_dict()[f"backbone.{weight}"])
+    assert trained_with(model, condattn.RowPreconditioner) == ["RowPreconditioner"]
+    _, model = start("sc", "pc", whole)
+    with pytest.raises(ValueError, match=r"a.pth is of a model with conditioning='sc'.*other_conditioning=True"):
+        model.init_weights()
+    _, model = start("none", "pc", whole)
+    model.init_weights()
+    assert not trained_with(model, condattn.RowPreconditioner)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_settings_of_pretrained_weights_that_mmengine_does_not_have(whole, start):
+    weight = "backbone.attn.in_proj_weight"
+    saved, model = start("none", "sc", whole, load="effective")
+    check_pretrained(model, {})
+    effective = copy.deepcopy(model)
+    assert condattn.fold(effective) == 1
+    torch.testing.assert_close(
+        effective.state_dict()[weight.removeprefix("" if whole else "backbone.")], saved.state_dict()[weight]
+    )
+    _, model = start("sc", "pc", whole, other_conditioning=True, unsafe=True)
+    check_pretrained(model, {})
 
 
 def test_the_advice_for_weights_without_conditioning():

@@ -6,13 +6,20 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ...condition import condition
 from ...methods.initial_weights import InitialWeightsMethod
 from ...methods.parsing import DEFAULT, Conditioning
-from .base import initialize_as_upstream, refuse_initial_weights
-from .loading import guard_loading
+from .base import (
+    PRETRAINED_SETTINGS,
+    initialize_as_upstream,
+    is_pretrained,
+    load_as_configured,
+    refuse_initial_weights,
+)
+from .loading import TRAINED_WITH, check_start, guard_loading, recorded
 from .settings import module_settings
 
 
@@ -41,6 +48,9 @@ def Conditioned(
             config's ``data_preprocessor`` in this way.
         **settings: The settings of the module; they replace those in its config.
 
+    An ``init_cfg`` of type 'Pretrained', of the module or of a part of it, may have the settings of
+    :class:`.base.ConditionedBackbone`, and is refused if its weights were trained with another conditioning.
+
     Returns:
         The module itself, conditioned in place.
 
@@ -59,9 +69,14 @@ def Conditioned(
     for part in loaded:
         refuse_initial_weights(part)
     guard_loading(module)
-    initial = any(isinstance(method, InitialWeightsMethod) for method in report.methods)
-    if initial and hasattr(module, "init_weights"):
-        module.init_weights = partial(_init_weights, module)
+    own = any(isinstance(method, InitialWeightsMethod) for method in report.methods) and hasattr(module, "init_weights")
+    for part in module.modules():
+        init_cfg = getattr(part, "init_cfg", None)
+        pretrained = is_pretrained(init_cfg) and not getattr(part, "checks_its_weights", False)
+        if pretrained or (own and part is module):
+            part.init_weights = partial(_init_weights, part)
+        if pretrained:
+            part.checks_its_weights = _has_own_settings(init_cfg)
     print_log(f"{type(module).__name__}: {report}", logger="current")
     return module
 
@@ -76,6 +91,24 @@ def _loaded(module: nn.Module, cfg: Mapping[str, Any]) -> list[nn.Module]:
     return [part for part in module.modules() if getattr(part, "is_init", False) is True]
 
 
+def _has_own_settings(init_cfg: Mapping[str, Any]) -> bool:
+    """Whether an ``init_cfg`` of type 'Pretrained' has settings that mmengine does not have."""
+    return not init_cfg.keys().isdisjoint(PRETRAINED_SETTINGS)
+
+
 def _init_weights(module: nn.Module) -> None:
-    """Initialise a conditioned module as its class does, and then as the conditioning does."""
+    """Initialise a conditioned module, or a part of one, as its class does, and then as the conditioning does.
+
+    Pretrained weights are loaded by the module's own class, unless their ``init_cfg`` has settings of this project.
+    Either way their record of conditioning is compared and kept.
+    """
+    pretrained = is_pretrained(init_cfg := getattr(module, "init_cfg", None))
+    if pretrained and _has_own_settings(init_cfg):
+        load_as_configured(module, init_cfg)
+        return
+    if pretrained:
+        checkpoint = CheckpointLoader.load_checkpoint(init_cfg["checkpoint"], "cpu")
+        check_start(checkpoint, init_cfg["checkpoint"], module, "raw")
     initialize_as_upstream(module, lambda: type(module).init_weights(module))
+    if pretrained:
+        setattr(module, TRAINED_WITH, recorded(checkpoint))
