@@ -1,5 +1,6 @@
 """Modules that the command-line tools share."""
 
+import copy
 import logging
 import sys
 from argparse import ArgumentParser
@@ -101,8 +102,33 @@ def test_masks_of_augmented_images_are_not_merged(wrapped, path):
     cfg = launch.load_config(str(CONFIGS / "demo/mask_rcnn_swin_pc.py"))
     if wrapped:
         cfg.model = dict(type="Conditioned", module=cfg.model)
+    model = nn.ModuleDict(dict(roi_head=nn.ModuleDict(dict(mask_head=nn.Identity()))))
     with pytest.raises(UserError, match=f"--cfg-options {path}.mask_head=None"):
-        add_tta(cfg, SimpleNamespace(with_mask=True))
+        add_tta(cfg, model)
+
+
+@pytest.mark.parametrize("head", ["panoptic_head", "mask_head", "bbox_head.mask_head"])
+def test_masks_that_no_setting_turns_off_are_not_merged(head):
+    """Of MaskFormer, SOLO and RTMDet-Ins."""
+    cfg = launch.load_config(str(CONFIGS / "demo/mask_rcnn_swin_pc.py"))
+    model = nn.Identity()
+    for name in reversed(head.split(".")):
+        model = nn.ModuleDict({name: model})
+    with pytest.raises(UserError, match="this model predicts masks; test without --tta$"):
+        add_tta(cfg, model)
+
+
+def test_augmented_images_are_normalised_as_others():
+    """mmengine gives a ``data_preprocessor`` of the configuration to the model around the others."""
+    cfg = launch.load_config(str(CONFIGS / "demo/upernet_swin_pc.py"))
+    own, general = dict(cfg.model.data_preprocessor, mean=[5.0] * 3), dict(cfg.model.data_preprocessor, mean=[9.0] * 3)
+    for expected, settings in ((5.0, own), (9.0, None)):
+        changed = copy.deepcopy(cfg)
+        changed.data_preprocessor, changed.model.data_preprocessor = general, settings
+        if settings is None:
+            del changed.model.data_preprocessor
+        add_tta(changed, nn.Identity())
+        assert "data_preprocessor" not in changed and changed.model.module.data_preprocessor.mean == [expected] * 3
 
 
 @pytest.mark.parametrize("setting, meant", [("num_querys", "num_queries"), ("conditionin", "conditioning")])

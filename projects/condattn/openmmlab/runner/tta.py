@@ -16,6 +16,7 @@ _MODELS = {
     },
     "mmseg": {"type": "SegTTAModel"},
 }
+_MASK_HEADS = ("mask_head", "panoptic_head")
 
 
 def add_tta(cfg: Config, model: nn.Module) -> None:
@@ -29,14 +30,19 @@ def add_tta(cfg: Config, model: nn.Module) -> None:
         model: The model of ``cfg``.
 
     Raises:
-        UserError: If ``model`` predicts instance masks, which mmdet cannot merge.
+        UserError: If ``model`` predicts masks of instances or panoptic segments, which mmdet cannot merge.
     """
-    if cfg.default_scope == "mmdet" and getattr(model, "with_mask", False):
+    heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _MASK_HEADS]
+    if cfg.default_scope == "mmdet" and heads:
+        part, _, head = heads[0].rpartition(".")
+        setting = f"{setting_path(cfg.model, part)}.{head}"
+        alone = f", or its boxes alone: --cfg-options {setting}=None test_evaluator.metric=bbox"
         raise UserError(
             "--tta: mmdet merges boxes of augmented images, not masks, and this model predicts masks; test "
-            f"without --tta, or its boxes alone: --cfg-options {setting_path(cfg.model, 'roi_head')}.mask_head=None "
-            "test_evaluator.metric=bbox"
+            f"without --tta{alone if part.endswith('roi_head') else ''}"
         )
+    if (preprocessor := cfg.pop("data_preprocessor", None)) is not None:  # else mmengine gives it to the outer model
+        cfg.model.setdefault("data_preprocessor", preprocessor)
     datasets = list(leaves(cfg.test_dataloader.dataset))  # the same data set may occur twice
     pipelines = [cfg.get("tta_pipeline") or _flip_pipeline(dataset.pipeline) for dataset in datasets]
     for dataset, pipeline in zip(datasets, pipelines, strict=True):
