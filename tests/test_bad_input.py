@@ -343,6 +343,15 @@ def test_mixed_precision_without_a_gpu(refuse):
     refuse("train", DEMO / "mask_rcnn_swin_pc.py", *options, parts=("mixed precision needs a GPU",))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPUs")
+@pytest.mark.parametrize("wrapper, options", [("OptimWrapper", ["--amp"]), ("AmpOptimWrapper", [])])
+def test_mixed_precision_of_a_configuration_with_classes(wrapper, options, refuse, tmp_path):
+    config = tmp_path / "classes.py"
+    wrapped = f"from mmengine.optim import {wrapper}\noptim_wrapper = dict(type={wrapper})"
+    config.write_text(f'{wrapped}\ndefault_scope = "mmengine"')
+    refuse("train", config, *options, parts=("mixed precision needs a GPU",))
+
+
 def test_launcher_without_its_environment(refuse, detection_options, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     command = ["train", DEMO / "mask_rcnn_swin_pc.py", "--launcher", "pytorch"]

@@ -10,6 +10,7 @@ from mmengine.device import get_device
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.models.loading import check_conditioning
+from condattn.openmmlab.models.settings import class_name
 from condattn.openmmlab.models.wrapping import compiled_part
 from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import (
@@ -76,7 +77,7 @@ def main() -> None:
         enable_amp(cfg, args.amp)
     if args.auto_scale_lr:
         enable_lr_scaling(cfg)
-    if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and get_device() == "cpu":
+    if class_name(cfg.optim_wrapper) == "AmpOptimWrapper" and get_device() == "cpu":
         raise UserError(
             "mixed precision needs a GPU, and none was found; train without --amp, or with "
             "--cfg-options optim_wrapper.type=OptimWrapper"
@@ -95,7 +96,7 @@ def main() -> None:
 
 def enable_amp(cfg: Config, dtype: str) -> None:
     """Change the configuration to mixed precision in ``dtype``."""
-    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
+    wrapper = class_name(cfg.optim_wrapper) or "OptimWrapper"
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UserError(f"--amp expects optim_wrapper.type OptimWrapper, found {wrapper}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
