@@ -141,6 +141,25 @@ def test_negatives_beside_other_data(coco):
     assert "no annotation in the file" in coco.check().errors[0]
 
 
+def test_images_without_annotations_beside_others(coco):
+    """Semi-supervised training gives them empty ones; the data with annotations must be sound by themselves."""
+    leaf = coco.cfg.train_dataloader.dataset
+    del leaf["filter_cfg"]
+    loader, _, *others = leaf.pipeline
+    unlabelled = {**copy.deepcopy(leaf), "ann_file": "unlabelled.json"}
+    unlabelled["pipeline"] = [loader, dict(type="LoadEmptyAnnotations"), *others]
+    (coco.folder / "unlabelled.json").write_text(
+        json.dumps({key: value for key, value in coco.content.items() if key != "annotations"})
+    )
+    coco.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[leaf, unlabelled])
+    entries = find(coco.cfg, "train")
+    assert [(entry.findings.errors, entry.findings.warnings) for entry in entries] == [([], [])] * 2
+    coco.content["annotations"] = []
+    coco.write()
+    labelled, unlabelled = find(coco.cfg, "train")
+    assert "no annotation in the file" in labelled.findings.errors[0] and not unlabelled.findings.errors
+
+
 def test_one_class_in_each_data_set(label_maps):
     """Data sets with one class each are accepted if their classes differ."""
     for i in range(6):

@@ -133,7 +133,11 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
 
 
 def _check_barren(entries: list[Checked]) -> None:
-    """Report the ``barren`` findings of a loader as errors if all data sets have one and together show < 2 classes."""
+    """Report the ``barren`` findings of a loader as errors if all data sets have one and together show < 2 classes.
+
+    Data sets whose pipeline gives images empty annotations do not count.
+    """
+    entries = [each for each in entries if not transforms.gives_no_annotations(each.settings.get("pipeline"))]
     shown = {each.name for entry in entries for each in entry.findings.classes if each.count}
     if all(entry.findings.barren for entry in entries) and len(shown) < 2:
         for entry in entries:
@@ -235,7 +239,7 @@ def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         classes=list(dataset.metainfo["classes"]),
         with_masks=loads_masks if loader == "train" else any(map(_evaluates_masks, metrics(cfg, loader))),
         training=not dataset.test_mode,
-        needs_objects=evaluated,
+        needs_objects=evaluated and not (loader == "train" and transforms.gives_no_annotations(pipeline)),
         filter_cfg=leaf.get("filter_cfg"),
         indices=leaf.get("indices"),
         read_all=read_all,

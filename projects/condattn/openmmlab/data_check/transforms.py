@@ -48,6 +48,11 @@ def loads_annotations(pipeline: Any) -> bool:
     return any("LoadAnnotations" in _name(entry) for entry in pipeline or [])
 
 
+def gives_no_annotations(pipeline: Any) -> bool:
+    """Whether ``pipeline`` gives images empty annotations, as mmdet's semi-supervised training does."""
+    return any(_name(entry) == "LoadEmptyAnnotations" for entry in pipeline or [])
+
+
 def options(pipeline: Any, name: str) -> list[Any]:
     """Values of the option ``name`` in the transforms of ``pipeline``."""
     return [entry[name] for entry in pipeline or [] if isinstance(entry, dict) and name in entry]
