@@ -95,6 +95,10 @@ def test_the_setting_of_pretrained_weights_in_a_conditioned_model():
         assert setting_path(model, "backbone") == path
         assert setting_path(model, "backbone.layer1") == f"{path}.layer1"
         assert setting_path(model, "head") == f"{path.partition('.backbone')[0]}.head"
+        semi_supervised = dict(type="SoftTeacher", detector=model)
+        for part in ("student", "teacher"):
+            inside = path.replace("model", "model.detector", 1)
+            assert setting_path(semi_supervised, f"{part}.backbone") == inside
 
 
 @pytest.mark.parametrize("wrapped, path", [(False, "model.roi_head"), (True, "model.module.roi_head")])

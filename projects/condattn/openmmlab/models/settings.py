@@ -8,6 +8,9 @@ from mmengine.config import ConfigDict
 CONDITIONED = ("type", "module", "conditioning", "include", "exclude", "data_preprocessor")
 """Settings of :func:`.factory.Conditioned` that are not those of its module."""
 
+COPIES = ("student", "teacher")
+"""Names of the models that mmdet's semi-supervised ones build of their setting ``detector``."""
+
 
 def class_name(settings: dict) -> str:
     """The name of the type in ``settings``, which is a string or a class, without its scope; empty if there is none."""
@@ -50,5 +53,7 @@ def setting_path(settings: dict, module: str, path: str = "model") -> str:
     if not module:
         return path
     name, _, rest = module.partition(".")
+    if name in COPIES and name not in settings and "detector" in settings:
+        name = "detector"
     child = settings.get(name)
     return setting_path(child if isinstance(child, dict) else {}, rest, f"{path}.{name}")
