@@ -9,13 +9,16 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from mmengine.runner.priority import get_priority
 from mmengine.structures import InstanceData, PixelData
 from runs import CONFIGS
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+from mmdet.engine.hooks import MeanTeacherHook
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmseg.structures import SegDataSample
@@ -25,6 +28,7 @@ import condattn
 import condattn.registry
 from condattn.openmmlab.hooks.calibration import CalibrationHook
 from condattn.openmmlab.hooks.spectra import SpectraHook
+from condattn.openmmlab.models.forward import forward
 from condattn.openmmlab.runner.launch import build_model, load_config
 from condattn.openmmlab.runner.rewriting import write_checkpoint
 
@@ -137,18 +141,75 @@ def test_weights_that_were_trained_with_a_preconditioner_are_left_alone(start, t
     assert changed or lines == ["CalibrationHook leaves weights alone that were trained with RowPreconditioner"]
 
 
+def measured(model, data, **settings):
+    """Run the other hook, and return what it logs: names of scalars, and warnings."""
+    scalars, warnings = {}, []
+    logger = SimpleNamespace(warning=warnings.append)
+    visualizer = SimpleNamespace(add_scalars=lambda values, step: scalars.update(values))
+    runner = SimpleNamespace(iter=0, max_iters=1000, model=model, logger=logger, visualizer=visualizer)
+    SpectraHook(max_sites=2, **settings).after_train_iter(runner, 0, data)
+    return scalars, warnings
+
+
+def test_a_semi_supervised_model(tmp_path):
+    """Its student runs on images with annotations, before its weights are copied to the teacher."""
+    cfg = small("mask_rcnn_swin_pc")
+    branches = dict(type="MultiBranchDataPreprocessor", data_preprocessor=cfg.model.data_preprocessor)
+    cfg.model = dict(type="SoftTeacher", detector=cfg.model, semi_train_cfg={}, data_preprocessor=branches)
+    model, both = build(cfg, tmp_path), batch("mmdet")
+    data = {
+        key: dict(unsup_teacher=[None, values[1]], sup=[values[0], None], unsup_student=[None, values[1]])
+        for key, values in both.items()
+    }
+    seen = []
+    model.student.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    teacher = {name: value.clone() for name, value in model.teacher.state_dict().items()}
+    lines = calibrate(model, [data])
+    assert lines and all("relative error of the output" in line for line in lines)
+    assert set(seen) == {(1, 3, 64, 64)}
+    assert all(torch.equal(value, teacher[name]) for name, value in model.teacher.state_dict().items())
+    changed = [name for name, value in model.student.state_dict().items() if not torch.equal(value, teacher[name])]
+    assert any("proj.weight" in name for name in changed)
+    assert get_priority(CalibrationHook.priority) < get_priority(MeanTeacherHook.priority)
+    scalars, warnings = measured(model, data)
+    assert scalars and not warnings
+    without = {key: dict(values, sup=[None, None]) for key, values in data.items()}
+    assert measured(model, without)[0]
+
+
+def test_spectra_of_crops_of_different_sizes(tmp_path):
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    scalars, warnings = measured(build(cfg, tmp_path), batch("mmseg"), images=2)
+    assert scalars and not warnings
+
+
+def test_a_cascade_whose_second_head_needs_points(tmp_path):
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    head = cfg.model.decode_head
+    points = dict(type="PointHead", in_channels=head.in_channels[:1], in_index=[0], channels=8, num_fcs=1)
+    points.update(num_classes=head.num_classes, coarse_pred_each_layer=True, dropout_ratio=0)
+    cfg.model.update(type="CascadeEncoderDecoder", num_stages=2, decode_head=[head, points])
+    cfg.model.data_preprocessor.size = (64, 64)
+    cfg.model.test_cfg = dict(mode="whole", subdivision_steps=1, subdivision_num_points=4, scale_factor=2)
+    assert len(calibrate(build(cfg, tmp_path), [batch("mmseg")])) == 8
+
+
+@pytest.mark.parametrize("part, expected", [("language_model", "predict"), ("backbone", "tensor")])
+def test_detectors_that_read_text_have_no_other_mode(part, expected):
+    class Detector(nn.Module):
+        def forward(self, inputs, mode):
+            modes.append(mode)
+
+    modes, model = [], Detector()
+    model.add_module(part, nn.Identity())
+    forward(model, {"inputs": None})
+    assert modes == [expected]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_spectra_of_whole_models_are_measured(name, tmp_path):
     cfg = small(name)
-    scalars, warnings = {}, []
-    runner = SimpleNamespace(
-        iter=0,
-        max_iters=1000,
-        model=build(cfg, tmp_path),
-        logger=SimpleNamespace(warning=warnings.append),
-        visualizer=SimpleNamespace(add_scalars=lambda values, step: scalars.update(values)),
-    )
-    SpectraHook(max_sites=2).after_train_iter(runner, 0, batch(cfg.default_scope))
+    scalars, warnings = measured(build(cfg, tmp_path), batch(cfg.default_scope))
     assert scalars and not any("measures no more" in line for line in warnings)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from ...methods import HeadOutputMethod
 from ...spectra.measure import unchanged
 from ...weights.calibrate import calibrate
-from ..models.forward import forward
+from ..models.forward import forward, learner, prepare
 from ..models.loading import methods_in, recorded, trained_with
 from ..models.wrapping import unwrapped
 
@@ -25,11 +25,13 @@ class CalibrationHook(Hook):
     For weights that were trained without a preconditioner; see :func:`condattn.weights.calibrate.calibrate`. A
     resumed run is not calibrated, nor are weights whose checkpoint records a preconditioner. In a distributed run each
     process measures its part of the data, and folds in the mean over all processes. The training then sees the same
-    batches as without the hook.
+    batches as without the hook. Of a semi-supervised model the student is calibrated, on images with annotations.
 
     Args:
         batches: Number of batches that are measured, of training images in random order.
     """
+
+    priority = "ABOVE_NORMAL"  # before MeanTeacherHook, which copies the weights of the student to the teacher
 
     def __init__(self, batches: int = 8) -> None:
         if batches < 1:
@@ -53,14 +55,14 @@ class CalibrationHook(Hook):
             return
         with unchanged(model):
             samples = islice(_apart(runner.train_dataloader, runner.seed), self.batches)
-            batches = [model.data_preprocessor(sample, training=True) for sample in samples]
+            batches = [prepare(model, sample, training=True) for sample in samples]
 
             def run() -> None:
                 with torch.random.fork_rng():
                     for batch in batches:
                         forward(model, batch)
 
-            sites = calibrate(model, run, reduce=_mean)
+            sites = calibrate(learner(model), run, reduce=_mean)
         for site in sites:
             runner.logger.info(site)
 

@@ -14,7 +14,7 @@ from ...attention.rules import find_sites
 from ...spectra import Measurement, measure
 from ...spectra.advice import find_warnings
 from ...spectra.measure import spread
-from ..models.forward import forward
+from ..models.forward import forward, learner, prepare, supervised
 from ..models.wrapping import unwrapped
 
 PLAIN = str.maketrans("", "", "() ")
@@ -82,13 +82,16 @@ class SpectraHook(Hook):
 
     def _measure(self, runner: Runner, batch: dict) -> None:
         model = unwrapped(runner.model)
-        names = [site.name for site in find_sites(model)]
-        first = {name: copy.deepcopy(values[: self.images]) for name, values in batch.items()}
+        names = [site.name for site in find_sites(learner(model))]
+        first = {name: copy.deepcopy(values[: self.images]) for name, values in supervised(model, batch).items()}
+        number = min(map(len, first.values()))
+        singles = [{name: values[i : i + 1] for name, values in first.items()} for i in range(number)]
 
         def run() -> None:
-            forward(model, model.data_preprocessor(first, training=False))
+            for image in singles:
+                forward(model, prepare(model, image, training=False))
 
-        measurement = measure(model, run, self.quantities, spread(names, self.max_sites), max_heads=1)
+        measurement = measure(learner(model), run, self.quantities, spread(names, self.max_sites), max_heads=1)
         values = {f"spectra/{name}": value for name, value in scalars(measurement).items()}
         runner.visualizer.add_scalars(values, step=runner.iter + 1)
         is_last = runner.iter + self.interval >= runner.max_iters
