@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import DEMO, TOOLS, run
+from runs import DEMO, ROOT, TOOLS, run
 from torch import nn
 
 import condattn
@@ -124,6 +124,52 @@ def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
     )
 
 
+LISTOPS = ROOT / "projects" / "long_range_arena" / "configs" / "listops_small.py"
+
+
+def test_weights_of_a_model_that_takes_no_image_files(call):
+    status, output, _ = spectra_tool(call, LISTOPS, "--out", "weights")
+    assert status is None and "kappa_by_depth.png" in output
+
+
+@pytest.mark.parametrize("tool", ["analysis/spectra", "checkpoints/calibrate", "checkpoints/fold", "predict"])
+def test_images_for_a_configuration_that_does_not_prepare_them(tool, refuse, scenes, tmp_path):
+    """Nothing is built and nothing is written before it is said."""
+    pytest.importorskip("mmpretrain")
+    images, weights = scenes / "images" / "validation", tmp_path / "plain.pth"
+    torch.save({"state_dict": {"a": torch.ones(1)}}, weights)
+    idx = ROOT / "projects" / "pretraining" / "configs" / "swin_fashion_mnist.py"
+
+    def command(config):
+        if tool == "predict":
+            return [tool, images, config, weights, "--out-dir", "out"]
+        return [tool, config, weights, "--images", images, "--out", "out"]
+
+    none = ["--cfg-options", "test_dataloader=None"]
+    refuse(*command(DEMO / "mask_rcnn_swin_pc.py"), *none, parts=("mask_rcnn_swin_pc.py has no test_dataloader",))
+    if tool != "predict":  # which says that it is for detectors and segmenters
+        for config, found in ((LISTOPS, "found none"), (idx, "found 'NumpyToPIL', ")):
+            refuse(*command(config), parts=(f"{config}: expected a test pipeline that loads image files", found))
+
+
+def test_data_without_image_files(refuse, tmp_path):
+    config = tmp_path / "other.py"
+    one = [0, 0, 0, 1]  # image, row, column, label
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, *one, *one, *one, 7]))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, *one, 0]))
+    data = f"dict(_delete_=True, type='IdxImages', data_root='{tmp_path}', split='test')"
+    base = f"_base_ = '{DEMO}/upernet_swin_pc.py'"
+    for value, part in (("None", "has no val_dataloader"), (f"dict(dataset={data})", "IdxImages has no image files")):
+        config.write_text(f"{base}\nval_dataloader = {value}")
+        refuse("analysis/spectra", config, "--dataset", "val", "--out", "out", parts=("--dataset val: ", part))
+
+
+@pytest.mark.parametrize("name", ["test_dataloader", "test_evaluator", "test_cfg"])
+def test_an_evaluation_of_a_configuration_without_it(name, refuse, detection):
+    parts = (f"has no {name}, which an evaluation needs",)
+    refuse("test", detection.config, detection.checkpoint, "--cfg-options", f"{name}=None", parts=parts)
+
+
 def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation, tmp_path):
     """The demo's training with the hook equals that without it."""
     settings = [*segmentation.options, "custom_hooks=[]"]
@@ -180,5 +226,5 @@ def test_only_the_last_measurement_of_a_training_judges_the_preconditioner(monke
         monkeypatch.setattr(spectra, name, function)
     runner = SimpleNamespace(model=None, max_iters=10, visualizer=SimpleNamespace(add_scalars=lambda *_, **__: None))
     for runner.iter in (0, 3, 7):
-        spectra.SpectraHook(interval=4)._measure(runner, {})
+        spectra.SpectraHook(interval=4)._measure(runner, {"inputs": []})
     assert judged == [False, False, True]

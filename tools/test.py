@@ -60,6 +60,8 @@ def main() -> None:
     """Check configuration, data and checkpoint, then evaluate."""
     args = parse_args()
     cfg = load_runner_config(args)
+    if missing := [name for name in ("test_dataloader", "test_evaluator", "test_cfg") if cfg.get(name) is None]:
+        raise UserError(f"{args.config} has no {' and no '.join(missing)}, which an evaluation needs; add that")
     detection = cfg.default_scope == "mmdet"
     if cfg.default_scope not in DRAWN and (args.out or args.show or args.show_dir or args.tta):
         raise UserError(

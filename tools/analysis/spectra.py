@@ -104,7 +104,7 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     for part in conditioned if conditioning else []:
         part.conditioning = conditioning
     other = args.other_conditioning or bool(conditioning)
-    predictor = Predictor(cfg, args.checkpoint, device, other, args.unsafe)
+    predictor = Predictor(cfg, args.checkpoint, device, other, args.unsafe, bool(paths or args.dataset))
     if conditioning and not conditioned:
         condattn.condition(predictor.model, conditioning)
     if args.dataset:
@@ -140,9 +140,14 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
 
 def dataset_images(cfg: Config, name: str, count: int) -> list[Path]:
     """Paths of ``count`` images, evenly spread over a data set of the configuration."""
-    dataset = DATASETS.build(copy.deepcopy(cfg[f"{name}_dataloader"].dataset))
-    chosen = spread(range(len(dataset)), count)
-    return [Path(dataset.get_data_info(index)["img_path"]) for index in chosen]
+    loader = f"{name}_dataloader"
+    if not cfg.get(loader):
+        raise UserError(f"--dataset {name}: {cfg.filename} has no {loader}; choose another, or give --images FOLDER")
+    dataset = DATASETS.build(copy.deepcopy(cfg[loader].dataset))
+    chosen = [dataset.get_data_info(index) for index in spread(range(len(dataset)), count)]
+    if not all("img_path" in sample for sample in chosen):
+        raise UserError(f"--dataset {name}: {type(dataset).__name__} has no image files; give --images FOLDER")
+    return [Path(sample["img_path"]) for sample in chosen]
 
 
 def print_summary(measurements: dict[str, Measurement]) -> None:

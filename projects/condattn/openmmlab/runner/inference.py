@@ -16,7 +16,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
+from ...wording import listed
 from ..data_check.settings import class_of, leaves
+from ..data_check.transforms import image_loader
 from ..errors import UserError
 from ..models.loading import check_conditioning
 from ..models.settings import class_name
@@ -73,9 +75,11 @@ class Predictor:
         device: Where to predict.
         other_conditioning: Load a checkpoint although its model was conditioned otherwise.
         unsafe: Execute the code in a checkpoint that holds more than weights.
+        images: Whether images will be predicted; the configuration needs a test pipeline for that alone.
 
     Raises:
-        UserError: If the model or the checkpoint is invalid, or they do not fit each other.
+        UserError: If the model or the checkpoint is invalid, they do not fit each other, or images need what the
+            configuration does not have.
     """
 
     def __init__(
@@ -85,7 +89,9 @@ class Predictor:
         device: torch.device,
         other_conditioning: bool = False,
         unsafe: bool = False,
+        images: bool = True,
     ) -> None:
+        self._pipeline = Compose(_image_pipeline(cfg)) if images else None
         model, state = build_model(cfg), {}
         if checkpoint is None:
             drop_pretrained(model, replaced=set(model.state_dict()))
@@ -100,8 +106,8 @@ class Predictor:
         meta = state.get("meta", {}).get("dataset_meta")
         self.model = revert_sync_batchnorm(model).to(device).eval()
         self._segments = cfg.default_scope == "mmseg"
-        self._pipeline = Compose(_image_pipeline(cfg.test_dataloader.dataset))
-        self._visualizer = _build_visualizer(cfg, meta or _dataset_meta(cfg.test_dataloader.dataset))
+        if images:
+            self._visualizer = _build_visualizer(cfg, meta or _dataset_meta(cfg.test_dataloader.dataset))
 
     @torch.inference_mode()
     def predict(self, paths: Iterable[Path]) -> list[BaseDataElement]:
@@ -171,9 +177,23 @@ def _instances(instances: BaseDataElement) -> dict:
     return result
 
 
-def _image_pipeline(dataset: dict) -> list[dict]:
-    """The test pipeline without loading annotations, which new images do not have."""
-    return [step for step in copy.deepcopy(next(leaves(dataset))["pipeline"]) if "Annotations" not in class_name(step)]
+def _image_pipeline(cfg: Config) -> list[dict]:
+    """The test pipeline without loading annotations, which new images do not have.
+
+    Raises:
+        UserError: If there is none, or it loads no image files.
+    """
+    dataset = (cfg.get("test_dataloader") or {}).get("dataset")
+    if not dataset:
+        raise UserError(f"{cfg.filename} has no test_dataloader, whose pipeline prepares images; add one")
+    pipeline = next(leaves(dataset)).get("pipeline") or []
+    if image_loader(pipeline) is None:
+        raise UserError(
+            f"{cfg.filename}: expected a test pipeline that loads image files, found "
+            f"{listed(map(class_name, pipeline)) or 'none'}; without images, spectra.py measures weights, and "
+            "CalibrationHook calibrates when a training starts"
+        )
+    return [step for step in copy.deepcopy(pipeline) if "Annotations" not in class_name(step)]
 
 
 def _dataset_meta(dataset: dict) -> dict:
