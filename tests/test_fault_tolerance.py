@@ -181,6 +181,9 @@ def test_the_newest_checkpoint_that_can_be_read(detection, tmp_path, capsys):
     with pytest.raises(UserError, match="no checkpoint in .* can be resumed from"):
         find_resumable(tmp_path)
     assert find_resumable(tmp_path / "nowhere") is None
+    (tmp_path / "last_checkpoint").write_text("s3://bucket/run/epoch_11.pth")
+    with pytest.raises(UserError, match="^s3://bucket/run/epoch_11.pth, the last checkpoint, .* --resume FILE$"):
+        find_resumable(tmp_path)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

@@ -143,19 +143,25 @@ def find_resumable(work_dir: str, unsafe: bool = False) -> str | None:
         unsafe: Whether code in them may be executed.
 
     Raises:
-        UserError: If there are checkpoints, and none can be resumed from.
+        UserError: If there are checkpoints, and none can be resumed from, or the last one is in a remote storage.
     """
     last = Path(work_dir, "last_checkpoint")
-    named = [Path(last.read_text().strip())] if last.is_file() and last.read_text().strip() else []
+    named = last.read_text().strip() if last.is_file() else ""
     saved = [path for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_[0-9]+", path.stem)]
-    candidates = [*named, *sorted(saved, key=lambda path: -int(path.stem.split("_")[1]))]
-    for path in dict.fromkeys(path.resolve() for path in candidates):
+    newest_first = sorted(saved, key=lambda path: -int(path.stem.split("_")[1]))
+    candidates = [named, *newest_first] if named else newest_first
+    for path in dict.fromkeys(path if "://" in str(path) else str(Path(path).resolve()) for path in candidates):
         try:
-            check_resumable(read_checkpoint(str(path), unsafe), str(path))
+            check_resumable(read_checkpoint(path, unsafe), path)
         except UserError as error:
+            if "://" in path:
+                raise UserError(
+                    f"{path}, the last checkpoint, is in a storage from which no training can be resumed; copy it to "
+                    "this machine, and name the copy: --resume FILE"
+                ) from error
             print(f"warning: {error}; the checkpoint before it is tried", file=sys.stderr)
         else:
-            return str(path)
+            return path
     if candidates:
         raise UserError(f"no checkpoint in {work_dir} can be resumed from; start anew in another --work-dir")
     return None
