@@ -109,6 +109,6 @@ def _init_weights(module: nn.Module) -> None:
     if pretrained:
         checkpoint = CheckpointLoader.load_checkpoint(init_cfg["checkpoint"], "cpu")
         check_start(checkpoint, init_cfg["checkpoint"], module, "raw")
-    initialize_as_upstream(module, lambda: type(module).init_weights(module))
-    if pretrained:
         setattr(module, TRAINED_WITH, recorded(checkpoint))
+        del checkpoint  # read again by the module's class
+    initialize_as_upstream(module, lambda: type(module).init_weights(module))
