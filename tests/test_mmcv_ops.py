@@ -93,6 +93,24 @@ def test_deformable_convolutions(groups, deform_groups, stride, padding, dilatio
     )
 
 
+def test_offsets_of_a_larger_map():
+    """mmcv's operator reads as many values of each image as the output has positions; mmdet's DyHead relies on it."""
+    image, weight = torch.randn(2, 4, 3, 2).double(), torch.randn(4, 4, 3, 3).double()
+    offset, mask, bias = torch.randn(2, 18, 6, 4).double(), torch.rand(2, 9, 6, 4).double(), torch.randn(4).double()
+
+    def expected(x, o, m, w, b):
+        o, m = (part.reshape(2, -1)[:, : part.shape[1] * 6].reshape(2, -1, 3, 2) for part in (o, m))
+        return definitions.deformable_convolution(x, o, w, b, m, 1, 1, 1, 1, 1)
+
+    compare(
+        lambda x, o, m, w, b: modulated_deform_conv2d(x, o, m, w, b, 1, 1),
+        expected,
+        *(image, offset, mask, weight, bias),
+    )
+    with pytest.raises(RuntimeError, match="offset"):
+        modulated_deform_conv2d(image, offset[..., :2, :2], mask[..., :2, :2], weight, bias, 1, 1)
+
+
 def test_offsets_have_no_gradient_where_samples_leave_the_image():
     """One pixel outside the image, where modules with zero offsets start, the gradient is zero, as in mmcv."""
     image, weight = torch.ones(1, 1, 3, 3).double(), torch.ones(1, 1, 3, 3).double()

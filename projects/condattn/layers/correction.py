@@ -104,7 +104,7 @@ class BlockCorrection(Correction):
             return None
         columns = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
         for block in self.blocks:
-            entries = torch.arange(len(columns[block.index]), device=weight.device)
+            entries = torch.arange(columns[block.index].shape[0], device=weight.device)
             columns[block.index] = entries * (entries < weight.shape[1])
         return columns
 
@@ -125,7 +125,7 @@ class BlockCorrection(Correction):
                 u, _, vh = torch.linalg.svd(rows, full_matrices=False)
                 constant[block.index] = scale * (u @ vh)
             else:
-                diagonal = torch.arange(len(rows), device=rows.device) < rows.shape[1]
+                diagonal = torch.arange(rows.shape[0], device=rows.device) < rows.shape[1]
                 constant[block.index] = scale * diagonal.to(rows.dtype)
         return constant.to(weight.dtype)
 

@@ -64,7 +64,7 @@ class HeadOutputMethod(Method):
         owner.is_prepared = False
         if isinstance(owner, nn.MultiheadAttention):
             swap_to_conditioned(owner)
-        elif type(owner) in PLAIN_LINEAR and owner is out.projection and not has_own_forward(owner):
+        elif not has_own_forward(owner) and type(owner) in PLAIN_LINEAR and owner is out.projection:
             swap_class(owner, HeadTransformLinear)
         else:
             owner.head_transform.keep(owner.register_forward_pre_hook(owner.head_transform))

@@ -149,9 +149,11 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Write the modulated deformable convolution, whose samples are multiplied by ``mask``, into ``output``.
 
-    ``mask`` is (N, deformable groups * kernel height * kernel width, output height, output width).
+    ``mask`` is (N, deformable groups * kernel height * kernel width, output height, output width). ``offset`` and
+    ``mask`` may be larger than the output, see :func:`_read`.
     """
     _check_offset(offset, kernel_h, kernel_w, deformable_group)
+    offset, mask = (_read(tensor, output) for tensor in (offset, mask))
     geometry = dict(stride=(stride_h, stride_w), padding=(pad_h, pad_w), dilation=(dilation_h, dilation_w))
     write(
         lambda x, w, b, o, m: deform_conv2d(x, o, w, b if with_bias else None, mask=m, **geometry),
@@ -188,10 +190,23 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Write the gradients of the modulated deformable convolution with respect to its inputs."""
     settings = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    results = _gradients(grad_output, input, weight, offset, mask, settings)
+    read = (_read(tensor, grad_output) for tensor in (offset, mask))
+    results = _gradients(grad_output, input, weight, *read, settings)
     buffers = (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)
     for buffer, result in zip(buffers[: 5 if with_bias else 4], results, strict=False):
-        buffer.copy_(result)
+        missing = buffer[:1].numel() - result[:1].numel()
+        buffer.copy_(F.pad(result.flatten(1), (0, missing)).view_as(buffer) if missing else result)
+
+
+def _read(tensor: Tensor, output: Tensor) -> Tensor:
+    """Read offsets or masks as mmcv's operator does: as many values of each image as the output has positions.
+
+    mmdet's DyHead passes those of a larger map. Values after the ones that are read have no effect.
+    """
+    size = output.shape[2:]
+    if tensor.shape[2:] == size or tensor.shape[2:].numel() < size.numel():  # torchvision refuses smaller ones
+        return tensor
+    return tensor.flatten(1)[:, : tensor.shape[1] * size.numel()].unflatten(1, (-1, *size))
 
 
 def _check_offset(offset: Tensor, height: int, width: int, groups: int) -> None:
