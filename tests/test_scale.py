@@ -335,6 +335,8 @@ def test_processes_stop_together(tmp_path):
 
 
 PLAIN_TORCH = """
+import os
+
 import timm
 import torch
 from torch import distributed, nn
@@ -360,6 +362,8 @@ for conditioning in ("sc(relative=True)+pc", "ct+pc", "ci+sc"):
             first = own.clone()
             distributed.broadcast(first, 0)
             assert own.isfinite().all() and torch.equal(own, first), (conditioning, name, broadcast)
+distributed.barrier()
+os._exit(0)  # whose threads would else be ended in the middle
 """
 
 

@@ -42,6 +42,14 @@ def require(condition: Tensor, message: str) -> None:
         check(condition, message)
 
 
+def mark_static(tensor: Tensor) -> None:
+    """Tell ``torch.compile`` that the sizes of ``tensor`` never change; it assumes so of parameters and buffers alone.
+
+    ``torch._dynamo.mark_static`` does the same, but its import takes seconds.
+    """
+    tensor._dynamo_static_indices = set(range(tensor.dim()))  # type: ignore[attr-defined]
+
+
 def has_saved_tensors_hooks() -> bool:
     """Return whether saved-tensor hooks are active already, or are disabled.
 

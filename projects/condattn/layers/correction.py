@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention.site import Projection, indices
 from ..attention.stored import check_writable
-from ..kernels.private import is_watched_or_transformed
+from ..kernels.private import is_watched_or_transformed, mark_static
 from ..kernels.switch import is_compiling
 
 
@@ -203,6 +203,8 @@ class CorrectedModule(nn.Module):
             constant = None if correction.depends_on_weight else correction.compute(like)
             columns = correction.columns(like)
             if not (is_compiling() or torch.jit.is_tracing() or is_watched_or_transformed()):
+                for tensor in filter(torch.is_tensor, (constant, columns)):
+                    mark_static(tensor)
                 self.entries = {**self.entries, key: (constant, columns)}
         return getattr(self, name) if constant is None else constant, columns
 
