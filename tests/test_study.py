@@ -261,13 +261,13 @@ def study(root: Path, *arguments, status: int = 0, **env: str):
     return run(*command, cwd=root, status=status, PYTHONPATH=str(root / "projects"), **env)
 
 
-def processes_of(root: Path, tool: str) -> list[str]:
-    """Command lines of running processes that name a tool below ``root``."""
-    found = []
+def processes_of(root: Path, tool: str) -> set[str]:
+    """Numbers of running processes that name a tool below ``root``."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in found if str(root) in line and tool in line]
+            found[path.parent.name] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return {number for number, line in found.items() if str(root) in line and tool in line}
 
 
 @pytest.mark.slow
@@ -291,9 +291,10 @@ def test_from_the_first_run_to_the_report(repository):
     process.wait()
     first = (folder / "runs.jsonl").read_text().splitlines()
     assert first
+    orphans = processes_of(root, "train.py")  # of the process that was killed
 
     process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not processes_of(root, "train.py") and time.monotonic() < deadline + 300:
+    while not processes_of(root, "train.py") - orphans and time.monotonic() < deadline + 300:
         time.sleep(0.2)
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
