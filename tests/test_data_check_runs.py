@@ -1,53 +1,29 @@
-"""The data check: configurations, cached findings, tools and trainings."""
+"""The data check: cached findings, repaired copies, the tool, and trainings."""
 
 import copy
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from data_sets import HEIGHT, WIDTH, Coco, picture, rotated
-from runs import CONFIGS, DEMO, TOOLS, error_lines, run
+from data_sets import Coco, picture, rotated
+from runs import DEMO, TOOLS, error_lines, run
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset  # noqa: F401 (registers)
-from mmengine.registry import init_default_scope
-from mmseg.datasets.transforms import LoadAnnotations
 
 from condattn.openmmlab.data_check import check as check_module
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.data_check import coco as coco_check
-from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
+from condattn.openmmlab.data_check.check import find
 from condattn.openmmlab.data_check.sampling import sample
-from condattn.openmmlab.data_check.settings import leaves, named_paths
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.launch import load_config
-
-
-def test_classes_in_a_string(coco):
-    coco.cfg.train_dataloader.dataset.metainfo.classes = "cat"
-    (error,) = coco.check().errors
-    assert "write classes = ('cat',)" in error
-
-
-def test_a_data_set_that_nobody_has_registered(coco):
-    coco.cfg.train_dataloader.dataset.type = "CocoDatasett"
-    (error,) = coco.check().errors
-    assert "no data set CocoDatasett is registered" in error
-
-
-def test_heads_with_another_number_of_classes(coco):
-    coco.cfg.model = dict(rpn_head=dict(num_classes=1), roi_head=dict(bbox_head=[dict(num_classes=80)]))
-    (error,) = coco.check().errors
-    assert error.startswith("model.roi_head.bbox_head.0.num_classes is 80, but the data have 2 classes ('cat', 'dog')")
 
 
 def test_findings_are_remembered_until_a_file_changes(coco, monkeypatch):
@@ -67,29 +43,6 @@ def test_a_cache_that_cannot_be_written(coco, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
     assert coco.check().errors == []
-
-
-FULL = np.ones((HEIGHT, WIDTH), int)
-
-
-def test_classes_of_segmentation_in_a_string(label_maps):
-    label_maps.dataset.metainfo.classes = "cat"
-    (error,) = label_maps.check().errors
-    assert "write classes = ('cat',)" in error
-
-
-def test_one_class_with_a_softmax(label_maps):
-    label_maps.dataset.metainfo.classes = ("cat",)
-    head = dict(num_classes=1, loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False))
-    label_maps.cfg.model = dict(decode_head=head)
-    (error,) = label_maps.check().errors
-    assert "one class, 'cat', and a softmax" in error
-
-
-def test_fewer_classes_in_the_head(label_maps):
-    label_maps.cfg.model = dict(decode_head=dict(num_classes=2), auxiliary_head=dict(num_classes=3))
-    (error,) = label_maps.check().errors
-    assert error.startswith("model.decode_head.num_classes is 2, but the data have 3 classes")
 
 
 def test_a_sample_has_both_ends():
@@ -129,179 +82,6 @@ def test_the_other_processes_end_with_the_first(coco, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_negatives_beside_other_data(coco):
-    """A data set without objects is an error by itself, but not beside another one with objects."""
-    leaf = coco.cfg.train_dataloader.dataset
-    del leaf["filter_cfg"]
-    negatives = {**copy.deepcopy(leaf), "ann_file": "negatives.json"}
-    (coco.folder / "negatives.json").write_text(json.dumps({**coco.content, "annotations": []}))
-    coco.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[leaf, negatives])
-    assert [entry.findings.errors for entry in find(coco.cfg, "train")] == [[], []]
-    coco.cfg.train_dataloader.dataset = negatives
-    assert "no annotation in the file" in coco.check().errors[0]
-
-
-def test_images_without_annotations_beside_others(coco):
-    """Semi-supervised training gives them empty ones; the data with annotations must be sound by themselves."""
-    leaf = coco.cfg.train_dataloader.dataset
-    del leaf["filter_cfg"]
-    loader, _, *others = leaf.pipeline
-    unlabelled = {**copy.deepcopy(leaf), "ann_file": "unlabelled.json"}
-    unlabelled["pipeline"] = [loader, dict(type="LoadEmptyAnnotations"), *others]
-    (coco.folder / "unlabelled.json").write_text(
-        json.dumps({key: value for key, value in coco.content.items() if key != "annotations"})
-    )
-    coco.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[leaf, unlabelled])
-    entries = find(coco.cfg, "train")
-    assert [(entry.findings.errors, entry.findings.warnings) for entry in entries] == [([], [])] * 2
-    coco.content["annotations"] = []
-    coco.write()
-    labelled, unlabelled = find(coco.cfg, "train")
-    assert "no annotation in the file" in labelled.findings.errors[0] and not unlabelled.findings.errors
-
-
-def test_one_class_in_each_data_set(label_maps):
-    """Data sets with one class each are accepted if their classes differ."""
-    for i in range(6):
-        label_maps.label(i, FULL * (i >= 3))
-    halves = [{**copy.deepcopy(label_maps.dataset), "indices": list(half)} for half in ((0, 1, 2), (3, 4, 5), (0, 1))]
-    for chosen, wrong in ((halves[:2], 0), (halves[::2], 2), (halves[:1], 1)):
-        label_maps.cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=chosen)
-        entries = find(label_maps.cfg, "train")
-        assert sum(bool(entry.findings.errors) for entry in entries) == wrong
-
-
-def test_remote_data_are_left_alone(coco):
-    coco.cfg.train_dataloader.dataset.data_root = "s3://bucket/data"
-    assert next(named_paths(coco.cfg.train_dataloader.dataset)) == "s3://bucket/data/annotations.json"
-    findings = coco.check()
-    assert (findings.errors, "not checked, because its files are in a remote storage" in findings.summary) == ([], True)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        dict(language_model=dict(type="BertModel"), bbox_head=dict(num_classes=80)),
-        dict(bbox_head=dict(type="GroundingDINOHead", num_classes=256)),
-        dict(bbox_head=dict(type="ATSSVLFusionHead", num_classes=80)),
-    ],
-)
-def test_open_vocabularies(coco, model):
-    coco.cfg.model = model
-    assert coco.check().errors == []
-
-
-def test_auxiliary_heads(label_maps):
-    """An auxiliary head for edges has two classes by design; for others, a different number of classes is a warning."""
-    decode = dict(num_classes=3)
-    label_maps.cfg.model = dict(decode_head=decode, auxiliary_head=[dict(type="STDCHead", num_classes=2)])
-    findings = label_maps.check()
-    assert (findings.errors, findings.warnings) == ([], [])
-    label_maps.cfg.model.auxiliary_head.append(dict(type="FCNHead", num_classes=2))
-    findings = label_maps.check()
-    assert findings.errors == []
-    assert "model.auxiliary_head.1.num_classes is 2" in findings.warnings[0]
-
-
-def test_heads_are_compared_once(coco):
-    coco.cfg.model = dict(bbox_head=dict(num_classes=80))
-    errors = [error for entry in find(coco.cfg, "train", "val") for error in entry.findings.errors]
-    assert len(errors) == 1
-
-
-def test_transforms_that_are_classes(coco):
-    """Configurations in pure Python name transforms by their classes."""
-    coco.cfg.train_dataloader.dataset.pipeline[0]["type"] = LoadImageFromFile
-    rotated(coco.folder / "images" / "1.jpg")
-    (entry,) = find(coco.cfg, "train")
-    assert entry.findings.as_annotated
-    adapt(coco.cfg, entry)
-    assert entry.settings["pipeline"][0]["type"] == AS_ANNOTATED
-
-
-def test_transforms_of_label_maps_that_are_classes(label_maps):
-    dataset = label_maps.cfg.test_dataloader.dataset
-    dataset.pipeline[1]["type"] = LoadAnnotations
-    del dataset.data_prefix["seg_map_path"]
-    label_maps.cfg.test_evaluator.format_only = True
-    assert "which LoadAnnotations needs" in label_maps.check("test").errors[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(type=5), "train_dataloader.dataset.type: expected the name of a class, found 5"),
-        (dict(type=["CocoDataset"]), "dataset.type: expected the name of a class, found \\['CocoDataset'\\]"),
-        (dict(pipeline=5), "train_dataloader.dataset.pipeline: expected a list of transforms, found 5"),
-    ],
-)
-def test_settings_of_another_type(coco, change, message):
-    coco.cfg.train_dataloader.dataset.update(change)
-    with pytest.raises(UserError, match=message):
-        coco.check()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: d.pop("ann_file"), "has no ann_file"),
-        (lambda d: d.update(ann_file=None), "has no ann_file"),
-        (lambda d: d.update(ann_file="images"), "is a folder; name the annotation file"),
-        (lambda d: d.update(data_prefix=None), "data_prefix: expected dict"),
-        (lambda d: d.update(data_prefix="images"), "data_prefix: expected dict"),
-        (lambda d: d.update(metainfo="cat"), "metainfo: expected dict"),
-        (lambda d: d.metainfo.update(classes=[]), "classes is empty; name the classes"),
-        (lambda d: d.metainfo.update(classes=["cat", "cat"]), "classes has 'cat' 2 times"),
-        (lambda d: d.metainfo.update(classes=[1, 2]), "classes: expected names"),
-        (lambda d: d.filter_cfg.update(min_size="32"), "filter_cfg.min_size: expected a number of pixels, found '32'"),
-        (lambda d: d.update(indices="3"), "indices: expected a whole number"),
-        (lambda d: d.update(indices=[0, 99]), "indices has 99, and 6 images are there"),
-        (lambda d: d.update(backend_args="local"), "backend_args: expected dict"),
-        (lambda d: d.update(data_root=5), "data_root: expected the path"),
-    ],
-)
-def test_slips_in_a_configuration(coco, change, message):
-    change(coco.cfg.train_dataloader.dataset)
-    (error,) = coco.check().errors
-    assert message in error
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda loader: loader.dataset.pop("type"), "train_dataloader.dataset has no type"),
-        (lambda loader: loader.update(dataset=[loader.dataset]), "train_dataloader.dataset is a list"),
-        (
-            lambda loader: loader.update(dataset=dict(type="ConcatDataset", datasets=[])),
-            "train_dataloader.dataset.datasets is empty",
-        ),
-        (lambda loader: loader.update(dataset=None), "train_dataloader.dataset: expected the settings of a data set"),
-    ],
-)
-def test_loaders_without_a_data_set(coco, change, message):
-    change(coco.cfg.train_dataloader)
-    with pytest.raises(UserError, match=message):
-        coco.check()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: d.data_prefix.pop("img_path"), "data_prefix has no img_path"),
-        (lambda d: d.update(metainfo=None), "classes. should be specified when testing"),
-        (lambda d: d.update(img_suffix=5), "the images cannot be listed"),
-        (lambda d: d.update(indices=[7]), "indices has 7, and 6 images are there"),
-        (lambda d: d.metainfo.update(classes=["a", "b", "a"]), "classes has 'a' 2 times"),
-    ],
-)
-def test_slips_in_a_segmentation(label_maps, change, message):
-    dataset = label_maps.cfg.test_dataloader.dataset
-    dataset.test_mode = True
-    change(dataset)
-    (error,) = label_maps.check("test").errors
-    assert re.search(message, error), error
-
-
 def test_a_repaired_copy_is_written_once(coco, monkeypatch):
     coco.content["annotations"][0]["id"] = 0
     coco.write()
@@ -338,35 +118,6 @@ def test_a_relative_cache_folder(coco, monkeypatch, tmp_path):
     assert Path(coco.check().ann_file).is_relative_to(tmp_path / "relative")
 
 
-def _metric_entries(coco) -> list:
-    init_default_scope("mmdet")
-    return find(coco.cfg, "val")
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_an_annotation_file_of_the_evaluator(coco, nested):
-    other = coco.folder / "other.json"
-    if nested:
-        metric = coco.cfg.val_evaluator
-        coco.cfg.val_evaluator = dict(type="MultiDatasetsEvaluator", metrics=[metric], dataset_prefixes=["own"])
-    metric = coco.cfg.val_evaluator.metrics[0] if nested else coco.cfg.val_evaluator
-    metric["ann_file"] = str(other)
-    content = copy.deepcopy(coco.content)
-    content["annotations"][0]["id"] = 0
-    other.write_text(json.dumps(content))
-    data, evaluation = _metric_entries(coco)
-    assert (data.findings.errors, evaluation.label, evaluation.findings.errors) == ([], "val_evaluator", [])
-    adapt(coco.cfg, evaluation)
-    assert json.loads(Path(metric["ann_file"]).read_text())["annotations"][0]["id"] == 1
-    metric["ann_file"] = str(other)
-    content["images"][0]["id"] = 77
-    other.write_text(json.dumps(content))
-    assert "1 image is not in the data that are evaluated" in _metric_entries(coco)[1].findings.errors[0]
-    content["categories"][0]["name"] = "horse"
-    other.write_text(json.dumps(content))
-    assert "no category 'cat'" in _metric_entries(coco)[1].findings.errors[0]
-
-
 def test_a_folder_that_changes_below(label_maps):
     """Cached findings also depend on the subfolders that were searched."""
     (label_maps.folder / "images" / "below").mkdir()
@@ -376,13 +127,6 @@ def test_a_folder_that_changes_below(label_maps):
     for path in list((label_maps.folder / "labels").iterdir()):
         path.rename(path.with_suffix(".PNG"))
     assert "new.png" in label_maps.check().warnings[0]
-
-
-def test_long_lists_of_classes_are_shortened(coco):
-    coco.content["categories"] = [dict(id=i, name=f"c{i}") for i in range(90)]
-    coco.write()
-    (error,) = coco.check().errors
-    assert "'c9' and 80 more" in error
 
 
 def test_two_data_sets_have_pictures_of_their_own(coco, tmp_path, call):
@@ -492,22 +236,6 @@ train_cfg = dict(max_epochs=1)
     assert "numbered anew from 1" in result.stderr
     assert "rotated by its EXIF header" in result.stderr
     assert "coco/bbox_mAP" in result.stdout
-
-
-def test_every_configuration_can_be_checked():
-    """Without their data, this tests only that the check supports the types of their data sets."""
-    for name in (
-        "mask_rcnn_swin_pc.py",
-        "upernet_swin_pc.py",
-        "own_data/coco.py",
-        "own_data/png_labels.py",
-        "demo/mask_rcnn_swin_pc.py",
-        "demo/upernet_swin_pc.py",
-    ):
-        cfg = load_config(str(CONFIGS / name))
-        for loader in ("train", "val", "test"):
-            kinds = [_kind(leaf) for leaf in leaves(cfg[f"{loader}_dataloader"].dataset)]
-            assert kinds and all(kinds), name
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_swin_pc", "upernet_swin_pc"])
