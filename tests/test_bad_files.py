@@ -13,7 +13,7 @@ import torch
 from runs import Malice
 from torch import nn
 
-from condattn.weights.atomic import write_whole
+from condattn.weights.atomic import write_atomically
 from condattn.weights.files import BadFileError, describe_wrong_hash, read_file
 from condattn.weights.load import ConversionError, load_pretrained
 
@@ -261,17 +261,17 @@ def test_good_files(suffix, tmp_path):
 
 def test_what_is_written_is_whole_or_not_there(tmp_path):
     path = tmp_path / "a.pth"
-    write_whole(path, lambda part: part.write_bytes(b"one"))
+    write_atomically(path, lambda part: part.write_bytes(b"one"))
     assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o666 & ~_umask()
     with pytest.raises(FileExistsError, match="exists already"):
-        write_whole(path, lambda part: part.write_bytes(b"two"))
+        write_atomically(path, lambda part: part.write_bytes(b"two"))
 
     def fail(part):
         part.write_bytes(b"half")
         raise RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file")
 
     with pytest.raises(OSError, match="could not be written: .*PytorchStreamWriter"):
-        write_whole(path, fail, overwrite=True)
+        write_atomically(path, fail, overwrite=True)
     assert path.read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
 
 

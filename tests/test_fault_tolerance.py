@@ -26,7 +26,7 @@ from mmengine.runner import Runner
 
 import condattn
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.hooks.atomic_checkpoint import WholeFileBackend
+from condattn.openmmlab.hooks.atomic_checkpoint import AtomicFileBackend
 from condattn.openmmlab.hooks.finite_loss import find_trouble
 from condattn.openmmlab.runner.checkpoints import find_resumable
 
@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        WholeFileBackend().put(b"new content", tmp_path / "a.pth")
+        AtomicFileBackend().put(b"new content", tmp_path / "a.pth")
     assert (tmp_path / "a.pth").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detection, tmp_path, monkeypatch):
     from condattn.openmmlab.hooks import atomic_checkpoint
 
-    write, count = atomic_checkpoint.write_whole, []
+    write, count = atomic_checkpoint.write_atomically, []
 
     def full_at_the_second(path, *args, **kwargs):
         count.append(path)
@@ -212,22 +212,22 @@ def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detecti
             raise OSError(28, "No space left on device")
         write(path, *args, **kwargs)
 
-    monkeypatch.setattr(atomic_checkpoint, "write_whole", full_at_the_second)
+    monkeypatch.setattr(atomic_checkpoint, "write_atomically", full_at_the_second)
     options = [*detection.options, "train_cfg.max_epochs=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
     status, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
     assert status == 2
     (line,) = error_lines(errors)
-    assert "epoch_2.pth could not be written" in line and "the newest whole one is" in line and "epoch_1.pth" in line
+    assert "epoch_2.pth could not be written" in line and "the newest complete one is" in line and "epoch_1.pth" in line
     assert find_resumable("run").endswith("epoch_1.pth")
 
 
 def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypatch):
     from mmengine.hooks import CheckpointHook
 
-    from condattn.openmmlab.hooks.atomic_checkpoint import WholeCheckpointHook
+    from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook
 
-    hook, runner = WholeCheckpointHook(interval=1), SimpleNamespace(epoch=1, iter=2)
-    hook.file_backend = WholeFileBackend()
+    hook, runner = AtomicCheckpointHook(interval=1), SimpleNamespace(epoch=1, iter=2)
+    hook.file_backend = AtomicFileBackend()
     (tmp_path / "best.pth").write_bytes(b"old")
     full = []
 
@@ -375,7 +375,7 @@ def test_checkpoints_are_written_where_the_settings_say(settings, tmp_path, monk
         val_cfg={},
         val_evaluator=Evaluator(Rising()),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-        default_hooks=dict(checkpoint=dict(type="WholeCheckpointHook", **saving)),
+        default_hooks=dict(checkpoint=dict(type="AtomicCheckpointHook", **saving)),
         experiment_name=f"store {settings}",
     )
     runner.train()

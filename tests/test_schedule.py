@@ -18,7 +18,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import FlexibleRunner, Runner
 
 from condattn.openmmlab.hooks import schedule
-from condattn.openmmlab.hooks.atomic_checkpoint import WholeCheckpointHook
+from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook
 from condattn.openmmlab.hooks.config_text import settings_of
 from condattn.openmmlab.hooks.schedule import ScheduleHook
 from condattn.openmmlab.runner.checkpoints import read_checkpoint, read_safely
@@ -115,7 +115,7 @@ def run(folder, settings, resume=None, images=6, model=None, runner_type=Runner)
     record = Record()
     sampler = dict(type="DefaultSampler" if by_epoch else "InfiniteSampler", shuffle=False)
     loader = dict(batch_size=2, sampler=sampler)
-    saving = WholeCheckpointHook(interval=1, by_epoch=by_epoch)
+    saving = AtomicCheckpointHook(interval=1, by_epoch=by_epoch)
     data = torch.linspace(-1, 1, 2 * images).view(images, 2)
     runner = runner_type(
         model=model or Line(),

@@ -196,7 +196,7 @@ def test_curves_are_compared_at_equal_iterations(study_file):
     assert nothing.curve_over([2, 4]) == [(2, 0.0), (4, 0.0)]
     whole = Record(run, "finished", 3.0, {}, [[2, 1.0], [4, 2.0], [6, 3.0]])
     assert reaches([whole, gap], 2.0, 6) == "67%"
-    assert reaches([whole, nothing], 2.0, 6) == "not"
+    assert reaches([whole, nothing], 2.0, 6) == "never"
     assert reaches([failed], 1.0, 8) == "25%"
     assert reaches([nothing], 0.0, 6) == "" and reaches([whole], None, 6) == ""
 

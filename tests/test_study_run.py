@@ -60,7 +60,10 @@ def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monke
     assert taken == here.records()[base] == replace(record, run=base, origin="tiny")
     here.write_header(commit="abc", versions={})
     write_report(second, here)
-    assert "1 of the runs are those of tiny, the same trainings." in (here.folder / "report.md").read_text()
+    assert (
+        "1 of the runs were taken over from tiny, which had run the same trainings."
+        in (here.folder / "report.md").read_text()
+    )
     tuning = replace(base, stage="tuning")
     for study, results, one, commit in (
         *((second, here, replace(base, seed=0), "abc"), (second, here, replace(base, rate=1e-4), "abc")),
@@ -155,7 +158,7 @@ def test_a_full_disk_leaves_the_run_as_it_was(training, monkeypatch):
     def no_space(path, write, overwrite):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(run_module, "write_whole", no_space)
+    monkeypatch.setattr(run_module, "write_atomically", no_space)
     assert training(scores(40.0, 50.0)).score == 50.0  # nothing has to be written
     assert "iter_4.pth" in training.found
 

@@ -59,16 +59,16 @@ def condition(
 ) -> Report:
     """Condition the attention sites of ``model`` in place.
 
-    If there is an error, no site is conditioned. State-dict keys stay as they are; only corrections that depend on the
-    weights add a buffer each. Condition a model after all other changes: if a layer is replaced later (when heads are
-    pruned), its conditioning is lost. Adapters (LoRA of PEFT) may be added before or after, and may be merged: their
-    update is added to the conditioned layer. The first forward of a site raises a ``RuntimeError`` if it does not call
-    the modules that the site's rule names.
+    If there is an error, no site is conditioned. The keys of the state dict stay; a correction that depends on the
+    weights adds one buffer for each layer. Condition a model after all other changes: if a layer is replaced later
+    (when heads are pruned), its conditioning is lost. Adapters (LoRA of PEFT) may be added before or after, and may
+    be merged: their update is added to the conditioned layer. The first forward of a site raises a ``RuntimeError`` if
+    it does not call the modules that the site's rule names.
 
     Args:
         model: Any torch model.
         conditioning: ``'none'`` (changes nothing), ``'pc'``, ``'sc'``, ``'sc(strength=3.0)+pc'``, or the long form; see
-            :func:`condattn.methods.parse`.
+            :func:`condattn.methods.parse`. Default: ``'pc'``.
         include: Glob patterns over module names; a pattern that matches a module takes all sites in it. Default:
             every site.
         exclude: Glob patterns over module names, in the same way, of sites to leave out.

@@ -12,7 +12,8 @@ MODULES = (
     *("openmmlab.models.factory", "openmmlab.models.pyramid", "openmmlab.datasets.idx_images", "openmmlab.warm_up"),
     *("openmmlab.hooks.progress", "openmmlab.hooks.conditioning_guard", "openmmlab.hooks.calibration"),
     *("openmmlab.hooks.atomic_checkpoint", "openmmlab.hooks.exact_resume", "openmmlab.hooks.finite_loss"),
-    *("openmmlab.hooks.schedule", "openmmlab.hooks.spectra", "openmmlab.runner.sharding"),
+    *("openmmlab.hooks.schedule", "openmmlab.hooks.spectra", "openmmlab.hooks.empty_evaluation"),
+    "openmmlab.runner.sharding",
 )
 LIBRARY_MODULES = {
     "timm": ("openmmlab.models.timm",),

@@ -8,7 +8,7 @@ import torch
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.models.loading import ENTRY, Record, recorded, renamed_record
 from condattn.openmmlab.runner.checkpoints import add_unsafe_argument
-from condattn.weights.atomic import write_whole
+from condattn.weights.atomic import write_atomically
 from condattn.weights.files import BadFileError, read_file, weights_of
 from condattn.weights.load import some
 from condattn.weights.names import FORMATS, recognize, translate
@@ -52,7 +52,7 @@ def main() -> None:
             f"{args.source} was trained with conditioned attention, which it records, and a .safetensors file has no "
             "place for the record; choose a name with .pth"
         )
-    write_whole(args.target, lambda path: save(named, path, suffix, record))
+    write_atomically(args.target, lambda path: save(named, path, suffix, record))
     print(f"{where}: {source}; {len(named)} weights written to {args.target} as {target}")
     if left_out + beside:
         print(f"left out: {len(left_out + beside)} ({some(left_out + beside, 10)})")

@@ -14,7 +14,7 @@ from condattn.openmmlab.runner.folding import fold_config, own_classes, rebuild
 from condattn.openmmlab.runner.inference import Predictor
 from condattn.openmmlab.runner.launch import choose_device
 from condattn.openmmlab.runner.rewriting import add_rewriting_arguments, load_inputs, refuse_existing, write_checkpoint
-from condattn.weights.atomic import write_whole
+from condattn.weights.atomic import write_atomically
 from condattn.wording import listed
 
 TOLERANCE = 1e-5
@@ -47,7 +47,7 @@ def main() -> None:
     write_checkpoint(args.out, predictor.model, {**checkpoint.get("meta", {}), "cfg": folded.pretty_text})
     print(f"{args.out}: {len(predictor.model.state_dict())} weights")
     if args.config_out:
-        write_whole(args.config_out, lambda part: part.write_text(folded.pretty_text))
+        write_atomically(args.config_out, lambda part: part.write_text(folded.pretty_text))
         used = own_classes(folded)
         print(f"{args.config_out}: needs {f'condattn, for {listed(used)}' if used else 'no condattn'}")
 

@@ -9,7 +9,7 @@ import torch
 
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner.checkpoints import add_unsafe_argument, read_checkpoint
-from condattn.weights.atomic import write_whole
+from condattn.weights.atomic import write_atomically
 
 KEPT = ("meta", "state_dict")
 """Entries of the published checkpoint."""
@@ -45,7 +45,7 @@ def main() -> None:
         torch.save({"meta": meta, "state_dict": weights}, part)
         content = part.read_bytes()
     out = args.out.with_name(f"{args.out.stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth")
-    write_whole(out, lambda path: path.write_bytes(content))
+    write_atomically(out, lambda path: path.write_bytes(content))
     stripped = [name for name in checkpoint if name not in KEPT]
     print(f"{out}: {len(weights)} weights, {len(content):,} bytes; without {', '.join(stripped) or 'nothing'}")
 

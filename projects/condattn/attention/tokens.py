@@ -24,8 +24,9 @@ class TokenEntry(Place):
         layout: 'tokens' for (batch, tokens, channels), 'channels_last' for (batch, height, width, channels),
             'channels_first' for (batch, channels, height, width).
         mask: Name of the argument of the block (its second, or a keyword) that masks padding tokens; '' if it has none.
-            Two axes are (batch, tokens), and those of ``'attn_mask'`` (queries, keys), as in PyTorch's attention; the
-            last two of more axes are (queries, keys).
+            Two axes are (batch, tokens), true or 1 for tokens that take part; those of ``'attn_mask'`` are (queries,
+            keys), as in PyTorch's attention. The last two of more axes are (queries, keys); such a mask is boolean, or
+            it is what is added to the scores, 0 for tokens that take part.
         obstacle: Why tokens must not be mixed, as the end of a sentence "cannot be conditioned: ..."; '' if they may.
     """
 

@@ -64,6 +64,8 @@ def check_can_restore(modules: Iterable[nn.Module]) -> None:
 
 def leave_out(site: AttentionSite) -> str:
     """Return the advice that ends an error message about a ``site`` that cannot be conditioned."""
+    if not site.name:
+        return "this module is the only site, so that the method cannot be used here"
     return f"leave the site out with exclude=[{site.name!r}]"
 
 

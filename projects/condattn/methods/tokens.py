@@ -27,9 +27,9 @@ class EmbeddedTokens(ModelInputMethod):
     X, (tokens, channels), is what enters the first block: after positions, class token, patch norm and dropout. That is
     our reading of the paper's "embedded tokens". Padding of images consists of tokens like others and takes part;
     tokens that a mask excludes do not. kappa(X + C) <= 2 holds for the singular values that are larger than
-    rounding errors of the precision in which the tokens were computed (:func:`condattn.kernels.polar.rounding`: 3e-5
-    of the largest in single precision, and more for over 4,096 tokens). The others are not corrected, and their ratio
-    to the largest doubles. Adds no parameter.
+    rounding errors of the precision in which the tokens were computed (3e-5 of the largest in single precision, and
+    more for over 4,096 tokens; see :func:`condattn.kernels.polar.svd_correction`). The others are not corrected, and
+    their ratio to the largest doubles. Adds no parameter.
 
     Attributes:
         form: 'svd' decomposes the tokens in every forward, as the paper does. 'newton_schulz' approximates C by

@@ -227,4 +227,4 @@ def _of_values(values: Tensor, tolerance: float, size: tuple[int, int]) -> Extre
 
 
 def _not_finite() -> ValueError:
-    return ValueError("the Jacobian has values that are not finite; is the checkpoint whole?")
+    return ValueError("the Jacobian has values that are not finite; is the checkpoint damaged?")

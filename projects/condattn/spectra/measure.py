@@ -244,7 +244,7 @@ def _results_of_call(
 
 def _check_finite(site: AttentionSite, what: str, values: Tensor) -> None:
     if not values.isfinite().all():
-        raise ValueError(f"{site}: {what} has values that are not finite; is the checkpoint whole?")
+        raise ValueError(f"{site}: {what} has values that are not finite; is the checkpoint damaged?")
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:

@@ -22,7 +22,7 @@ class Spectrum:
             sample is an image, or a window of one.
         size: Rows and columns of the matrix.
         tolerance: Values below this multiple of the largest one count as zero: max(size) times the relative precision
-            of the entries.
+            in which the matrix was computed. That of weights is float64's, since weights count as exact.
     """
 
     site: str
@@ -81,7 +81,7 @@ def weight_spectra(site: AttentionSite) -> list[Spectrum]:
             weights[f"W_{name.upper()} + C"] = effective_heads(site, name)
         for matrix, heads in weights.items():
             if not heads.isfinite().all():
-                raise ValueError(f"{site}: {matrix} has values that are not finite; is the checkpoint whole?")
+                raise ValueError(f"{site}: {matrix} has values that are not finite; is the checkpoint damaged?")
             # Weights count as exact, whatever dtype they are stored in.
             spectra.append(spectrum(site.name, matrix, heads.mT[None], torch.finfo(torch.float64).eps))
     return spectra

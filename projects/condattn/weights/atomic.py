@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
     """Write a file atomically: under a temporary name beside it, and renamed when it is complete and on the disk.
 
     Args:

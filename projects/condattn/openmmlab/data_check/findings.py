@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ...weights.atomic import write_whole
+from ...weights.atomic import write_atomically
 
 FORMAT = 2
 """Version of the cache's file format; changing it invalidates all cached findings."""
@@ -80,7 +80,7 @@ def write_cached(name: str, write: Callable[[Path], object]) -> Path:
         return path
     for path in paths:
         try:
-            write_whole(path, write, overwrite=True)
+            write_atomically(path, write, overwrite=True)
             return path
         except OSError as error:
             reason = error
@@ -116,7 +116,7 @@ def remember(check: Callable[[Any], tuple[Findings, Iterable[str]]], use: Any) -
         findings, inputs = check(use)
         record = {"inputs": [[name, *_state(name)] for name in inputs], "findings": asdict(findings)}
         with suppress(OSError):
-            write_whole(path, lambda partial: partial.write_text(json.dumps(record)), overwrite=True)
+            write_atomically(path, lambda partial: partial.write_text(json.dumps(record)), overwrite=True)
         return findings
     finally:
         lock.release()

@@ -9,7 +9,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ...weights.atomic import write_whole
+from ...weights.atomic import write_atomically
 from ..errors import UserError
 
 LAST = "last_checkpoint"
@@ -17,23 +17,23 @@ VALIDATED = "validated"
 """Entry of a checkpoint's ``meta``: whether it was saved after the validation of its position."""
 
 
-class WholeFileBackend(LocalBackend):
+class AtomicFileBackend(LocalBackend):
     """mmengine's backend for local files, with atomic writes: a file is complete, or it does not exist."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes to a file, atomically."""
-        write_whole(filepath, lambda path: path.write_bytes(obj), overwrite=True)
+        write_atomically(filepath, lambda path: path.write_bytes(obj), overwrite=True)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         """Write text to a file, atomically."""
         self.put(obj.encode(encoding), filepath)
 
 
-register_backend("whole_file", WholeFileBackend, force=True)
+register_backend("atomic_file", AtomicFileBackend, force=True)
 
 
 @HOOKS.register_module()
-class WholeCheckpointHook(CheckpointHook):
+class AtomicCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook`` with atomic writes, so that no crash or full disk destroys an earlier checkpoint.
 
     A file gets its final name when it is complete and on the disk. After that ``last_checkpoint`` is updated, and only
@@ -45,7 +45,7 @@ class WholeCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs)
         is_local = "://" not in str(self.out_dir)
         if is_local and not self.backend_args and self.file_client_args is None:
-            self.backend_args = {"backend": "whole_file"}
+            self.backend_args = {"backend": "atomic_file"}
         self._meta: dict[str, int] = {}
         self._after_validation = False
 
@@ -90,9 +90,9 @@ class WholeCheckpointHook(CheckpointHook):
             )
             if is_main_process():
                 last = Path(runner.work_dir, LAST)
-                write_whole(last, lambda path: path.write_text(self.last_ckpt), overwrite=True)
+                write_atomically(last, lambda path: path.write_text(self.last_ckpt), overwrite=True)
         except OSError as error:
-            newest = f"the newest whole one is {previous}" if previous else "there is no earlier one"
+            newest = f"the newest complete one is {previous}" if previous else "there is no earlier one"
             raise UserError(f"the checkpoint {self.last_ckpt} could not be written ({error}); {newest}") from error
         finally:
             self._meta = outer

@@ -20,11 +20,11 @@ from ..models.wrapping import unwrapped
 
 @HOOKS.register_module()
 class CalibrationHook(Hook):
-    """Fold the mean row norms of pretrained attention into the output projections before the training starts.
+    """Multiply the output projections by the mean row norms of pretrained attention before the training starts.
 
     For weights that were trained without a preconditioner; see :func:`condattn.weights.calibrate.calibrate`. A
     resumed run is not calibrated, nor are weights whose checkpoint records a preconditioner. In a distributed run each
-    process measures its part of the data, and folds in the mean over all processes. The training then sees the same
+    process measures its part of the data, and all use the mean over the processes. The training then sees the same
     batches as without the hook. Of a semi-supervised model the student is calibrated, on images with annotations.
 
     Args:

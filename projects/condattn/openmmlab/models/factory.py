@@ -41,7 +41,7 @@ def Conditioned(
     Args:
         module: The type of the module, whose own settings are beside it, as tools of OpenMMLab expect those of a
             detector; or the config of the module; or the module itself.
-        conditioning: See :func:`condattn.condition`.
+        conditioning: See :func:`condattn.condition`. Default: ``'pc'``.
         include: Glob patterns of the module names to condition; default: every attention site.
         exclude: Glob patterns of module names to leave out.
         data_preprocessor: Passed on to ``module``, unless that has its own: mmengine's runner gives a model the

@@ -15,6 +15,15 @@ class ConditionedSwinTransformer(ConditionedSwin, swin.SwinTransformer):
     Shape: images (B, 3, H, W) of any size; one feature map
     (B, ``embed_dims * 2**i``, ``H / 4 / 2**i``, ``W / 4 / 2**i``),
     rounded up, for each i of ``out_indices``.
+
+    Args:
+        conditioning: How the attention is conditioned; see :func:`condattn.condition`. Default: ``'pc'``.
+        fast_attention: Whether the fast paths run (docs/performance.md). False is upstream's own forward.
+        **kwargs: Arguments of the upstream class, ``init_cfg`` among them; its type 'Pretrained' has the settings of
+            :class:`.base.ConditionedBackbone`.
+
+    Raises:
+        ValueError: If the conditioning is unknown or invalid.
     """
 
     fast_classes = make_fast_classes(swin, __name__)

@@ -11,7 +11,7 @@ from .swin import ConditionedSwin, make_fast_classes
 
 @MODELS.register_module()
 class ConditionedSwinTransformer(ConditionedSwin, swin.SwinTransformer):
-    """mmseg's ``SwinTransformer``, conditioned; shapes as in :mod:`condattn.openmmlab.models.mmdet`."""
+    """mmseg's ``SwinTransformer``, conditioned; shapes and arguments as in :mod:`condattn.openmmlab.models.mmdet`."""
 
     fast_classes = make_fast_classes(swin, __name__)
 
@@ -22,6 +22,14 @@ class ConditionedVisionTransformer(ConditionedBackbone, VisionTransformer):
 
     Shape: images (B, 3, H, W) of any size; one feature map (B, embed_dims, H / patch, W / patch), rounded up, for
     each of ``out_indices``.
+
+    Args:
+        conditioning: How the attention is conditioned; see :func:`condattn.condition`. Default: ``'pc'``.
+        **kwargs: Arguments of the upstream class, ``init_cfg`` among them; its type 'Pretrained' has the settings of
+            :class:`.base.ConditionedBackbone`.
+
+    Raises:
+        ValueError: If the conditioning is unknown or invalid.
     """
 
 

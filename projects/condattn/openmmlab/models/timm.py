@@ -38,7 +38,7 @@ class ConditionedTimmBackbone(BaseModule):
             may precede it, as on the Hugging Face Hub, and a dot and the tag of pretrained weights may follow it.
         out_indices: Which of the model's features to return, in ascending order (or one alone): stages of a pyramid,
             blocks of a ViT. Default: all stages of a pyramid, the last block of a ViT.
-        conditioning: See :func:`condattn.condition`. ``'none'`` is timm's model, bit for bit.
+        conditioning: See :func:`condattn.condition`. ``'none'`` is timm's model, bit for bit. Default: ``'pc'``.
         include: Patterns of the sites to condition, see :func:`condattn.condition`.
         exclude: Patterns of the sites to leave out.
         pretrained: Start from timm's public weights, which ``init_weights`` downloads, unless ``checkpoint_path`` or

@@ -219,7 +219,7 @@ def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | 
     start_processes(cfg)
     checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     if class_name(checkpoints) == "CheckpointHook":
-        checkpoints.type = "WholeCheckpointHook"
+        checkpoints.type = "AtomicCheckpointHook"
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if isinstance(runner.model, dict):  # FlexibleRunner builds its model only when the run begins
         runner.model = runner.strategy.build_model(runner.model)

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from torch import nn
 
 from ...spectra.measure import spread
-from ...weights.atomic import write_whole
+from ...weights.atomic import write_atomically
 from ..errors import UserError
 from ..models.loading import ENTRY, record_of, with_record
 from .checkpoints import add_unsafe_argument, read_checkpoint
@@ -59,4 +59,4 @@ def write_checkpoint(path: Path, model: nn.Module, meta: dict) -> None:
     """Write the weights of ``model``, its conditioning and other metadata."""
     weights = with_record({name: value.cpu() for name, value in model.state_dict().items()}, model)
     content = {"meta": {**meta, ENTRY: record_of(model)}, "state_dict": weights}
-    write_whole(path, lambda part: torch.save(content, part))
+    write_atomically(path, lambda part: torch.save(content, part))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...attention.rules import find_sites
-from ...weights.atomic import write_whole
+from ...weights.atomic import write_atomically
 from ..errors import UserError
 from ..models.settings import class_name, inner_settings, setting_path
 
@@ -71,7 +71,7 @@ class FSDP2Strategy(DDPStrategy):
         if callback is not None:
             callback(checkpoint)
         if dist.is_main_process():
-            write_whole(filename, lambda path: torch.save(checkpoint, path), overwrite=True)
+            write_atomically(filename, lambda path: torch.save(checkpoint, path), overwrite=True)
 
     def model_state_dict(self) -> dict[str, Tensor]:
         """Return the full weights on the CPU of rank 0, and empty tensors on other ranks."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 from mmengine.config import Config
 
-from ...weights.atomic import write_whole
+from ...weights.atomic import write_atomically
 from .figures import draw_curves, draw_differences, draw_spectra
 from .plan import Study, load_study
 from .results import FAILED, Results
@@ -20,9 +20,9 @@ TEMPLATE = Path(__file__).with_name("report.html")
 POOLED = "pooled"
 """Marker of the section of docs/results.md about all studies."""
 POOLING = (
-    "An estimate needs two or more complete studies. Points of accuracy, AP and mIoU are different units, and are "
-    "pooled as they are. The standard deviation between few studies is hardly known: 0.00 does not mean that they "
-    "agree. The estimate is made anew after each study, and its p is not corrected for that. Exploratory studies are "
+    "An estimate needs two or more complete studies. Points of accuracy, AP and mIoU are averaged as if they were one "
+    "unit. With few studies the standard deviation between them is very uncertain: 0.00 does not show that they agree. "
+    "The estimate is recomputed after each study, without a correction for repeated testing. Exploratory studies are "
     "left out."
 )
 """Below the table in that section."""
@@ -35,13 +35,13 @@ NOTES = (
     "Intervals and p are over seeds on one fixed split of the data, not over data. p is two-sided, of paired t tests, "
     "with Holm's correction within the family; intervals hold for the whole family at once (Bonferroni), so that an "
     "interval may contain 0 where Holm's less strict p is below 0.05. 'detectable' is the difference that a comparison "
-    f"with this spread finds in {POWER:.0%} of the cases. 'meets baseline at' is the first of the evenly spaced "
-    "evaluations, on the tuning set, at which the mean reaches the baseline's last one. Failed runs count with "
-    "their last score, which is of the tuning set. Nothing is corrected across families or studies. Condition "
-    "numbers, the entropy (as a share of the largest possible one) and the largest logit "
-    "are medians over the attention sites, on one training image of each run; over the seeds, means of condition "
-    "numbers are geometric. Their ratios have 95 % intervals over seeds without a correction, because no comparison of "
-    "them was planned. C A(X) is what the preconditioner makes of the head outputs A(X), or, in a variant without one, "
+    f"with this spread finds in {POWER:.0%} of the cases. 'reaches baseline after' is the part of the training after "
+    "which the mean score on the tuning set, evaluated at evenly spaced iterations, first reaches the baseline's last "
+    "one. Failed runs count with their last score, which is of the tuning set. Nothing is corrected across families or "
+    "studies. Condition numbers, the entropy (as a share of the largest possible one) and the largest logit are "
+    "medians over the attention sites, on one training image of each run; over the seeds, means of condition numbers "
+    "are geometric. Their ratios have 95 % intervals over seeds without a correction, because no comparison of them "
+    "was planned. C A(X) is what the preconditioner makes of the head outputs A(X), or, in a variant without one, "
     "what it would make of them."
 )
 
@@ -76,7 +76,7 @@ def write_report(study: Study, results: Results) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> Path:
-    write_whole(path, lambda part: part.write_text(text), overwrite=True)
+    write_atomically(path, lambda part: part.write_text(text), overwrite=True)
     return path
 
 
@@ -100,8 +100,8 @@ def report_pilot(study: Study, results: Results) -> str:
     return (
         f"pilot of {study.name}: {len(records)} seeds of {study.baseline}; final scores {finals} {study.unit}, "
         f"standard deviation {deviation:.2f}; the last fifth of the training gains {gain:.2f}; with {seeds} seeds and "
-        f"a family of {size}, differences of {visible:.2f} are found in {POWER:.0%} of the cases, if seeds have "
-        "nothing in common between variants"
+        f"a family of {size}, differences of {visible:.2f} are found in {POWER:.0%} of the cases, if the scores "
+        "of two variants with the same seed are uncorrelated"
         + "".join(f"; seed {record.run.seed} failed: {record.error}" for record in failed)
     )
 

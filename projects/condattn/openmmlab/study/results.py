@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...weights.atomic import write_whole
+from ...weights.atomic import write_atomically
 from ..errors import UserError
 from .plan import FINAL, RunId, Scores, Study, chosen_rates
 
@@ -154,7 +154,7 @@ class Results:
         header = _parse(path.read_text(), path) if path.is_file() else {}
         header |= {"digest": self.study.digest(), "definition": self.study.definition(), **values}
         text = json.dumps(header, indent=1, sort_keys=True) + "\n"
-        write_whole(path, lambda part: part.write_text(text), overwrite=True)
+        write_atomically(path, lambda part: part.write_text(text), overwrite=True)
 
     def records(self) -> dict[RunId, Record]:
         """Records of all runs that have finished or failed.
@@ -182,7 +182,7 @@ class Results:
         with self.locked():
             records = self.records() | {record.run: record}
             lines = [json.dumps(asdict(records[run]), sort_keys=True) for run in sorted(records)]
-            write_whole(
+            write_atomically(
                 self.folder / "runs.jsonl", lambda part: part.write_text("\n".join(lines) + "\n"), overwrite=True
             )
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from mmengine.config import Config
 
-from ...weights.atomic import write_whole
+from ...weights.atomic import write_atomically
 from ..errors import UserError
 from .plan import FINAL, RunId, Study
 from .results import FAILED, FINISHED, Record, Results, versions
@@ -166,7 +166,7 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         text = f"# The code is that of commit {commit}.\n{cfg.pretty_text}"
         if not config.is_file() or config.read_text() != text:
             _clean(folder)
-            write_whole(config, lambda part: part.write_text(text), overwrite=True)
+            write_atomically(config, lambda part: part.write_text(text), overwrite=True)
         training = _training(study, cfg)
         if keep and (record := results.find_elsewhere(run, training, commit)):
             results.add(record)

@@ -104,7 +104,7 @@ def variant_table(study: Study, results: Results) -> Table:
         f"mean ({study.unit})",
         "standard deviation",
         "learning rate",
-        "meets baseline at",
+        "reaches baseline after",
         "failed",
     ]
     return Table("Variants", header, rows)
@@ -125,7 +125,7 @@ def _reaches(records: Sequence[Record], target: float | None, length: float) -> 
     for step in steps:
         if mean_and_spread.mean(curve[step] for curve in curves if step in curve) >= target - 1e-12:
             return f"{step / length:.0%}"
-    return "not"
+    return "never"
 
 
 def comparison_table(family: str, found: Sequence[Comparison], study: Study) -> Table:
@@ -135,7 +135,9 @@ def comparison_table(family: str, found: Sequence[Comparison], study: Study) -> 
         verdict = one.verdict
         if verdict == "undecided":
             seeds = seeds_for(study.difference, one.deviation, ALPHA / len(found))
-            verdict += f": could have seen {one.detectable:.2f}; {study.difference:g} would take {seeds} seeds"
+            verdict += (
+                f": {one.detectable:.2f} could have been detected; {study.difference:g} would need about {seeds} seeds"
+            )
         rows.append(
             [
                 f"{one.variant} - {one.reference}",
@@ -246,10 +248,15 @@ def tables(study: Study, results: Results) -> tuple[list[Table], str]:
         found = []
         finals = len(study.variants) * len(study.seeds)
         total = sum(run.stage != FINAL for run in planned) + finals
-        status = f"Incomplete: {done} of {total} runs are finished; there are no comparisons before all of them are."
+        done_finals = sum(run in scores for run in planned if run.stage == FINAL)
+        status = (
+            f"Incomplete: {done} of {total} runs are finished, {done_finals} of them final ones; there are no "
+            "comparisons before all of them are."
+        )
     origins = [record.origin for record in results.records().values() if record.origin]
     status += "".join(
-        f" {origins.count(name)} of the runs are those of {name}, the same trainings." for name in sorted(set(origins))
+        f" {origins.count(name)} of the runs were taken over from {name}, which had run the same trainings."
+        for name in sorted(set(origins))
     )
     grid, rates = current_grid(study, scores), chosen_rates(study, scores) or {}
     if ends := [name for name in tuned_variants(study) if rates.get(name) in (grid[0], grid[-1])]:
@@ -336,7 +343,7 @@ def csv_text(study: Study, results: Results) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         [
-            *("variant", "seeds", "mean", "standard_deviation", "learning_rate", "meets_baseline_at", "failed"),
+            *("variant", "seeds", "mean", "standard_deviation", "learning_rate", "reaches_baseline_after", "failed"),
             *("family", "reference", "difference", "low", "high", "p", "detectable", "verdict"),
         ]
     )
@@ -351,7 +358,7 @@ def csv_text(study: Study, results: Results) -> str:
                 len(records),
                 f"{mean_and_spread.mean(scores):.6g}" if scores else "",
                 f"{mean_and_spread.stdev(scores):.6g}" if len(scores) > 1 else "",
-                *(variants[variant][column] for column in ("learning rate", "meets baseline at")),
+                *(variants[variant][column] for column in ("learning rate", "reaches baseline after")),
                 sum(record.status == FAILED for record in records),
                 *(family, reference),
                 *([f"{number:.6g}" for number in numbers] or [""] * 5),
