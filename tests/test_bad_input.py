@@ -55,6 +55,33 @@ def test_missing_data(refuse, config, parts):
     refuse("train", CONFIGS / config, parts=parts)
 
 
+@pytest.mark.parametrize(
+    ("root", "train", "parts"),
+    [
+        ("coco/fruit", "a.json", ("no data at coco/fruit/a.json", "put the data there, or set data_root")),
+        (
+            "",
+            "/nowhere/a.json",
+            ("no data at /nowhere/a.json (train_dataloader", "configs/demo/ run without any download"),
+        ),
+        ("~/own", "a.json", ("no data at ~/own/a.json", "write the full path of the home folder in place of ~")),
+    ],
+)
+def test_missing_data_of_ones_own(refuse, root, train, parts):
+    """The paths are joined as mmengine joins them, and the advice is not that for the public data sets."""
+    options = [f"train_dataloader.dataset.data_root={root}", f"train_dataloader.dataset.ann_file={train}"]
+    refuse("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options, parts=parts)
+
+
+def test_paths_of_ones_own_data(tmp_path):
+    """The evaluator reads the annotation file of the data, wherever it is."""
+    text = (CONFIGS / "own_data" / "coco.py").read_text().replace('"../', f'"{CONFIGS}/')
+    for name, (root, file) in {"absolute": ("data/own", "/there/val.json"), "empty": ("", "val.json")}.items():
+        changed = text.replace('"data/own"', repr(root)).replace('"annotations/val.json"', repr(file))
+        (tmp_path / f"{name}.py").write_text(changed)
+        assert launch.load_config(str(tmp_path / f"{name}.py")).val_evaluator.ann_file == file
+
+
 def test_missing_test_data(refuse):
     refuse("test", CONFIGS / "retinanet_swin_pc.py", "x.pth", parts=("val2017", "test_dataloader"))
 
@@ -80,12 +107,6 @@ def own_data(folder: Path, categories: list[str]) -> list[str]:
 def test_classes_that_the_annotations_do_not_have(refuse, tmp_path):
     options = own_data(tmp_path / "own", ["cat", "horse"])
     parts = ("no category 'dog'", "'cat', 'horse'")
-    refuse("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options, parts=parts)
-
-
-def test_classes_in_another_order_than_in_the_annotations(refuse, tmp_path):
-    options = own_data(tmp_path / "own", ["dog", "mouse", "cat"])
-    parts = ("another order", "set classes = ['dog', 'cat']")
     refuse("train", CONFIGS / "own_data" / "coco.py", "--cfg-options", *options, parts=parts)
 
 
@@ -241,6 +262,34 @@ def test_a_file_in_the_way(call, detection, scenes, tmp_path):
     (line,) = error_lines(errors)
     assert "out" in line
     assert (tmp_path / "out").read_bytes() == b""
+
+
+@pytest.mark.parametrize("out", ["folder.pkl", "file/predictions.pkl", "predictions.txt"])
+def test_predictions_that_cannot_be_saved(refuse, detection, tmp_path, out):
+    """This is said before the evaluation."""
+    (tmp_path / "folder.pkl").mkdir()
+    (tmp_path / "file").touch()
+    refuse("test", detection.config, detection.checkpoint, "--out", out, parts=(out.split("/")[0],))
+
+
+def test_images_of_one_name(call, segmentation, scenes, tmp_path):
+    """Label maps and pictures are named after the images alone, so that one would replace the other."""
+    for kind, suffix in (("images", ".jpg"), ("annotations", ".png")):
+        source = min((scenes / kind / "validation").glob(f"*{suffix}"))
+        for folder in ("a", "b"):
+            (tmp_path / "data" / kind / folder).mkdir(parents=True)
+            shutil.copy(source, tmp_path / "data" / kind / folder / f"one{suffix}")
+    dataset = dict(type="BaseSegDataset", data_root=str(tmp_path / "data"), img_suffix=".jpg", seg_map_suffix=".png")
+    prefix = dict(img_path="images", seg_map_path="annotations")
+    (tmp_path / "two.py").write_text(
+        f"_base_ = {str(segmentation.config)!r}\n"
+        f"dataset = dict({dataset!r}, _delete_=True, data_prefix={prefix!r}, "
+        "metainfo=dict(classes=tuple('abcdefghijk')), pipeline={{_base_.test_dataloader.dataset.pipeline}})\n"
+        "test_dataloader = dict(dataset=dataset)\n"
+    )
+    status, _, errors = call("test", "two.py", segmentation.checkpoint, "--out", "labels")
+    assert status == 2
+    assert "several images have the same name in different folders (one)" in error_lines(errors)[-1]
 
 
 @pytest.fixture

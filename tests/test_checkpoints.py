@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -163,6 +164,18 @@ def test_calibrate_then_evaluate(call, refuse, vanilla, detection, scenes, tmp_p
     refuse(*command, "--cfg-options", NONE, parts=("has no PC and no SC; there is nothing to calibrate",))
     command[2] = detection.checkpoint
     refuse(*command, parts=("is of a conditioned model already",))
+
+
+def test_calibrate_leaves_out_images_that_cannot_be_read(call, refuse, vanilla, scenes, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "._a.jpg"):  # hidden files, such as those of macOS, are no images
+        (tmp_path / "images" / name).write_text("no image")
+    command = ["checkpoints/calibrate", SWIN, vanilla, "--images", "images", "--out", "new.pth"]
+    refuse(*command, parts=("1 image cannot be read: images/a.jpg; replace them",))
+    shutil.copy(min((scenes / "images" / "validation").glob("*.jpg")), tmp_path / "images" / "b.jpg")
+    status, output, errors = call(*command)
+    assert not status and "calibrated on 1 images" in output
+    assert "warning: 1 image cannot be read: images/a.jpg; left out" in errors
 
 
 def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(call, refuse, vanilla, scenes, tmp_path):

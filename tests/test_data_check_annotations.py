@@ -90,7 +90,7 @@ def _corners(entry: dict) -> list[float]:
         (_each("id", None, "categories"), "2 of 2 categories have no 'id'"),
         (_first("segmentation", None), "1 of 12 objects have no segmentation, such as annotation 1"),
         (_each("segmentation", []), "12 of 12 objects have no segmentation"),
-        (_each("segmentation", [[1, 2, 3, 4]]), "no object has a polygon of three points"),
+        (_each("segmentation", [[1, 2, 3, 4]]), "12 objects have no polygon of three points or more: .*; draw them"),
         (_first("segmentation", dict(size=[48, 32], counts=[1, 2])), "annotation 1: expected polygons, or run lengths"),
         (_first("bbox", None, number=4), "1 of 12 annotations have no 'bbox': annotation 5"),
         (_first("bbox", [1, 2, 3]), "annotation 1: expected a bbox of 4 numbers"),

@@ -1,8 +1,10 @@
 """The data check: images."""
 
+import re
 import shutil
 from pathlib import Path
 
+import mmcv
 import numpy as np
 import pytest
 from data_sets import EXIF_ORIENTATION, HEIGHT, WIDTH, picture, rotated
@@ -12,10 +14,10 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from mmdet.datasets import CocoDataset  # noqa: F401 (registers)
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS
 
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, adapt, find
-from condattn.openmmlab.data_check.images import find_missing
+from condattn.openmmlab.data_check.images import find_missing, walk
 
 
 def test_names_of_images_with_backslashes(coco):
@@ -178,15 +180,90 @@ def test_orientations_in_text(coco):
     assert (findings.errors, findings.warnings) == ([], [])
 
 
-def test_rotated_tiffs_that_opencv_cannot_read(coco):
-    rotated(coco.folder / "images" / "turned.tif", 6)
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("name", ["exif.jpg", "exif.png", "exif.tif", "exif.webp", "xmp.jpg"])
+def test_orientations_as_they_are_loaded(coco, name, upright):
+    """The check accepts exactly the sizes of annotations with which the image is loaded to that size."""
+    path = coco.folder / "images" / name
+    if name == "xmp.jpg":
+        picture().save(path, xmp=XMP)
+        with Image.open(path) as image:
+            assert image.getexif()[EXIF_ORIENTATION] == 6
+    else:
+        rotated(path)
+    size = (HEIGHT, WIDTH) if upright else (WIDTH, HEIGHT)
+    coco.content["images"][0].update(file_name=name, width=size[0], height=size[1])
+    coco.write()
+    (entry,) = find(coco.cfg, "train")
+    adapt(coco.cfg, entry)
+    loader = TRANSFORMS.build(entry.settings["pipeline"][0])
+    loaded = loader(dict(img_path=str(path), width=size[0], height=size[1]))["img"]
+    assert (loaded.shape[1::-1] == size) == (not any("not as large" in error for error in entry.findings.errors))
+    if not upright and not name.endswith("tif"):  # OpenCV always applies the orientation of a TIFF
+        assert entry.findings.errors == [] and any(name in warning for warning in entry.findings.warnings)
+
+
+def test_rotated_tiffs(coco):
+    rotated(coco.folder / "images" / "turned.tif", 3)
     coco.content["images"][0]["file_name"] = "turned.tif"
     coco.write()
-    (error,) = coco.check().errors
-    assert "turned.tif cannot be decoded by OpenCV" in error and "orientation 6" in error
-    rotated(coco.folder / "images" / "turned.tif", 3)
     findings = coco.check()
     assert findings.errors == [] and "turned.tif" in findings.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["a.tga", "a.pcx", "float.tif"])
+def test_images_that_opencv_cannot_read(coco, name):
+    path = coco.folder / "images" / name
+    (picture().convert("F") if name == "float.tif" else picture()).save(path)
+    coco.content["images"][0]["file_name"] = name
+    coco.write()
+    (error,) = coco.check().errors
+    assert "cannot be decoded by OpenCV, which loads images in training" in error
+    assert mmcv.imfrombytes(path.read_bytes()) is None
+
+
+def test_files_that_may_not_be_read(coco, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("condattn.openmmlab.data_check.images.Image.open", refuse)
+    (error,) = coco.check().errors
+    assert "may not be read (change its permissions)" in error
+    monkeypatch.undo()
+    assert coco.check().errors == []  # an error is not cached
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("caf\u00e9.jpg", "the folder has cafe\u0301.jpg.*other Unicode characters"),
+        ("a%20b.jpg", "the folder has a b.jpg"),
+        ("images/1.jpg", "they are in .*images: take the folder out of file_name"),
+    ],
+)
+def test_hints_for_missing_images(coco, name, hint):
+    picture().save(coco.folder / "images" / "cafe\u0301.jpg")
+    picture().save(coco.folder / "images" / "a b.jpg")
+    coco.content["images"][0]["file_name"] = name
+    coco.write()
+    (error,) = coco.check().errors
+    assert re.search(hint, error), error
+
+
+def test_linked_folders(tmp_path):
+    """Linked folders are searched too, each once."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.jpg").write_text("")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "b" / "circle").symlink_to(tmp_path / "a")
+    assert [name for _, names in walk(tmp_path / "a") for name in names] == ["1.jpg"]
 
 
 def test_relative_paths_are_of_their_folder(coco, monkeypatch, tmp_path):

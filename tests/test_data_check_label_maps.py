@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from data_sets import HEIGHT, WIDTH
+from data_sets import HEIGHT, WIDTH, picture
 from PIL import Image
 
 pytest.importorskip("mmdet")
@@ -15,6 +15,7 @@ from mmdet.datasets import CocoDataset  # noqa: F401 (registers)
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 
+from condattn.openmmlab.data_check import label_maps as label_maps_check
 from condattn.openmmlab.data_check.label_maps import MapUse, check_label_maps, to_classes
 
 
@@ -133,7 +134,7 @@ def test_values_become_the_classes_that_mmseg_makes_of_them(tmp_path, reduce_zer
         seg_fields=[],
     )
     expected = LoadAnnotations()(results)["gt_seg_map"].ravel()
-    use = MapUse([], [], 0, "", "", "", classes, 255, reduce_zero_label, dataset.label_map, True)
+    use = MapUse([], [], 0, "", "", "", "", classes, 255, reduce_zero_label, dataset.label_map, True)
     np.testing.assert_array_equal(to_classes(np.arange(256), use), expected)
 
 
@@ -153,7 +154,9 @@ def test_negative_values_of_label_maps(label_maps):
 
 def test_what_a_label_map_leaves_out_is_ignored(label_maps):
     """Classes that are not selected become 255, whatever ``ignore_index`` is."""
-    use = dict(images=[], maps=[], total=6, folder="", suffix=".jpg", map_suffix=".png", reduce_zero_label=False)
+    use = dict(
+        images=[], maps=[], total=6, folder="", suffix=".jpg", map_suffix=".png", map_folder="", reduce_zero_label=False
+    )
     images = [str(label_maps.folder / "images" / f"{i}.jpg") for i in range(6)]
     maps = [str(label_maps.folder / "labels" / f"{i}.png") for i in range(6)]
     use = MapUse(
@@ -202,3 +205,28 @@ def test_a_list_that_is_no_text(label_maps):
 def test_training_without_label_maps(label_maps):
     del label_maps.dataset.data_prefix["seg_map_path"]
     assert "which training needs" in label_maps.check().errors[0]
+
+
+def test_images_with_the_suffix_of_the_label_maps(label_maps):
+    """Images that are left out because of their suffix are named, and label maps without an image too."""
+    for i in range(3):
+        picture().save(label_maps.folder / "images" / f"other{i}.png")
+        Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(label_maps.folder / "labels" / f"other{i}.png")
+    findings = label_maps.check()
+    assert findings.errors == []
+    assert re.search("3 images have another suffix than .jpg in .*: other0.png", findings.warnings[0])
+    assert "3 label maps have no image: other0.png" in findings.warnings[1]
+
+
+def test_label_maps_beside_their_images(label_maps):
+    for path in (label_maps.folder / "labels").iterdir():
+        shutil.move(path, label_maps.folder / "images")
+    label_maps.dataset.data_prefix.seg_map_path = "images"
+    findings = label_maps.check()
+    assert (findings.errors, findings.warnings) == ([], [])
+
+
+def test_label_maps_that_are_too_large_for_pillow(label_maps, monkeypatch):
+    monkeypatch.setattr(label_maps_check, "PIXELS", 100)
+    (error,) = label_maps.check().errors
+    assert "has more than 100 pixels, the most that Pillow loads in training; cut it into tiles" in error

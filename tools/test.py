@@ -1,11 +1,14 @@
 """Evaluate a checkpoint on the test data of its configuration."""
 
 import copy
+import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
@@ -22,6 +25,7 @@ from condattn.openmmlab.runner.launch import (
 )
 from condattn.openmmlab.runner.sharding import is_sharded
 from condattn.openmmlab.runner.tta import add_tta
+from condattn.wording import some
 
 
 def parse_args() -> Namespace:
@@ -67,8 +71,8 @@ def main() -> None:
         raise UserError(
             f"{args.config} is neither of a detector nor of a segmenter, as --out, --show, --show-dir and --tta expect"
         )
-    if args.out and detection and not args.out.endswith((".pkl", ".pickle")):
-        raise UserError(f"--out: expected a pickle file (.pkl, .pickle) for a detection configuration, got {args.out}")
+    if args.out and detection:
+        check_pickle(Path(args.out))
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
     if args.out and not detection:
@@ -104,12 +108,36 @@ def test(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> Non
         given: The configuration before it was adapted to the data.
     """
     runner = build_runner(cfg, args.other_conditioning, given)
+    if args.show_dir or (args.out and cfg.default_scope != "mmdet"):
+        check_names(runner.test_dataloader.dataset)
     drop_pretrained(runner.model, replaced)
     if args.out and cfg.default_scope == "mmdet":
         from mmdet.evaluation import DumpDetResults
 
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
+
+
+def check_pickle(path: Path) -> None:
+    """Raise a UserError if the predictions of a detector cannot be written to ``path``."""
+    if path.suffix not in (".pkl", ".pickle") or path.is_dir():
+        found = f"the folder {path}" if path.is_dir() else path
+        raise UserError(f"--out: expected a pickle file (.pkl, .pickle) for a detection configuration, got {found}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--out: {path} may not be written; name another file")
+
+
+def check_names(dataset: BaseDataset) -> None:
+    """Raise a UserError if files that are named after the images of ``dataset`` would replace one another."""
+    paths = {Path(dataset.get_data_info(i)["img_path"]) for i in range(len(dataset))}
+    names = Counter(path.stem for path in paths)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise UserError(
+            f"several images have the same name in different folders ({some(twice)}), and the files of --show-dir and "
+            "of label maps have the images' names alone; give the images distinct names, or use tools/predict.py, "
+            "which keeps the folders"
+        )
 
 
 def draw_predictions(cfg: Config, args: Namespace) -> None:

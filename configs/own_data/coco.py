@@ -3,10 +3,12 @@
 For data with boxes only, set `_base_` to '../retinanet_swin_pc.py'; every other COCO config of that folder works too.
 """
 
+from os.path import join
+
 _base_ = "../mask_rcnn_swin_pc.py"
 
 data_root = "data/own"
-classes = ["cat", "dog"]  # the category names in the annotation files, in the same order
+classes = ["cat", "dog"]  # the category names in the annotation files
 train = dict(ann_file="annotations/train.json", data_prefix=dict(img="images/train/"))
 val = dict(ann_file="annotations/val.json", data_prefix=dict(img="images/val/"))
 image_size = (1333, 800)  # largest longer and shorter side after resizing; 3x recipes vary the size in training
@@ -42,7 +44,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **dataset, **val))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=f"{data_root}/{val['ann_file']}")
+val_evaluator = dict(ann_file=join(data_root, val["ann_file"]))
 test_evaluator = val_evaluator
 
 # 1e-4 is the rate for 16 images per batch; with Adam, it scales with the square root of the batch size.

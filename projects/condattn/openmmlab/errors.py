@@ -11,13 +11,13 @@ class UserError(Exception):
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with its status (None is 0).
 
-    A :class:`UserError`, or an output path that exists already, lies below a file, or may not be accessed, becomes one
-    line on standard error and exit status 2; Ctrl-C exits with 130. Every other exception is a bug, and keeps its
-    traceback.
+    A :class:`UserError`, or an output path that exists already, is a folder, lies below a file, or may not be accessed,
+    becomes one line on standard error and exit status 2; Ctrl-C exits with 130. Every other exception is a bug, and
+    keeps its traceback.
     """
     try:
         sys.exit(main())
-    except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (UserError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
         sys.exit(130)

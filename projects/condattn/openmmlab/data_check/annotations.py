@@ -25,6 +25,7 @@ class Annotations:
         objects: The file's entries of annotations, one per object.
         categories: The file's entries of categories.
         repairs: Descriptions of the repairs, to be reported.
+        warnings: Descriptions of what is doubtful.
         labels: Id of a category -> index of its class.
         places: Id of an image -> its index.
         widths: Width of each image, in pixels.
@@ -46,6 +47,7 @@ class Annotations:
         self.objects: list[dict] = content["annotations"]
         self.categories: list[dict] = content["categories"]
         self.repairs: list[str] = []
+        self.warnings: list[str] = []
         self._entries = {"image": self.images, "annotation": self.objects, "category": self.categories}
         self._converted: Counter[str] = Counter()  # "area" or "number" -> how many were written as text
         self._read_categories(list(classes))
@@ -128,9 +130,11 @@ class Annotations:
         in_file = [name for name in names if name in chosen]
         if twice := [name for name, count in Counter(in_file).items() if count > 1]:
             self.fail(f"the category {twice[0]!r} stands there {in_file.count(twice[0])} times; merge them into one")
-        if in_file != classes:
-            order = in_file if len(in_file) <= 10 else f"the names in that order, {listed(in_file)}"
-            self.fail(f"the classes are in another order there, and labels follow the file; set classes = {order}")
+        if in_file != classes:  # mmdet gives labels in the order of the file
+            place = {name: i for i, name in enumerate(classes)}
+            self.categories.sort(key=lambda category: place.get(category["name"], len(classes)))
+            names = [category["name"] for category in self.categories]
+            self.repairs.append("its categories were put into the order of classes")
         self._numbers("category", "id")
         ids = [category["id"] for category in self.categories]
         if len(set(ids)) < len(ids):
@@ -158,6 +162,12 @@ class Annotations:
             for image, number in zip(images, ids, strict=True):
                 image["id"] = number
             self._converted["number"] += len(ids)
+        if len({type(i) for i in ids}) > 1:
+            number, text = (next(i for i in ids if type(i) is kind) for kind in (int, str))
+            self.fail(
+                f"some images have a number for their id, such as {number}, and some a text, such as {shown(text)}; "
+                "write all of them as numbers, or all as text"
+            )
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
             which = some(shown(name) for name, image_id in zip(names, ids, strict=True) if image_id == twice)
@@ -165,6 +175,12 @@ class Annotations:
                 f"several images have the id {shown(twice)}: {which}; number them anew, and their objects with them"
             )
         self.places = {image_id: i for i, image_id in enumerate(ids)}
+        if len(set(names)) < len(names):
+            twice = [name for name, number in Counter(image["file_name"] for image in images).items() if number > 1]
+            self.warnings.append(
+                f"{counted(len(twice), 'image file is', 'image files are')} listed several times, each with a part of "
+                f"the objects or with all: {some(twice)}; list each once, with all its objects"
+            )
 
     def _sizes(self, key: str) -> np.ndarray:
         sizes = self._numbers("image", key)
@@ -195,6 +211,20 @@ class Annotations:
             self.repairs.append(f"iscrowd of {counted(len(lacking), 'object')} was set to 0")
         self.areas = self._read_areas()
         self._renumber()
+        self._warn_of_duplicates()
+
+    def _warn_of_duplicates(self) -> None:
+        """Warn of objects that have the image, category and box of another one."""
+        keys = np.column_stack([self.image_of, np.array(self.category_ids), self.boxes])
+        order = np.lexsort(keys.T)
+        twice = order[1:][(keys[order[1:]] == keys[order[:-1]]).all(1)]
+        twice = np.sort(twice[self.image_of[twice] >= 0])
+        if len(twice):
+            has = self.counted(twice, "object has", "objects have")
+            number, _, rest = has.partition(":")
+            self.warnings.append(
+                f"{number} the image, category and box of another one:{rest}; trained and counted twice: take them out"
+            )
 
     def _read_image_ids(self) -> None:
         ids = self._require("annotation", "image_id")

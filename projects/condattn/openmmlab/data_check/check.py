@@ -124,6 +124,7 @@ def find(cfg: Config, *loaders: str, read_all: bool = False) -> list[Checked]:
         for i, entry in enumerate(entries if len(entries) > 1 else (), 1):
             entry.label = f"{loader} ({i} of {len(entries)})"
         _check_barren(entries)
+        _warn_of_training_data(cfg, loader, entries)
         checked += entries + list(_check_metrics(cfg, loader, entries))
     for entry in checked:
         entry.findings.summary = one_line(entry.findings.summary)
@@ -142,6 +143,23 @@ def _check_barren(entries: list[Checked]) -> None:
     if all(entry.findings.barren for entry in entries) and len(shown) < 2:
         for entry in entries:
             entry.findings.errors.append(entry.findings.barren)
+
+
+def _warn_of_training_data(cfg: Config, loader: str, entries: list[Checked]) -> None:
+    """Warn if the files of an evaluation are those of the training."""
+    trained = cfg.get("train_dataloader") if loader != "train" else None
+    known = [_files(leaf) for leaf in leaves(trained["dataset"])] if isinstance(trained, dict) else []
+    for entry in entries:
+        if (files := _files(entry.settings)) and files in known:
+            entry.findings.warnings.append(
+                "these are the training data; the evaluation says nothing about other images: give it data of its own"
+            )
+
+
+def _files(leaf: dict[str, Any]) -> tuple | None:
+    """What a data set reads: its paths and the part of them; None if its class defines its own files."""
+    paths = tuple(str(Path(path).resolve()) for path in named_paths(leaf))
+    return (*paths, str(leaf.get("indices"))) if paths else None
 
 
 def report(checked: list[Checked]) -> None:
@@ -313,6 +331,7 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         folder="" if listed else str(prefix["img_path"]),
         suffix=dataset.img_suffix,
         map_suffix=dataset.seg_map_suffix,
+        map_folder=str(prefix["seg_map_path"]),
         classes=list(dataset.metainfo.get("classes") or ()),
         ignore_index=dataset.ignore_index,
         reduce_zero_label=dataset.reduce_zero_label,

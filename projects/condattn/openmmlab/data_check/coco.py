@@ -149,6 +149,9 @@ class Usage:
             findings.warnings.append(
                 f"{objects} not among classes: {some((f'{name} {count}' for name, count in categories), 10)}; left out"
             )
+        then = "left out"
+        if not self.use.training and self.use.needs_objects:
+            then += " here, but pycocotools counts them as misses: take them out, or mark them iscrowd"
         for chosen, one, many in (
             (
                 self._empty & self._chosen,
@@ -158,7 +161,7 @@ class Usage:
             (table.ignored & self._chosen, "object is marked 'ignore'", "objects are marked 'ignore'"),
         ):
             if chosen.any():
-                findings.warnings.append(f"{table.counted(chosen, one, many)}; left out")
+                findings.warnings.append(f"{table.counted(chosen, one, many)}; {then}")
 
     def _explain_no_objects(self, crowds: int) -> str:
         table = self.table
@@ -210,10 +213,10 @@ def _check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
     try:
         content, repairs = read_annotations(use.ann_file, needs_objects=use.needs_objects)
         table = Annotations(content, use.ann_file, use.classes)
-        findings.warnings += check_boxes(table)
+        findings.warnings += [*table.warnings, *check_boxes(table)]
         usage = Usage(table, use)
         if use.with_masks:
-            findings.warnings += check_masks(table, usage.masked)
+            findings.warnings += check_masks(table, usage.masked, evaluated=not use.training)
         if use.data_files:
             _compare_images(table, use)
         else:

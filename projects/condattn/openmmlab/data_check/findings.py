@@ -7,15 +7,15 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cv2
+import PIL
 from filelock import FileLock
 
 from ...weights.atomic import write_atomically
-
-FORMAT = 2
-"""Version of the cache's file format; changing it invalidates all cached findings."""
 
 
 @dataclass
@@ -90,14 +90,15 @@ def write_cached(name: str, write: Callable[[Path], object]) -> Path:
 def remember(check: Callable[[Any], tuple[Findings, Iterable[str]]], use: Any) -> Findings:
     """Return the findings of ``check``, from the cache if no file or folder that it read has changed.
 
-    If several processes call it, one runs the check, and the others wait for its findings.
+    Errors are not cached, since their reason may lie outside the files (permissions, a disk that was not mounted). If
+    several processes call it, one runs the check, and the others wait for its findings.
 
     Args:
         check: Returns the findings, and the files and folders that were read.
         use: Its argument, a dataclass with everything that the findings depend on besides the files.
     """
     here = os.path.abspath("")  # relative paths depend on the working directory
-    settings = [FORMAT, here, type(use).__name__, asdict(use)]
+    settings = [_version(), here, type(use).__name__, asdict(use)]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     for folder in cache_folders():
         path = folder / "data_checks" / f"{key[:32]}.json"
@@ -114,12 +115,23 @@ def remember(check: Callable[[Any], tuple[Findings, Iterable[str]]], use: Any) -
         if known := _read(path):
             return known
         findings, inputs = check(use)
+        if findings.errors:
+            return findings
         record = {"inputs": [[name, *_state(name)] for name in inputs], "findings": asdict(findings)}
         with suppress(OSError):
             write_atomically(path, lambda partial: partial.write_text(json.dumps(record)), overwrite=True)
         return findings
     finally:
         lock.release()
+
+
+@cache
+def _version() -> str:
+    """Identifies the code of the data check and the libraries that decode images, on which findings depend."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return f"{code.hexdigest()} {cv2.__version__} {PIL.__version__}"
 
 
 def _read(path: Path) -> Findings | None:
@@ -133,10 +145,13 @@ def _read(path: Path) -> Findings | None:
         return None
 
 
-def _state(path: str | Path) -> tuple[int, int]:
-    """Size and modification time (ns) of a file, by which a change is detected; (-1, -1) if there is no such file."""
+def _state(path: str | Path) -> tuple[int, int, int]:
+    """Size, modification time and change time (ns) of a file, by which a change is detected; -1 if it is not there.
+
+    Permissions change the last alone.
+    """
     try:
         stat = os.stat(path)
     except (OSError, ValueError):
-        return -1, -1
-    return stat.st_size, stat.st_mtime_ns
+        return -1, -1, -1
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -3,9 +3,11 @@
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import normalize
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -26,6 +28,9 @@ WIDTH_TAG, HEIGHT_TAG = 256, 257
 
 NO_IMAGE = "is no image"
 
+JPEG = ("JPEG", "MPO")
+"""Pillow's names of JPEG, whose EXIF orientation OpenCV applies; it does not apply one in XMP."""
+
 
 @dataclass
 class ImageFile:
@@ -35,7 +40,8 @@ class ImageFile:
         path: Path of the file.
         problem: Why it cannot be used; empty if it can.
         size: Width and height in pixels, as stored.
-        orientation: The orientation in its EXIF header, 1 to 8.
+        orientation: The orientation in its header that is applied when it is loaded, 1 to 8.
+        is_disregarded: Whether its header has an orientation that OpenCV does not apply.
         brightest: Largest value of an image with 16 bits per channel; -1 for other images.
         values: Value -> number of pixels that have it, in a label map; empty for other images.
     """
@@ -44,6 +50,7 @@ class ImageFile:
     problem: str = ""
     size: tuple[int, int] = (0, 0)
     orientation: int = 1
+    is_disregarded: bool = False
     brightest: int = -1
     values: dict[int, int] = field(default_factory=dict)
 
@@ -104,6 +111,17 @@ def find_missing(paths: Iterable[str]) -> list[str]:
     return [path for folder in folders for path in folders[folder] if os.path.basename(path) not in there[folder]]
 
 
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder at and below ``folder`` with the names of its files; linked folders too, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield place, names
+
+
 def names_in(folder: str) -> set[str]:
     """Return the names of the entries of ``folder``; empty if it cannot be listed."""
     try:
@@ -115,12 +133,23 @@ def names_in(folder: str) -> set[str]:
 
 def _describe_missing(missing: list[str], number: int) -> str:
     first = Path(missing[0])
-    alike = [name for name in names_in(str(first.parent)) if Path(name).stem.lower() == first.stem.lower()]
+    alike = [name for name in names_in(str(first.parent)) if _bare(name) == _bare(first.name)]
     hint = "put them there, or set data_root and data_prefix to where they are"
-    if alike:
+    if first.parent.is_dir() and not os.access(first.parent, os.R_OK | os.X_OK):
+        hint = f"the folder {first.parent} may not be read: change its permissions"
+    elif alike:
         hint = f"the folder has {some(sorted(alike))}: rename the files, or write their names as they are"
+        if any(normalize("NFC", name) == normalize("NFC", first.name) for name in alike):
+            hint += " (accents are other Unicode characters there)"
+    elif (first.parent.parent / first.name).is_file():
+        hint = f"they are in {first.parent.parent}: take the folder out of file_name or of data_prefix"
     verb = "is" if number == 1 else "are"
     return f"{len(missing)} of {counted(number, 'image')} {verb} missing: {some(map(_short, missing))}; {hint}"
+
+
+def _bare(name: str) -> str:
+    """The stem of a file name without differences in case, Unicode form and URL encoding."""
+    return normalize("NFC", unquote(Path(name).stem)).lower()
 
 
 def _short(path: str) -> str:
@@ -147,28 +176,59 @@ def examine(path: str, look: Callable[[ImageFile, Image.Image], None]) -> ImageF
             look(result, image)
     except UnidentifiedImageError:
         result.problem = NO_IMAGE
+    except PermissionError:
+        result.problem = "may not be read (change its permissions)"
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, OverflowError, struct.error, MemoryError) as error:
         result.problem = f"is damaged or cut short ({error})"
     return result
 
 
 def _inspect(result: ImageFile, image: Image.Image) -> None:
-    is_tiff = image.format == "TIFF"
-    if is_tiff:  # Pillow rotates the size of a TIFF
+    if is_tiff := image.format == "TIFF":  # Pillow rotates the size of a TIFF
         result.size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
-    value = image.getexif().get(ORIENTATION, 1)
-    if type(value) is int and 1 <= value <= 8:  # other values count as upright, as in OpenCV
-        result.orientation = value
+    result.orientation = _orientation(image.getexif())
     if not _has_end_marker(result.path, image.format):
         image.load()
-    deep, rotated = _is_16_bit(result.path, image), is_tiff and result.orientation != 1
-    if deep or rotated:
-        pixels = cv2.imread(result.path, cv2.IMREAD_UNCHANGED if deep else cv2.IMREAD_COLOR)
-        if pixels is None:
-            turned = f", with the orientation {result.orientation} in its header" if rotated else ""
-            result.problem = f"cannot be decoded by OpenCV, which loads images in training{turned}"
-        elif pixels.dtype == np.uint16:
-            result.brightest = int(pixels.max())
+    deep, jpeg = _is_16_bit(result.path, image), image.format in JPEG
+    is_exif = jpeg and result.orientation == _orientation(_exif(image))
+    if deep or (result.orientation != 1 and not is_exif) or not (jpeg or image.format == "PNG"):
+        _decode(result, deep, is_tiff)
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """The EXIF header of an image alone; Pillow's ``getexif`` also takes the orientation from XMP."""
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif
+
+
+def _orientation(exif: Image.Exif) -> int:
+    value = exif.get(ORIENTATION, 1)
+    return value if type(value) is int and 1 <= value <= 8 else 1  # other values count as upright, as in OpenCV
+
+
+def _decode(result: ImageFile, deep: bool, is_tiff: bool) -> None:
+    """Decode an image as OpenCV does in training, and note what it makes of the header and of 16 bits a channel.
+
+    OpenCV applies the orientation of a TIFF even where it is told not to, and that of other formats if it reads it.
+    """
+    data = np.fromfile(result.path, np.uint8)
+    flags = [cv2.IMREAD_COLOR, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, cv2.IMREAD_UNCHANGED]
+    wanted = (True, result.orientation != 1, deep)
+    try:
+        loaded, stored, raw = (cv2.imdecode(data, f) if w else None for f, w in zip(flags, wanted, strict=True))
+    except cv2.error as error:
+        result.problem = f"cannot be decoded by OpenCV, which loads images in training ({error.err})"
+        return
+    if loaded is None:
+        result.problem = "cannot be decoded by OpenCV, which loads images in training; save it as JPEG or PNG"
+        return
+    if stored is not None and np.array_equal(loaded, stored):
+        result.size, result.is_disregarded = loaded.shape[1::-1], not is_tiff
+        if result.is_disregarded or result.orientation >= 5:
+            result.orientation = 1
+    if raw is not None and raw.dtype == np.uint16:
+        result.brightest = int(raw.max())
 
 
 def no_file(path: str) -> str:
@@ -215,6 +275,7 @@ def _check_sizes(findings: Findings, images: list[ImageFile], expected: dict, an
         elif size == image.size and image.orientation != 1:
             unclear.append(image.path)
     findings.as_annotated = bool(turned)
+    disregarded = [image.path for image in images if image.is_disregarded and image.size == expected[image.path]]
     if wrong:
         findings.errors.append(
             f"{counted(len(wrong), 'image is')} not as large as the {annotation} says (width x height): {some(wrong)}; "
@@ -233,6 +294,12 @@ def _check_sizes(findings: Findings, images: list[ImageFile], expected: dict, an
             "images are turned or mirrored by their EXIF header, and their sizes do not tell whether their annotations "
             "are too",
             "loaded as the header says: look at them with --out",
+        ),
+        (
+            disregarded,
+            "image has an orientation in its header that OpenCV does not apply (in XMP, WebP or AVIF)",
+            "images have an orientation in their headers that OpenCV does not apply (in XMP, WebP or AVIF)",
+            "loaded as stored: look at them with --out",
         ),
     ):
         if paths:

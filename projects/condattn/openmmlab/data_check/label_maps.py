@@ -11,10 +11,12 @@ from PIL import Image
 
 from ...wording import counted, listed, some
 from .findings import ClassCount, Findings
-from .images import ImageFile, check_images, examine, find_missing, names_in
+from .images import ImageFile, check_images, examine, find_missing, names_in, walk
 from .sampling import in_parallel, sample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Largest number of pixels of a label map that Pillow, which loads them in training, opens."""
 
 
 @dataclass
@@ -28,6 +30,7 @@ class MapUse:
         folder: Folder that was searched for images; empty if a file lists them.
         suffix: File name suffix of the images.
         map_suffix: File name suffix of the label maps.
+        map_folder: Folder of the label maps.
         classes: Names of the classes.
         ignore_index: Label of pixels that are ignored.
         reduce_zero_label: Whether 0 is ignored and every other value is reduced by 1.
@@ -45,6 +48,7 @@ class MapUse:
     folder: str
     suffix: str
     map_suffix: str
+    map_folder: str
     classes: Sequence[str]
     ignore_index: int
     reduce_zero_label: bool
@@ -76,6 +80,11 @@ def check_label_maps(use: MapUse) -> tuple[Findings, list[str]]:
         findings.warnings.append(
             f"{counted(len(others), 'image has')} another suffix than {use.suffix} in {use.folder}: {some(others)}; "
             "left out: rename them, or make them a data set of their own with another img_suffix"
+        )
+    if unused := _unused_maps(use):
+        findings.warnings.append(
+            f"{counted(len(unused), 'label map has', 'label maps have')} no image: {some(unused)}; left out: put the "
+            "images beside the others, with the same names"
         )
     missing = find_missing(use.maps)
     if missing:
@@ -144,14 +153,30 @@ def _other_images(use: MapUse) -> tuple[list[str], list[str]]:
     """
     folders, others = [], []
     used = {os.path.relpath(path, use.folder).removesuffix(use.suffix) for path in use.images}
-    for folder, _, names in os.walk(use.folder):
+    maps = os.path.realpath(use.map_folder)
+    for folder, names in walk(use.folder):
         folders.append(folder)
+        suffixes = (use.suffix, use.map_suffix) if Path(os.path.realpath(folder)).is_relative_to(maps) else use.suffix
         for name in names:
-            is_image = Path(name).suffix.lower() in SUFFIXES and not name.endswith((use.suffix, use.map_suffix))
+            is_image = Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+            if not is_image or name.endswith(suffixes):
+                continue
             path = os.path.relpath(os.path.join(folder, name), use.folder)
-            if is_image and (path.lower().endswith(use.suffix.lower()) or not _accompanies(path, used)):
+            if path.lower().endswith(use.suffix.lower()) or not _accompanies(path, used):
                 others.append(name)
     return sorted(others), folders
+
+
+def _unused_maps(use: MapUse) -> list[str]:
+    """Names of the label maps that no image has; empty if a part of the images was selected, or maps lie among them."""
+    folders = [Path(os.path.realpath(folder)) for folder in (use.folder, use.map_folder)]
+    if not use.folder or len(use.images) < use.total or folders[0].is_relative_to(folders[1]):
+        return []
+    used = {os.path.normpath(path) for path in use.maps}
+    paths = (os.path.join(folder, name) for folder, names in walk(use.map_folder) for name in names)
+    return sorted(
+        os.path.basename(path) for path in paths if path.endswith(use.map_suffix) and os.path.normpath(path) not in used
+    )
 
 
 def _accompanies(path: str, used: set[str]) -> bool:
@@ -163,6 +188,8 @@ def _count_values(result: ImageFile, image: Image.Image) -> None:
     """Count the pixels of each value of a label map."""
     if (channels := len(image.getbands())) != 1:
         result.problem = f"has {channels} channels ({image.mode}); expected one, whose values are classes"
+    elif PIXELS and image.width * image.height > PIXELS:
+        result.problem = f"has more than {PIXELS} pixels, the most that Pillow loads in training; cut it into tiles"
     elif image.mode in ("L", "P"):
         result.values = {value: count for value, count in enumerate(image.histogram()) if count}
     else:

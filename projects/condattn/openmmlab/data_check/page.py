@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS, VISUALIZERS
 from PIL import Image
 
 from .check import Checked
+from .sampling import any_size
 from .transforms import image_loader
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -61,7 +62,9 @@ def _draw_samples(cfg: Config, entry: Checked, folder: Path, number: int) -> dic
         dataset = DATASETS.build({**settings, "pipeline": [loading, *annotations]})
     places = {dataset.get_data_info(i)["img_path"]: i for i in range(len(dataset))}
     visualizer = VISUALIZERS.build({"type": kind, "name": f"{entry.label} of the data check"})
-    visualizer.dataset_meta = dataset.metainfo
+    # Matplotlib reads text between dollar signs as formulas.
+    names = [name.replace("$", r"\$") for name in dataset.metainfo["classes"]]
+    visualizer.dataset_meta = {**dataset.metainfo, "classes": names}
     pictures: dict[str, str] = {}
     for path in sorted({path for counted in entry.findings.classes for path in counted.examples}):
         sample = dataset[places[path]]
@@ -74,7 +77,7 @@ def _draw_samples(cfg: Config, entry: Checked, folder: Path, number: int) -> dic
         with warnings.catch_warnings():  # about boxes and texts that extend beyond the image
             warnings.simplefilter("ignore", UserWarning)
             visualizer.add_datasample(name, image, sample["data_samples"], draw_pred=False, out_file=str(folder / name))
-        with Image.open(folder / name) as picture:
+        with any_size(), Image.open(folder / name) as picture:
             picture.load()
         picture.thumbnail((WIDTH, 2 * WIDTH))
         picture.save(folder / name)

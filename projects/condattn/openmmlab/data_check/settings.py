@@ -16,12 +16,12 @@ from ..errors import UserError
 WRAPPED = ("dataset", "datasets")
 """Keys under which a wrapper holds its data sets."""
 SOURCES = {
-    "coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
+    "data/coco": "COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
     "https://cocodataset.org/#download into data/coco/ (train2017/, val2017/, annotations/)",
-    "ade": "ADE20K: unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip into "
+    "data/ade": "ADE20K: unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip into "
     "data/ade/ (ADEChallengeData2016/images/ and annotations/, each with training/ and validation/)",
 }
-"""Folder below data/ -> where the data set comes from and the layout that is expected."""
+"""Folder -> where the data set comes from and the layout that is expected."""
 VARIABLE = re.compile(r"""\{\{['"]?\s*\$(\w+)\s*:\s*(\S*?)\s*['"]?\}\}""")
 """How the text of a configuration refers to an environment variable: its name, and the value if it is not set."""
 
@@ -111,8 +111,10 @@ def check_paths(cfg: Config, loader: str) -> None:
     for kind, paths in (("dataloader", named), ("evaluator", evaluated)):
         for path in paths:
             if "://" not in path and not os.path.exists(path):
-                source = next((text for folder, text in SOURCES.items() if folder in Path(path).parts), None)
+                source = next((text for folder, text in SOURCES.items() if Path(path).is_relative_to(folder)), None)
                 advice = source or "put the data there, or set data_root, ann_file and data_prefix to where it is"
+                if path.startswith("~"):
+                    advice = "write the full path of the home folder in place of ~"
                 raise UserError(
                     f"no data at {path} ({loader}_{kind} of {cfg.filename}); {advice}{variable_of(cfg, path)}; the "
                     "configurations in configs/demo/ run without any download"

@@ -13,6 +13,8 @@ MARGIN = 2
 """Number of pixels by which a box may extend beyond its image without a warning."""
 DECODED = 50_000
 """Number of masks whose run lengths are decoded; of more masks, an evenly spaced sample."""
+OVERSHOOT = 0.1
+"""Part of the image's side by which boxes that are (x1, y1, x2, y2) typically seem to reach beyond it."""
 EXACT = 5000
 """Number of masks thinner than two pixels that are rasterised to find out whether they are empty."""
 
@@ -46,7 +48,8 @@ def check_boxes(table: Annotations) -> list[str]:
     beyond = (x + w > width + MARGIN) | (y + h > height + MARGIN) | (x < -MARGIN) | (y < -MARGIN)
     corners = (w > x) & (h > y) & (w <= width + MARGIN) & (h <= height + MARGIN)
     polygons = _polygons_say_corners(table, in_file)
-    reach = beyond.sum() >= max(2, len(in_file) // 20) and corners.mean() >= 0.95
+    overshoot = np.maximum((x + w - width) / width, (y + h - height) / height)[beyond]
+    reach = beyond.sum() >= max(2, len(in_file) // 20) and corners.mean() >= 0.95 and np.median(overshoot) > OVERSHOOT
     if polygons or (polygons is None and reach):
         table.fail(
             f"the boxes are (x1, y1, x2, y2), it seems, {first}: as (x, y, width, height), which is expected, "
@@ -73,8 +76,14 @@ def _polygons_say_corners(table: Annotations, in_file: np.ndarray) -> bool | Non
     return np.mean(votes) > 0.9 if votes else None
 
 
-def check_masks(table: Annotations, used: np.ndarray) -> list[str]:
+def check_masks(table: Annotations, used: np.ndarray, evaluated: bool = False) -> list[str]:
     """Check the segmentations of the objects with the indices ``used``; return warnings.
+
+    Args:
+        table: The content of the annotation file.
+        used: Indices of the objects.
+        evaluated: Whether pycocotools draws them. It does not leave out polygons of less than three points, as mmdet's
+            training does, so that those beside others are taken out of the table.
 
     Raises:
         UserError: If the segmentations cannot be used for training or evaluation.
@@ -95,7 +104,7 @@ def check_masks(table: Annotations, used: np.ndarray) -> list[str]:
     empty = np.zeros(len(used), dtype=bool)
     if listed.any():
         polygons = [value for value in segmentations if type(value) is list]
-        empty[listed] = _check_polygons(table, used[listed], polygons, warnings)
+        empty[listed] = _check_polygons(table, used[listed], polygons, evaluated, listed.all(), warnings)
     if not listed.all():
         runs = [value for value in segmentations if type(value) is dict]
         empty[~listed] = _check_runs(table, used[~listed], runs)
@@ -115,28 +124,46 @@ def _refuse(table: Annotations, i: int, expected: str) -> None:
     table.refuse(table.name(i), expected, table.objects[i]["segmentation"], "correct it")
 
 
-def _check_polygons(table: Annotations, used: np.ndarray, polygons: list[list], warnings: list[str]) -> np.ndarray:
-    """Check objects that have polygons; return a boolean array that is True where a mask is empty."""
+def _check_polygons(
+    table: Annotations, used: np.ndarray, polygons: list[list], evaluated: bool, alone: bool, warnings: list[str]
+) -> np.ndarray:
+    """Check objects that have polygons, ``alone`` if no other has run lengths.
+
+    Returns:
+        Boolean array that is True where a mask is empty.
+    """
     flat = list(chain.from_iterable(polygons))
     for are_valid, what in ((are_lists, ""), (are_polygons, " of numbers in pixels")):
         if not are_valid(flat):
             i = next(i for i, value in zip(used, polygons, strict=True) if not are_valid(value))
             _refuse(table, i, f"a list of polygons, [[x1, y1, x2, y2, ...], ...],{what}")
+    given = polygons
     if len(drawable(flat)) < len(flat):
         polygons = [drawable(value) for value in polygons]
     drawn = np.array([bool(value) for value in polygons], dtype=bool)
-    if not drawn.any():
-        table.fail(
-            f"no object has a polygon of three points or more, such as {table.name(used[0])}; draw them with three "
-            "points or more, [[x1, y1, x2, y2, x3, y3, ...], ...]"
-        )
     if not drawn.all():
         without = "no polygon of three points or more"
         has = table.counted(used[~drawn], f"object has {without}", f"objects have {without}")
+        advice = "draw them with three points or more, [[x1, y1, x2, y2, x3, y3, ...], ...], or take them out"
+        if evaluated or (alone and not drawn.any()):
+            table.fail(f"{has}; {advice}")
         warnings.append(f"{has}; not trained")
+    if evaluated:
+        _leave_out_undrawable(table, used, given, polygons)
     empty = np.zeros(len(drawn), dtype=bool)
-    empty[drawn] = _compare(table, used[drawn], [value for value in polygons if value], warnings)
+    if drawn.any():
+        empty[drawn] = _compare(table, used[drawn], [value for value in polygons if value], warnings)
     return empty
+
+
+def _leave_out_undrawable(table: Annotations, used: np.ndarray, given: list[list], drawn: list[list]) -> None:
+    """Take the polygons that cannot be drawn out of the table; ``drawn`` has the others of each object."""
+    changed = [(i, new) for i, old, new in zip(used, given, drawn, strict=True) if len(new) < len(old)]
+    for i, polygons in changed:
+        table.objects[i]["segmentation"] = polygons
+    if changed:
+        number = counted(len(changed), "object")
+        table.repairs.append(f"polygons of less than three points, beside others of {number}, were left out")
 
 
 def _compare(table: Annotations, used: np.ndarray, polygons: list[list], warnings: list[str]) -> np.ndarray:

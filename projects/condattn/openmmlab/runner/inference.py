@@ -17,6 +17,7 @@ from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
 from ...wording import listed
+from ..data_check.images import walk
 from ..data_check.settings import class_of, leaves
 from ..data_check.transforms import image_loader
 from ..errors import UserError
@@ -33,7 +34,8 @@ _VISUALIZERS = {"mmdet": "DetLocalVisualizer", "mmseg": "SegLocalVisualizer"}
 def find_images(source: Path, out_dir: Path) -> list[tuple[Path, Path]]:
     """Find the images at ``source``, a file or a folder with all its subfolders, in a fixed order.
 
-    Results that an earlier run has written to ``out_dir`` are left out.
+    Results that an earlier run has written to ``out_dir`` are left out, and so are hidden files and folders, whose
+    names begin with a dot.
 
     Returns:
         Pairs of a path and the path relative to ``source`` (the file name if ``source`` is a file).
@@ -48,9 +50,9 @@ def find_images(source: Path, out_dir: Path) -> list[tuple[Path, Path]]:
     results = [(out_dir / name).resolve() for name in ("vis", "preds")]
     images = [
         (path, path.relative_to(source))
-        for path in sorted(source.rglob("*"))
+        for path in sorted(Path(folder, name) for folder, names in walk(source) for name in names)
         if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(source).parts)
         and not any(path.resolve().is_relative_to(folder) for folder in results)
     ]
     if not images:

@@ -1,5 +1,6 @@
 """Code shared by the tools that use images to make a new checkpoint from another one."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from torch import nn
 
 from ...spectra.measure import spread
 from ...weights.atomic import write_atomically
+from ...wording import counted, some
 from ..errors import UserError
 from ..models.loading import ENTRY, record_of, with_record
 from .checkpoints import add_unsafe_argument, read_checkpoint
-from .inference import find_images
+from .inference import find_images, is_readable
 from .launch import add_config_arguments, load_config
 
 
@@ -38,6 +40,8 @@ def add_rewriting_arguments(parser: ArgumentParser, images: int, use: str) -> No
 def load_inputs(args: Namespace) -> tuple[Config, dict, list[Path]]:
     """Load the configuration and the checkpoint, and choose ``args.num`` evenly spaced images of the folder.
 
+    A warning names those that cannot be read, which are left out.
+
     Raises:
         UserError: If one of them is invalid, or the file to write exists.
     """
@@ -45,8 +49,14 @@ def load_inputs(args: Namespace) -> tuple[Config, dict, list[Path]]:
         raise UserError(f"--num: expected at least 1, got {args.num}")
     refuse_existing(args.out)
     cfg = load_config(args.config, args.cfg_options)
-    images = [path for path, _ in find_images(args.images, args.out.parent)]
-    return cfg, read_checkpoint(args.checkpoint, args.unsafe), spread(images, args.num)
+    chosen = spread([path for path, _ in find_images(args.images, args.out.parent)], args.num)
+    images = [path for path in chosen if is_readable(path)]
+    if unreadable := [str(path) for path in chosen if path not in images]:
+        text = f"{counted(len(unreadable), 'image')} cannot be read: {some(unreadable)}"
+        if not images:
+            raise UserError(f"{text}; replace them")
+        print(f"warning: {text}; left out", file=sys.stderr)
+    return cfg, read_checkpoint(args.checkpoint, args.unsafe), images
 
 
 def refuse_existing(path: Path) -> None:
