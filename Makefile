@@ -60,7 +60,7 @@ operators: setup
 	requirements/operators.sh $(VENV)
 
 test-operators: operators
-	$(PY) -m pytest tests/test_mmcv_ops.py tests/test_mmcv_ext.py
+	$(PY) -m pytest tests/test_mmcv_ops.py tests/test_mmcv_ops_sampling.py tests/test_mmcv_ext.py
 
 demo: $(WORK)/metrics.txt
 	@echo

@@ -33,3 +33,16 @@ def boxes_and_scores(number: int, ties: bool = False) -> tuple[torch.Tensor, tor
 def rotated(number: int) -> torch.Tensor:
     """Random rotated boxes far from the origin, where differences of coordinates lose precision."""
     return torch.cat([torch.rand(number, 2) * 30 + 1000, 3 + torch.rand(number, 2) * 20, torch.randn(number, 1)], dim=1)
+
+
+def compare(function, definition, *inputs, tolerance=1e-9):
+    """Compare values and gradients of ``function(*inputs)`` with those of ``definition`` in double precision."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    references = [x.double().clone().requires_grad_() for x in inputs]
+    output, want = function(*leaves), definition(*references)
+    torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=tolerance)
+    direction = torch.randn_like(want)
+    want_gradients = torch.autograd.grad(want, references, direction)
+    got_gradients = torch.autograd.grad(output, leaves, direction.to(output.dtype))
+    for got, expected in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=10 * tolerance, atol=10 * tolerance)

@@ -51,6 +51,26 @@ def roi_align(image, rois, size, scale, ratio, mode, aligned) -> Tensor:
     return output
 
 
+def deform_roi_pool(image, rois, offset, size, scale, ratio, gamma) -> Tensor:
+    rows = []
+    for r, (index, *corners) in enumerate(rois.tolist()):
+        x1, y1, x2, y2 = (c * scale - 0.5 for c in corners)
+        bins = (y2 - y1) / size[0], (x2 - x1) / size[1]
+        counts = [ratio or math.ceil(extent) for extent in bins]
+        for i, j in product(range(size[0]), range(size[1])):
+            x, y = x1 + gamma * (x2 - x1) * offset[r, 0, i, j], y1 + gamma * (y2 - y1) * offset[r, 1, i, j]
+            samples = [
+                interpolate_at_border(
+                    image[int(index)],
+                    y + (i + (a + 0.5) / counts[0]) * bins[0],
+                    x + (j + (b + 0.5) / counts[1]) * bins[1],
+                )
+                for a, b in product(range(counts[0]), range(counts[1]))
+            ]
+            rows.append(torch.stack(samples).mean(0) if samples else image.new_zeros(image.shape[1]))
+    return torch.stack(rows).view(len(rois), *size, -1).permute(0, 3, 1, 2)
+
+
 def roi_pool(image, rois, size, scale) -> Tensor:
     _, channels, height, width = image.shape
     output = image.new_zeros(len(rois), channels, *size)

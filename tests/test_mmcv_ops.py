@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("mmcv.ops")
 
 import mmcv.ops
 import mmcv_definitions as definitions
-from mmcv.ops import deform_conv2d, modulated_deform_conv2d
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
-from mmcv_cases import IMAGES, ROIS, boxes_and_scores, rotated, use
+from mmcv.ops import deform_conv2d
+from mmcv_cases import IMAGES, ROIS, boxes_and_scores, compare, rotated, use
+from mmengine.registry import MODELS
 
 from condattn.openmmlab import mmcv_ops as ours
 
@@ -25,114 +24,32 @@ def use_ours(monkeypatch):
     use(ours, monkeypatch)
 
 
-def compare(function, definition, *inputs, tolerance=1e-9):
-    """Compare values and gradients of ``function(*inputs)`` with those of ``definition`` in double precision."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    references = [x.double().clone().requires_grad_() for x in inputs]
-    output, want = function(*leaves), definition(*references)
-    torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=tolerance)
-    direction = torch.randn_like(want)
-    want_gradients = torch.autograd.grad(want, references, direction)
-    got_gradients = torch.autograd.grad(output, leaves, direction.to(output.dtype))
-    for got, expected in zip(got_gradients, want_gradients, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=10 * tolerance, atol=10 * tolerance)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_synchronised_batch_norm(process, dtype):
+    """In a single process it is ordinary batch normalisation."""
+    theirs, plain = mmcv.ops.SyncBatchNorm(4), torch.nn.BatchNorm2d(4)
+    plain.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 4, 5, 2)
+    leaves = [x.to(dtype).requires_grad_(), x.to(dtype).float().requires_grad_()]
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
+    results = [theirs(leaves[0]), plain(leaves[1])]
+    torch.testing.assert_close(results[0].float(), results[1], **tolerance)
+    direction = torch.randn_like(x)
+    for result in results:
+        result.backward(direction.to(result.dtype))
+    torch.testing.assert_close(leaves[0].grad.float(), leaves[1].grad, **tolerance)
+    for got, want in zip(theirs.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, **tolerance)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(theirs, name), getattr(plain, name), **tolerance)
 
 
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "old"])
-@pytest.mark.parametrize("ratio", [0, 2])
-@pytest.mark.parametrize("mode", ["avg", "max"])
-def test_roi_align(mode, ratio, aligned):
-    settings = ((3, 2), 0.5, ratio, mode, aligned)
-    rois = ROIS.double()
-    compare(
-        lambda x: mmcv.ops.roi_align(x, rois, *settings),
-        lambda x: definitions.roi_align(x, rois, *settings),
-        torch.randn(IMAGES, dtype=torch.float64),
-    )
-
-
-@pytest.mark.parametrize("size", [(2, 3), (1, 1), (7, 7)])
-def test_roi_pool(size):
-    rois = torch.cat([ROIS, torch.tensor([[0, 9, 9, 2, 2], [1, 40, 40, 60, 60]])]).double()
-    compare(
-        lambda x: mmcv.ops.roi_pool(x, rois, size, 0.5),
-        lambda x: definitions.roi_pool(x, rois, size, 0.5),
-        torch.randn(IMAGES, dtype=torch.float64),
-    )
-
-
-@pytest.mark.parametrize(
-    "groups, deform_groups, stride, padding, dilation", [(1, 1, 1, 1, 1), (2, 1, 2, 1, 1), (1, 2, 1, 2, 2)]
-)
-@pytest.mark.parametrize("zero", [False, True], ids=["offsets", "none"])
-def test_deformable_convolutions(groups, deform_groups, stride, padding, dilation, zero):
-    image, weight = torch.randn(2, 4, 5, 6).double(), torch.randn(4, 4 // groups, 3, 2).double()
-    shape = F.conv2d(image, weight, None, stride, padding, dilation, groups).shape[2:]
-    offset = torch.randn(2, 2 * deform_groups * 6, *shape).double() * 2
-    mask, bias = torch.rand(2, deform_groups * 6, *shape).double(), torch.randn(4).double()
-    settings = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups)
-    positional = tuple(settings.values())
-    if (
-        zero
-    ):  # the ordinary convolution; gradients at zero offsets are a convention, which another test compares with mmcv
-        offset = torch.zeros_like(offset)
-        want = F.conv2d(image, weight, bias, stride, padding, dilation, groups)
-        torch.testing.assert_close(deform_conv2d(image, offset, weight, *positional) + bias[:, None, None], want)
-        ones = torch.ones_like(mask)
-        torch.testing.assert_close(modulated_deform_conv2d(image, offset, ones, weight, bias, *positional), want)
-        return
-    compare(
-        lambda x, o, w: deform_conv2d(x, o, w, *positional),
-        lambda x, o, w: definitions.deformable_convolution(x, o, w, **settings),
-        *(image, offset, weight),
-    )
-    compare(
-        lambda x, o, m, w, b: modulated_deform_conv2d(x, o, m, w, b, *positional),
-        lambda x, o, m, w, b: definitions.deformable_convolution(x, o, w, b, m, **settings),
-        *(image, offset, mask, weight, bias),
-    )
-
-
-def test_offsets_of_a_larger_map():
-    """mmcv's operator reads as many values of each image as the output has positions; mmdet's DyHead relies on it."""
-    image, weight = torch.randn(2, 4, 3, 2).double(), torch.randn(4, 4, 3, 3).double()
-    offset, mask, bias = torch.randn(2, 18, 6, 4).double(), torch.rand(2, 9, 6, 4).double(), torch.randn(4).double()
-
-    def expected(x, o, m, w, b):
-        o, m = (part.reshape(2, -1)[:, : part.shape[1] * 6].reshape(2, -1, 3, 2) for part in (o, m))
-        return definitions.deformable_convolution(x, o, w, b, m, 1, 1, 1, 1, 1)
-
-    compare(
-        lambda x, o, m, w, b: modulated_deform_conv2d(x, o, m, w, b, 1, 1),
-        expected,
-        *(image, offset, mask, weight, bias),
-    )
-    with pytest.raises(RuntimeError, match="offset"):
-        modulated_deform_conv2d(image, offset[..., :2, :2], mask[..., :2, :2], weight, bias, 1, 1)
-
-
-def test_offsets_have_no_gradient_where_samples_leave_the_image():
-    """One pixel outside the image, where modules with zero offsets start, the gradient is zero, as in mmcv."""
-    image, weight = torch.ones(1, 1, 3, 3).double(), torch.ones(1, 1, 3, 3).double()
-    offset = torch.zeros(1, 18, 3, 3, dtype=torch.float64, requires_grad=True)
-    deform_conv2d(image, offset, weight, 1, 1).sum().backward()
-    upper_row = offset.grad.view(3, 3, 2, 3, 3)[0, :, :, 0]  # samples of the first output row, at y = -1
-    assert (upper_row == 0).all()
-
-
-def test_deformable_attention():
-    sizes = torch.tensor([[4, 5], [2, 3]])
-    value, weights = torch.randn(2, 26, 2, 3).double(), torch.rand(2, 4, 2, 2, 3).double()
-    locations = torch.rand(2, 4, 2, 2, 3, 2).double() * 1.4 - 0.2
-    start = torch.tensor([0, 20])
-    compare(
-        lambda v, x, w: MultiScaleDeformableAttnFunction.apply(v, sizes, start, x, w, 64),
-        lambda v, x, w: definitions.deformable_attention(v, sizes.tolist(), x, w),
-        *(value, locations, weights),
-    )
-    python = mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
-    got = MultiScaleDeformableAttnFunction.apply(value, sizes, start, locations, weights, 64)
-    torch.testing.assert_close(got, python)
+@pytest.fixture
+def process(tmp_path):
+    """A process group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
@@ -303,9 +220,6 @@ def test_nms_of_lines(top_k):
     assert {i: p for i, p in enumerate(parent.tolist()) if p} == {i: n + 1 for n, g in enumerate(want) for i in g}
 
 
-# Properties that do not depend on values: layouts, precisions, empty inputs, bad input.
-
-
 def test_layouts():
     """Channels-last and strided inputs and gradients give the same results as contiguous ones."""
     x = torch.randn(2, 4, 8, 8)
@@ -366,20 +280,6 @@ def test_autocast_leaves_single_precision_alone():
     assert torch.equal(got, mmcv.ops.carafe(x, masks, 3, 1, 2))
 
 
-def test_no_regions():
-    x, none = torch.randn(IMAGES, requires_grad=True), torch.zeros(0, 5)
-    for mode in ("avg", "max"):
-        output = mmcv.ops.roi_align(x, none, (3, 3), 1.0, 0, mode, True)
-        assert output.shape == (0, 3, 3, 3)
-        output.sum().backward()
-    output = mmcv.ops.roi_pool(x, none, (3, 3), 1.0)
-    assert output.shape == (0, 3, 3, 3)
-    output.sum().backward()
-    assert (x.grad == 0).all()
-    assert mmcv.ops.nms_match(torch.zeros(0, 5), 0.5) == []
-    assert mmcv.ops.box_iou_rotated(torch.zeros(0, 5), rotated(3)).shape == (0, 3)
-
-
 def test_bad_input_is_refused():
     x = torch.randn(IMAGES)
     with pytest.raises(RuntimeError, match="expected images 0 to 1 in the first column, got 0 to 2"):
@@ -404,13 +304,16 @@ def test_other_operators_say_what_they_need():
 
 
 def test_every_operator_of_the_toolboxes_is_there():
-    """All functions of the extension are there that the operators imported by mmdet, mmseg and mmpretrain call."""
+    """All functions of the extension are there that modules and configs of mmdet, mmseg and mmpretrain need."""
     imported = set()
+    registered = {name: cls.__name__ for name, cls in MODELS.module_dict.items() if cls.__module__[:9] == "mmcv.ops."}
     for toolbox in ("mmdet", "mmseg", "mmpretrain"):
         for path in Path(pytest.importorskip(toolbox).__file__).parent.rglob("*.py"):
             for _, names in re.findall(r"from mmcv\.ops(\.\w+)? import ([\w, ]+)", path.read_text()):
                 imported |= {name.split(" as ")[0].strip() for name in names.split(",")}
-    assert {"batched_nms", "DeformConv2d", "PSAMask"} <= imported
+            named = re.findall(r"""type=['"](\w+)['"]""", path.read_text()) if ".mim" in path.parts else []
+            imported |= {registered.get(name, name) for name in named if name in registered or hasattr(mmcv.ops, name)}
+    assert {"batched_nms", "DeformConv2d", "PSAMask", "DeformRoIPoolPack", "SyncBatchNorm"} <= imported
     modules = {getattr(mmcv.ops, name).__module__ for name in imported if hasattr(mmcv.ops, name)}
     called = set()
     for module in modules - {"torch.autograd.function"}:

@@ -327,7 +327,7 @@ def test_two_processes_test_together(detection, tmp_path):
 def test_synchronised_batch_norm_becomes_local():
     from condattn.openmmlab.processes import _revert_sync_bn
 
-    model = {"neck": {"norm_cfg": {"type": "SyncBN"}}, "heads": [{"norm_cfg": {"type": "GN"}}, {"type": "SyncBN"}]}
+    model = {"neck": {"norm_cfg": {"type": "SyncBN"}}, "heads": [{"norm_cfg": {"type": "GN"}}, {"type": "MMSyncBN"}]}
     _revert_sync_bn(model)
     assert model == {"neck": {"norm_cfg": {"type": "BN"}}, "heads": [{"norm_cfg": {"type": "GN"}}, {"type": "BN"}]}
 

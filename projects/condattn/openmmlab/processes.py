@@ -70,9 +70,9 @@ def leave_processes() -> None:
 
 
 def _revert_sync_bn(node) -> None:
-    """Replace SyncBN by BN in the settings of a model, in place."""
+    """Replace synchronised batch normalisation by BN in the settings of a model, in place."""
     if isinstance(node, dict):
-        if node.get("type") == "SyncBN":
+        if node.get("type") in ("SyncBN", "MMSyncBN"):
             node["type"] = "BN"
         children = node.values()
     else:

@@ -14,6 +14,13 @@ import torch
 import torchvision
 
 from .attention import ms_deform_attn_backward, ms_deform_attn_forward
+from .batch_norm import (
+    sync_bn_backward_data,
+    sync_bn_backward_param,
+    sync_bn_forward_mean,
+    sync_bn_forward_output,
+    sync_bn_forward_var,
+)
 from .convolutions import (
     deform_conv_backward_input,
     deform_conv_backward_parameters,
@@ -23,6 +30,7 @@ from .convolutions import (
     modulated_deform_conv_backward,
     modulated_deform_conv_forward,
 )
+from .deformable_roi import deform_roi_pool_backward, deform_roi_pool_forward
 from .focal_losses import (
     sigmoid_focal_loss_backward,
     sigmoid_focal_loss_forward,
@@ -50,6 +58,8 @@ __all__ = [
     "deform_conv_backward_input",
     "deform_conv_backward_parameters",
     "deform_conv_forward",
+    "deform_roi_pool_backward",
+    "deform_roi_pool_forward",
     "get_compiler_version",
     "get_compiling_cuda_version",
     "line_nms_forward",
@@ -73,6 +83,11 @@ __all__ = [
     "softmax_focal_loss_backward",
     "softmax_focal_loss_forward",
     "softnms",
+    "sync_bn_backward_data",
+    "sync_bn_backward_param",
+    "sync_bn_forward_mean",
+    "sync_bn_forward_output",
+    "sync_bn_forward_var",
 ]
 
 

@@ -7,6 +7,9 @@ from torchvision.ops import deform_conv2d
 
 from .common import in_full_precision, not_deterministic, write
 
+OUTSIDE = 1e6
+"""An offset in pixels that lies outside every image."""
+
 
 def _gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, settings: tuple
@@ -15,6 +18,7 @@ def _gradients(
     use_mask = mask is not None
     mask = mask if use_mask else input.new_zeros(len(input), 1)
     bias = input.new_zeros(len(weight))
+    offset = _finite(offset)
     grad_output, *tensors = in_full_precision(grad_output, input, weight, offset, mask, bias)
     with not_deterministic():
         results = torch.ops.torchvision._deform_conv2d_backward(grad_output.contiguous(), *tensors, *settings, use_mask)
@@ -69,9 +73,9 @@ def deform_conv_forward(
 
     ``offset`` is (N, 2 * deformable groups * kH * kW, output height, output width), y before x for each kernel element.
     """
-    _check_offset(offset, kH, kW, deformable_group)
+    _check(input, weight, offset, group, deformable_group)
     geometry = dict(stride=(dH, dW), padding=(padH, padW), dilation=(dilationH, dilationW))
-    write(lambda x, w, o: deform_conv2d(x, o, w, **geometry), (input, weight, offset), output)
+    write(lambda x, w, o: deform_conv2d(x, o, w, **geometry), (input, weight, _finite(offset)), output)
 
 
 def deform_conv_backward_input(
@@ -152,8 +156,8 @@ def modulated_deform_conv_forward(
     ``mask`` is (N, deformable groups * kernel height * kernel width, output height, output width). ``offset`` and
     ``mask`` may be larger than the output, see :func:`_read`.
     """
-    _check_offset(offset, kernel_h, kernel_w, deformable_group)
-    offset, mask = (_read(tensor, output) for tensor in (offset, mask))
+    _check(input, weight, offset, group, deformable_group)
+    offset, mask = (_read(tensor, output) for tensor in (_finite(offset), mask))
     geometry = dict(stride=(stride_h, stride_w), padding=(pad_h, pad_w), dilation=(dilation_h, dilation_w))
     write(
         lambda x, w, b, o, m: deform_conv2d(x, o, w, b if with_bias else None, mask=m, **geometry),
@@ -209,11 +213,25 @@ def _read(tensor: Tensor, output: Tensor) -> Tensor:
     return tensor.flatten(1)[:, : tensor.shape[1] * size.numel()].unflatten(1, (-1, *size))
 
 
-def _check_offset(offset: Tensor, height: int, width: int, groups: int) -> None:
-    if offset.shape[1] != 2 * groups * height * width:
+def _finite(offset: Tensor) -> Tensor:
+    """Move samples without a finite position outside the image, where their value is 0, as in mmcv.
+
+    torchvision's operator for CPUs reads memory at the position NaN, which may end the process.
+    """
+    return offset.nan_to_num(nan=OUTSIDE, posinf=OUTSIDE, neginf=-OUTSIDE)
+
+
+def _check(input: Tensor, weight: Tensor, offset: Tensor, groups: int, deform_groups: int) -> None:
+    """Raise if the numbers of channels do not fit; torchvision takes other numbers of groups from them."""
+    height, width = weight.shape[2:]
+    if input.shape[1] != weight.shape[1] * groups:
         raise RuntimeError(
-            f"deformable convolution: expected {2 * groups * height * width} channels of offsets, for a kernel of "
-            f"{height} x {width} and deform_groups={groups}, got {offset.shape[1]}"
+            f"deformable convolution: expected {weight.shape[1] * groups} input channels, got {input.shape[1]}"
+        )
+    if offset.shape[1] != 2 * deform_groups * height * width:
+        raise RuntimeError(
+            f"deformable convolution: expected {2 * deform_groups * height * width} channels of offsets, for a kernel "
+            f"of {height} x {width} and deform_groups={deform_groups}, got {offset.shape[1]}"
         )
 
 

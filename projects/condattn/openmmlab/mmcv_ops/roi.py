@@ -46,7 +46,7 @@ def roi_align_forward(
         pool_mode: ``MAX`` or 1 (mean).
         aligned: Whether regions are shifted by half a pixel, so that pixel centres lie at .5.
     """
-    _check_images(input, rois)
+    check_images(input, rois)
     size = (aligned_height, aligned_width)
     if pool_mode != MAX:
         write(
@@ -56,7 +56,7 @@ def roi_align_forward(
         )
         return
     features, regions = in_full_precision(input, rois)
-    start, extent = _extents(regions, spatial_scale, aligned)
+    start, extent = extents(regions, spatial_scale, aligned)
     bins = extent / extent.new_tensor(size)
     # Regions with equal numbers of samples are pooled together: each sample is one bin of a finer RoIAlign.
     samples = (
@@ -93,7 +93,7 @@ def roi_align_backward(
     aligned: bool,
 ) -> None:
     """Write the gradient of :func:`roi_align_forward` with respect to its input into ``grad_input`` (N, C, H, W)."""
-    _check_images(grad_input, rois)
+    check_images(grad_input, rois)
     grad, regions = in_full_precision(grad_output, rois)
     if pool_mode != MAX:
         settings = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
@@ -139,12 +139,12 @@ def roi_pool_forward(
         pooled_width: Number of bins of a region in x.
         spatial_scale: Size of the feature map divided by the size of the image.
     """
-    _check_images(input, rois)
+    check_images(input, rois)
     features, regions = in_full_precision(input, rois)
     size, limits = regions.new_tensor([pooled_height, pooled_width]), input.shape[-2:]
     start = regions[:, [2, 1]] * spatial_scale
     extent = (regions[:, [4, 3]] + 1) * spatial_scale - start
-    valid = (extent > 0).all(1)
+    valid = (extent > 0).all(1) & extent.isfinite().all(1) & start.isfinite().all(1)
     for i, (image, is_valid) in enumerate(zip(rois[:, 0].long().tolist(), valid.tolist(), strict=True)):
         output[i], argmax[i] = 0, -1
         if not is_valid:
@@ -155,8 +155,8 @@ def roi_pool_forward(
             bins = torch.arange(number, device=input.device)[:, None]
             start_of_region, end_of_region = start[i, axis].item(), (start[i, axis] + extent[i, axis]).item()
             first.append(min(max(math.floor(start_of_region), 0), limits[axis] - 1))
-            pixels = torch.arange(first[axis], min(math.ceil(end_of_region) + 1, limits[axis]), device=input.device)
-            pixels = pixels if len(pixels) else torch.arange(first[axis], first[axis] + 1, device=input.device)
+            stop = max(first[axis] + 1, min(math.ceil(end_of_region) + 1, limits[axis]))
+            pixels = torch.arange(first[axis], stop, device=input.device)
             low = (bins * width_of_bins[axis] + start[i, axis]).floor()
             high = ((bins + 1) * width_of_bins[axis] + start[i, axis]).ceil()
             masks.append((low <= pixels) & (pixels < high))
@@ -190,7 +190,7 @@ def roi_pool_backward(
     grad_input.copy_(total.view_as(grad_input))
 
 
-def _extents(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
+def extents(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
     """Starts and sizes of regions in the feature map, (R, 2) each, y before x."""
     offset = 0.5 if aligned else 0.0
     start, end = rois[:, [2, 1]] * spatial_scale - offset, rois[:, [4, 3]] * spatial_scale - offset
@@ -198,9 +198,13 @@ def _extents(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor,
     return start, extent if aligned else extent.clamp(min=1)
 
 
-def _check_images(features: Tensor, rois: Tensor) -> None:
-    """Raise if a region refers to an image outside the batch; on a CPU only, because the check would stall a GPU."""
-    if rois.device.type == "cpu" and len(rois) and not (rois[:, 0].min() >= 0 and rois[:, 0].max() < len(features)):
+def check_images(features: Tensor, rois: Tensor) -> None:
+    """Raise if a region refers to an image outside the batch.
+
+    On a CPU only, because the check would stall a GPU, and not in graphs, which cannot branch on values.
+    """
+    is_eager = rois.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_eager and len(rois) and not (rois[:, 0].min() >= 0 and rois[:, 0].max() < len(features)):
         raise RuntimeError(
             f"regions of interest: expected images 0 to {len(features) - 1} in the first column, got "
             f"{rois[:, 0].min():g} to {rois[:, 0].max():g}"
