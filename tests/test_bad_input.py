@@ -152,6 +152,15 @@ def test_bad_configuration(refuse, tmp_path, text, part):
     refuse("train", "bad.py", parts=("bad.py", part))
 
 
+@pytest.mark.parametrize(("value", "state"), [(None, "is not set; give it a value"), ("", "is empty; unset it")])
+def test_environment_variables_without_a_value(refuse, monkeypatch, tmp_path, value, state):
+    monkeypatch.delenv("DATA_FOLDER", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DATA_FOLDER", value)
+    (tmp_path / "bad.py").write_text('root = "{{$DATA_FOLDER:' + ("" if value is None else "data") + '}}"')
+    refuse("train", "bad.py", parts=(f"the environment variable DATA_FOLDER {state}",))
+
+
 def test_mixed_stacks(refuse, monkeypatch):
     def mixed():
         raise RuntimeError("this environment mixes two stacks")

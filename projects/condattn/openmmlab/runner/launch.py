@@ -43,7 +43,8 @@ from .sharding import check_sharding
 TOOLBOXES = ("mmdet", "mmseg", "mmpretrain", "mmengine")
 DRAWN = ("mmdet", "mmseg")
 """Toolboxes whose predictions are drawn and written; those of the others are scored alone."""
-
+UNSET = re.compile(r"`(\w+)` cannot be found in `os\.environ`")
+"""In mmengine's message: an environment variable that a configuration refers to and that has no value."""
 
 # The warning says that metrics will not be computed, which holds for mmdet's optional FasterCocoMetric alone.
 warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")
@@ -125,6 +126,11 @@ def load_config(path: str, options: dict | None = None) -> Config:
     except Exception as error:  # the code of the file, and of those that it inherits, may raise anything
         reason = " ".join(str(error).split())
         kind = "" if isinstance(error, FileNotFoundError | ImportError | SyntaxError) else f"{type(error).__name__}: "
+        if unset := UNSET.search(reason):
+            state = (
+                "is empty; unset it, or give it a value" if unset[1] in os.environ else "is not set; give it a value"
+            )
+            kind, reason = "", f"the environment variable {unset[1]} {state}"
         raise UserError(f"cannot read the configuration {path}: {kind}{reason}") from error
     try:
         cfg.merge_from_dict(options or {})
