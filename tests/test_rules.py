@@ -31,6 +31,18 @@ def test_unknown_attention_is_named_with_the_rule_to_add():
         condattn.condition(model, "sc")
 
 
+@pytest.mark.usefixtures("registrations")
+def test_the_advice_about_a_site_that_cannot_be_conditioned():
+    """A site in a model can be left out; a model that is the only site cannot."""
+    condattn.register_rule(
+        f"{__name__}.StrangeAttention", lambda m: dict(num_heads=2, obstacle="a test", **condattn.thirds(m.qkv))
+    )
+    with pytest.raises(ValueError, match="a test; this module is the only site, so that the method cannot be used"):
+        condattn.condition(StrangeAttention(), "pc")
+    with pytest.raises(ValueError, match=r"a test; leave the site out with exclude=\['a'\]"):
+        condattn.condition(nn.ModuleDict(dict(a=StrangeAttention())), "pc")
+
+
 def test_unknown_attention_is_left_out_without_a_warning_where_patterns_say_so():
     model = nn.ModuleDict(dict(known=nn.MultiheadAttention(4, 2), strange=StrangeAttention()))
     with warnings.catch_warnings():
