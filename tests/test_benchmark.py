@@ -55,6 +55,8 @@ def test_bad_input(refuse, tmp_path):
     refuse(
         tool, "--models", "pc:fast", "--size", "32", "--device", "cpu", parts=("':plain', ':folded' or ':torchvision'",)
     )
+    for out, reason in (("nowhere/figures.json", "No such file"), (".", "Is a directory")):
+        refuse(tool, "--out", out, parts=(f"--out: {out} cannot be written ({reason}", "choose another file"))
     (line,) = error_lines(benchmark(tmp_path, "--models", "colour", "--size", "32", status=2).stderr)
     assert "unknown conditioning 'colour'" in line
 

@@ -272,3 +272,9 @@ def test_tool_refuses(name, part, tmp_path):
     pytest.importorskip("timm")
     (line,) = error_lines(run(TOOLS / "analysis" / "sites.py", name, cwd=tmp_path, status=2).stderr)
     assert re.search(part, line)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedModel", "EncoderDecoderModel", "RagModel", "TimmBackbone"])
+def test_tool_refuses_classes_without_a_default_size(name, refuse):
+    pytest.importorskip("transformers")
+    refuse("analysis/sites", name, parts=(f"{name} of transformers has no default size (", "such as ViTModel"))

@@ -236,6 +236,22 @@ def test_products_alone_find_the_extremes_too(shape):
     assert found.residual < 1e-4 and found.rank is None
 
 
+@pytest.mark.parametrize("small", [1, 4])
+def test_values_below_the_tolerance_count_as_zero(small):
+    """Also by products alone, where a value above it is found beside one below it, and none beside several."""
+    values = torch.cat([torch.linspace(1, 0.2, 60 - small), torch.full((small,), 0.01)]).double()
+    matrix = torch.linalg.qr(torch.randn(60, 60).double())[0] * values
+    whole, products = (
+        jacobian_extremes(lambda w: matrix @ w, torch.zeros(60).double(), whole=size, tolerance=0.05)
+        for size in (2048, 0)
+    )
+    assert whole.kappa == pytest.approx(5.0)
+    if small == 1:
+        assert products.kappa == pytest.approx(5.0, rel=1e-3)
+    else:
+        assert math.isnan(products.sigma_min) and math.isnan(products.kappa) and products.residual == math.inf
+
+
 def test_directions_that_cannot_change_are_left_out():
     """They span the left null space of a preconditioned Jacobian; an iteration with products would find them first."""
     model, x = attention(8, 2), torch.randn(1, 4, 8).double()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -391,6 +392,27 @@ def test_the_kernel_of_windows_compiles_for_a_gpu(size, places, d, dtype, archit
     constants["DETACH"] = False
     backward = compile_for_a_gpu(kernel._backward, constants, kernel.BACKWARD_WARPS, architecture, **tensors)
     assert max(forward, backward) <= kernel.shared_memory(places, d, bytes_each)
+
+
+@needs_triton
+def test_images_whose_offsets_do_not_fit_into_32_bits_are_left_to_pytorch(monkeypatch):
+    kernel, gpu = triton_module("window_attention_triton"), SimpleNamespace(shared_memory_per_block_optin=2**18)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    for width, fits in ((1926, True), (1932, False)):  # 576 channels of Swin-L
+        qkv = torch.empty(4, 1932 * width, 576, dtype=torch.float16, device="meta")
+        assert kernel.supports(qkv, Windows(1932, width, 12, 6, CPU), 6) == fits
+
+
+@needs_triton
+def test_another_image_size_compiles_no_other_kernel():
+    """Triton specialises whole numbers that are 1 or can be divided by 16, unless told otherwise."""
+    for name, sizes in dict(
+        row_norm_triton={"ROWS"}, window_attention_triton={"HEIGHT", "WIDTH", "ROWS", "COLUMNS", "WINDOWS", "EACH"}
+    ).items():
+        module = triton_module(name)
+        for kernel in (module._forward, module._backward):
+            given = [one for one in kernel.params if one.name.isupper() and not one.is_constexpr]
+            assert {one.name for one in given} <= sizes and all(one.do_not_specialize for one in given)
 
 
 @needs_triton

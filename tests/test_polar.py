@@ -180,7 +180,9 @@ SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 def errors_of_the_page():
     """The table in docs/methods.md: condition number, iterations, error."""
-    header, _, *rows = re.findall(r"^  \|(.*)\|$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "methods.md").read_text()
+    table = re.search(r"^  \| condition number of X .*(?:\n  \|.*)+", page, re.MULTILINE)[0]
+    header, _, *rows = re.findall(r"^  \|(.*)\|$", table, re.MULTILINE)
     iterations = [int(number) for number in re.findall(r"\d+", header)]
     for row in rows:
         condition, *errors = (cell.strip() for cell in row.split("|"))
@@ -234,3 +236,16 @@ def test_no_tokens(correct, detach):
     x = torch.zeros(2, 0, 5, requires_grad=True)
     (x + correct(x, detach=detach)).sum().backward()
     assert correct(x).shape == x.grad.shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("correct", [svd_correction, newton_schulz_correction])
+def test_tokens_that_are_zero_have_a_gradient(correct):
+    """One image of a batch, whose other gradients are those that they have alone."""
+    x = torch.randn(2, 5, 3)
+    x[1] = 0
+    x.requires_grad_()
+    weight = torch.randn(2, 5, 3)
+    (found,) = torch.autograd.grad((weight * correct(x, detach=False)).sum(), x)
+    (alone,) = torch.autograd.grad((weight[:1] * correct(x[:1], detach=False)).sum(), x)
+    torch.testing.assert_close(found[0], alone[0])
+    assert found.isfinite().all() and not correct(x)[1].any()

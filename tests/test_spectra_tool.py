@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import DEMO, ROOT, TOOLS, run
+from runs import CONFIGS, DEMO, ROOT, TOOLS, run
 from torch import nn
 
 import condattn
@@ -86,6 +86,28 @@ def test_the_tool_takes_models_of_timm(call, scenes):
     assert "Jacobian" in output and "bound" in output and "jacobians.png" in output
 
 
+def test_only_trained_weights_judge_the_preconditioner(call, monkeypatch, detection, tmp_path):
+    """In the output and in the report, which names the weights."""
+    timm = pytest.importorskip("timm")
+    weights = timm.create_model("test_vit").state_dict()
+    monkeypatch.setattr("condattn.openmmlab.models.timm.pretrained_weights", lambda name: weights)
+    judged = []
+    for module in ("advice", "report"):
+        monkeypatch.setattr(
+            f"condattn.spectra.{module}.find_warnings", lambda measurements, trained: judged.append(trained) or []
+        )
+    torch.save(weights, "weights.pth")
+    for arguments, title in (
+        (["test_vit"], "initial weights"),
+        (["test_vit", "--pretrained"], "timm&#39;s pretrained weights"),
+        (["test_vit", "weights.pth"], "weights.pth"),
+        ([detection.config], "initial weights"),
+    ):
+        spectra_tool(call, *arguments, "--out", "out")
+        assert f", {title}</h1>" in (tmp_path / "out" / "report.html").read_text()
+    assert judged == [False] * 2 + [True] * 4 + [False] * 2
+
+
 def test_the_tool_takes_weights_of_timm(call, monkeypatch, tmp_path):
     timm = pytest.importorskip("timm")
     weights = timm.create_model("test_vit").state_dict()
@@ -102,7 +124,13 @@ def test_the_tool_takes_weights_of_timm(call, monkeypatch, tmp_path):
 def test_the_tool_refuses_bad_input(refuse, detection, scenes, tmp_path):
     images = scenes / "images" / "validation"
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
     tool = "analysis/spectra"
+    for out in ("file", "file/new", "/proc/new/new"):
+        refuse(tool, detection.config, "--out", out, parts=(f"--out: the folder {out} cannot be written (",))
+    refuse(tool, "test_vit", "--out", "out", "--dataset", "val", parts=("--dataset expects a configuration",))
+    coco, parts = CONFIGS / "mask_rcnn_swin_pc.py", ("--dataset val: no data at data/coco/", "or give --images FOLDER")
+    refuse(tool, coco, "--out", "new/out", "--dataset", "val", parts=parts)
     refuse(tool, "no_model", "--out", "out", parts=("no_model", "timm"))
     refuse(tool, detection.config, "--out", "out", "--images", "empty", parts=("no image below empty",))
     refuse(tool, detection.config, "--out", "out", "--jacobian", parts=("--jacobian expects images",))

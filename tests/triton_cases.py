@@ -1,9 +1,12 @@
 """Triton kernels, compared with their references in Triton's interpreter; run with TRITON_INTERPRET=1."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from test_kernels import CPU, inputs
 
+from condattn.kernels import row_norm_triton, window_attention_triton
 from condattn.kernels.row_norm import normalize_rows_reference, smallest_divisor
 from condattn.kernels.row_norm_triton import divide, divide_backward
 from condattn.kernels.window_attention import window_attention_reference
@@ -75,3 +78,38 @@ def test_windows_of_zeros_in_float16(detach):
     (gradient,) = torch.autograd.grad(got.sum(), qkv)
     assert not got.any() and not gradient[..., :64].any()
     assert torch.equal(gradient[..., 64:], torch.full_like(got, 2**14))
+
+
+class Launches:
+    """Takes the place of a kernel, and notes the tensor on whose device each launch is, the last of ``current``."""
+
+    def __init__(self, current):
+        self.current, self.found = current, []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **settings: self.found.append(self.current[-1])
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton's own choice is the current device, which may be another GPU."""
+    current = [None]
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launches = []
+    for module in (row_norm_triton, window_attention_triton):
+        for name in ("_forward", "_backward"):
+            launches.append(Launches(current))
+            monkeypatch.setattr(module, name, launches[-1])
+    x, gradient = torch.randn(3, 16), torch.randn(3, 16)
+    y, norm = divide(x, 1e-6)
+    divide_backward(gradient, y, norm, 1e-6)
+    qkv, padding, bias = (t.detach().float().requires_grad_() for t in inputs(4, 4, 4, 1, d=16))
+    TritonWindowAttention.apply(qkv, padding, bias, Windows(4, 4, 4, 0, CPU), 2, 0.25, None, False).sum().backward()
+    found = [tensor.data_ptr() for one in launches for tensor in one.found]
+    assert found == [tensor.data_ptr() for tensor in (x, gradient, qkv, qkv)]

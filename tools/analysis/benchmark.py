@@ -93,10 +93,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each variant (default: %(default)s)")
-    parser.add_argument(
-        "--device",
-        help="e.g. cpu or cuda:1 (default: the GPU, if there is one)",
-    )
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: the GPU, if there is one)")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file as well, and the plot beside it")
     return parser.parse_args()
 
@@ -395,6 +392,17 @@ def image_size(args: argparse.Namespace) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
+def check_file(path: Path) -> None:
+    """Raise a UserError if ``path`` cannot be written, before anything is measured."""
+    is_new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written ({error.strerror}); choose another file") from error
+    if is_new:
+        path.unlink()
+
+
 def main() -> None:
     """Check the options, measure all sizes, and print and save the figures."""
     args = parse_args()
@@ -407,6 +415,8 @@ def main() -> None:
                 "--models: expected a conditioning, with ':plain', ':folded' or ':torchvision' or without, "
                 f"found {name}"
             )
+    if args.out:
+        check_file(args.out)
     args.device = str(choose_device(args.device))
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)

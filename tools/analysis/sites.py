@@ -75,10 +75,17 @@ def _transformers(name: str) -> nn.Module | None:
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         return None
-    config = cls.config_class()
-    if getattr(config, "use_pretrained_backbone", False):
-        config.use_pretrained_backbone = False
-    return cls(config)
+    try:
+        config = cls.config_class()
+        if getattr(config, "use_pretrained_backbone", False):
+            config.use_pretrained_backbone = False
+        return cls(config)
+    except Exception as error:  # a class without a default size may raise anything
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{name} of transformers has no default size ({type(error).__name__}: {reason}); expected a class that can "
+            "be built from its default configuration, such as ViTModel"
+        ) from error
 
 
 def _refuse(name: str) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import nn
 import condattn
 from condattn.methods.parsing import split_names
 from condattn.openmmlab.config_files import is_config
+from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.models.settings import conditioned_parts
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
@@ -24,7 +25,7 @@ from condattn.openmmlab.runner.launch import add_config_arguments, choose_device
 from condattn.spectra import QUANTITIES, Measurement, measure
 from condattn.spectra.advice import find_warnings
 from condattn.spectra.measure import spread
-from condattn.spectra.report import cell, summary, title_of, write_report
+from condattn.spectra.report import cell, check_folder, summary, title_of, write_report
 from condattn.weights.load import load_pretrained, load_weights
 
 
@@ -59,11 +60,11 @@ def main() -> None:
         raise UserError("--pretrained is for the name of a model of timm, without a checkpoint")
     if args.jacobian and not (args.images or args.dataset):
         raise UserError("--jacobian expects images; add --images FOLDER or --dataset val")
-    paths = [path for path, _ in find_images(args.images, args.out)] if args.images else []
-    own = args.out.resolve()
-    paths = spread([path for path in paths if not path.resolve().is_relative_to(own) and is_readable(path)], args.num)
-    if args.images and not paths:
-        raise UserError(f"no image below {args.images} can be read")
+    try:
+        check_folder(args.out)
+    except ValueError as error:
+        raise UserError(f"--out: {error}") from error
+    paths = chosen_images(args)
     measurements: dict[str, Measurement] = {}
     for label in split_names(args.compare) if args.compare else [None]:
         try:
@@ -82,11 +83,32 @@ def main() -> None:
             f"nothing of {args.config} could be measured: {'; '.join(reasons[:3]) or 'give --images FOLDER'}"
         )
     print_summary(measurements)
-    for line in find_warnings(measurements):
+    weights = args.checkpoint or ("timm's pretrained weights" if args.pretrained else "")
+    for line in find_warnings(measurements, trained=bool(weights)):
         print(f"warning: {line}")
-    title = f"Condition numbers of attention: {args.config}, {args.checkpoint or 'initial weights'}"
-    for path in write_report(measurements, args.out, title):
+    title = f"Condition numbers of attention: {args.config}, {weights or 'initial weights'}"
+    for path in write_report(measurements, args.out, title, trained=bool(weights)):
         print(path)
+
+
+def chosen_images(args: Namespace) -> list[Path]:
+    """Paths of ``args.num`` images, evenly spread over the folder or the data set that the command line names, if any.
+
+    Raises:
+        UserError: If the folder has no image that can be read, or the data cannot be used.
+    """
+    if args.dataset:
+        if not is_config(args.config):
+            raise UserError(f"--dataset expects a configuration; give --images FOLDER for {args.config}")
+        return dataset_images(load_config(args.config, args.cfg_options), args.dataset, args.num)
+    if not args.images:
+        return []
+    own = args.out.resolve()
+    paths = [path for path, _ in find_images(args.images, args.out) if not path.resolve().is_relative_to(own)]
+    paths = spread([path for path in paths if is_readable(path)], args.num)
+    if not paths:
+        raise UserError(f"no image below {args.images} can be read")
+    return paths
 
 
 def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple[nn.Module, Callable | None]:
@@ -104,11 +126,9 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
     for part in conditioned if conditioning else []:
         part.conditioning = conditioning
     other = args.other_conditioning or bool(conditioning)
-    predictor = Predictor(cfg, args.checkpoint, device, other, args.unsafe, bool(paths or args.dataset))
+    predictor = Predictor(cfg, args.checkpoint, device, other, args.unsafe, bool(paths))
     if conditioning and not conditioned:
         condattn.condition(predictor.model, conditioning)
-    if args.dataset:
-        paths = dataset_images(cfg, args.dataset, args.num)
     return predictor.model, (lambda: [predictor.run([path]) for path in paths]) if paths else None
 
 
@@ -124,8 +144,8 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
             f"no configuration file and no model of timm: {args.config}; name a file such as "
             "configs/mask_rcnn_swin_pc.py, or a model that timm.list_models() lists"
         )
-    if args.dataset or args.cfg_options:
-        raise UserError(f"--dataset and --cfg-options expect a configuration; give --images FOLDER for {args.config}")
+    if args.cfg_options:
+        raise UserError(f"--cfg-options expects a configuration, found the model {args.config}")
     model = timm.create_model(args.config)
     if args.pretrained:
         print(load_weights(model, pretrained_weights(args.config), f"timm's {args.config}"))
@@ -139,11 +159,15 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
 
 
 def dataset_images(cfg: Config, name: str, count: int) -> list[Path]:
-    """Paths of ``count`` images, evenly spread over a data set of the configuration."""
+    """Paths of ``count`` images, evenly spread over a data set of the configuration, whose data are checked first."""
     loader = f"{name}_dataloader"
     if not cfg.get(loader):
         raise UserError(f"--dataset {name}: {cfg.filename} has no {loader}; choose another, or give --images FOLDER")
-    dataset = DATASETS.build(copy.deepcopy(cfg[loader].dataset))
+    try:
+        check_data(cfg, name)
+        dataset = DATASETS.build(copy.deepcopy(cfg[loader].dataset))
+    except (UserError, OSError) as error:
+        raise UserError(f"--dataset {name}: {error}; or give --images FOLDER") from error
     chosen = [dataset.get_data_info(index) for index in spread(range(len(dataset)), count)]
     if not all("img_path" in sample for sample in chosen):
         raise UserError(f"--dataset {name}: {type(dataset).__name__} has no image files; give --images FOLDER")

@@ -192,7 +192,8 @@ def _newton_schulz(x: Tensor, iterations: int, ridge: float) -> Tensor:
         root, inverse = root @ step, step @ inverse
         lowest = scale * lowest * (3 - (scale * lowest) ** 2) / 2
     polar = (x @ inverse if tall else inverse @ x) / bound.sqrt()
-    return _largest_eigenvalue(gram).sqrt() * polar
+    # The square root has no derivative at 0, the eigenvalue of a matrix of zeros.
+    return _largest_eigenvalue(gram).clamp_min(torch.finfo(x.dtype).tiny).sqrt() * polar
 
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def supports(x: Tensor) -> bool:
     return x.dtype in DTYPES and 0 < x.shape[-1] <= LARGEST and x.numel() > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _forward(x, y, norms, ROWS, eps, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, COLUMNS)
@@ -31,7 +31,7 @@ def _forward(x, y, norms, ROWS, eps, D: tl.constexpr, COLUMNS: tl.constexpr, BLO
     tl.store(norms + rows, norm, mask=rows < ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _backward(
     y, norms, grad_y, grad_x, ROWS, eps,
     D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DETACH: tl.constexpr,
@@ -56,7 +56,8 @@ def divide(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     y, norm = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     grid, settings = _launch(x)
-    _forward[grid](x, y, norm, norm.numel(), eps, **settings)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _forward[grid](x, y, norm, norm.numel(), eps, **settings)
     return y, norm
 
 
@@ -65,7 +66,8 @@ def divide_backward(gradient: Tensor, y: Tensor | None, norm: Tensor, eps: float
     result, detach = torch.empty_like(gradient), y is None
     grid, settings = _launch(gradient)
     y = gradient if y is None else y.contiguous()  # a placeholder, not read if detached
-    _backward[grid](y, norm, gradient, result, norm.numel(), eps, DETACH=detach, **settings)
+    with torch.cuda.device_of(gradient):
+        _backward[grid](y, norm, gradient, result, norm.numel(), eps, DETACH=detach, **settings)
     return result
 
 

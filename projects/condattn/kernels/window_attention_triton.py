@@ -22,6 +22,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64, 128)
 LARGEST = 256
 """Largest supported number of tokens in a window."""
+OFFSETS = 2**31
+"""An image has fewer entries than this, because offsets in it have 32 bits."""
+RUNTIME_SIZES = ["HEIGHT", "WIDTH", "ROWS", "COLUMNS", "WINDOWS", "EACH"]
+"""Sizes for which no kernel of their own is compiled, because they differ from one batch of images to the next."""
 BACKWARD_WARPS = 8
 PROGRAMS = 4
 """Number of programs of the backward pass for each multiprocessor."""
@@ -31,6 +35,8 @@ def supports(qkv: Tensor, grid: Windows, heads: int) -> bool:
     """Return whether the kernels support these tensors, and the GPU has the shared memory that they need."""
     size, places = qkv.shape[-1] // (3 * heads), _places(grid)
     if qkv.dtype not in DTYPES or size not in HEAD_SIZES or grid.size**2 > LARGEST or not len(qkv):
+        return False
+    if qkv.shape[1:].numel() >= OFFSETS:
         return False
     gpu: Any = torch.cuda.get_device_properties(qkv.device)  # the type stub lacks an attribute
     return shared_memory(places, size, qkv.element_size()) <= gpu.shared_memory_per_block_optin
@@ -93,7 +99,7 @@ def _softmax(
     return weights / tl.sum(weights, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _forward(
     qkv, padding, bias, out, norms, HEIGHT, WIDTH, ROWS, COLUMNS, scale, eps,
     SIZE: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PLACES: tl.constexpr,
@@ -125,7 +131,7 @@ def _forward(
         tl.store(out + places, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _backward(
     qkv, padding, bias, out, norms, grad_out, grad_qkv, grad_padding, grad_bias,
     HEIGHT, WIDTH, ROWS, COLUMNS, WINDOWS, EACH, scale, eps,
@@ -211,7 +217,8 @@ class TritonWindowAttention(torch.autograd.Function):
         shape = (grid.height, grid.width, grid.rows, grid.columns)
         windows = batch * grid.rows * grid.columns
         arguments = qkv, padding, bias, out, norms, *shape, scale, eps or 0.0
-        _forward[(windows, heads)](*arguments, num_warps=forward_warps(settings["PLACES"]), **settings)
+        with torch.cuda.device_of(qkv):  # Triton launches on the current device
+            _forward[(windows, heads)](*arguments, num_warps=forward_warps(settings["PLACES"]), **settings)
         ctx.save_for_backward(qkv, padding, bias, out, norms)
         ctx.shape, ctx.settings, ctx.windows, ctx.scale = shape, settings, windows, scale
         ctx.eps, ctx.detach, ctx.has_padding, ctx.heads = eps, detach, has_padding, heads
@@ -228,13 +235,14 @@ class TritonWindowAttention(torch.autograd.Function):
         grad_qkv = torch.empty_like(qkv)
         grad_padding = torch.zeros(chunks, len(padding), dtype=torch.float32, device=qkv.device)
         grad_bias = torch.empty(chunks, *bias.shape, dtype=torch.float32, device=qkv.device)
-        _backward[(chunks, ctx.heads)](
-            *(qkv, padding, bias, out, norms, gradient.contiguous(), grad_qkv, grad_padding, grad_bias),
-            *(*ctx.shape, ctx.windows, each, ctx.scale, ctx.eps or 0.0),
-            DETACH=ctx.detach,
-            num_warps=BACKWARD_WARPS,
-            **ctx.settings,
-        )
+        with torch.cuda.device_of(qkv):
+            _backward[(chunks, ctx.heads)](
+                *(qkv, padding, bias, out, norms, gradient.contiguous(), grad_qkv, grad_padding, grad_bias),
+                *(*ctx.shape, ctx.windows, each, ctx.scale, ctx.eps or 0.0),
+                DETACH=ctx.detach,
+                num_warps=BACKWARD_WARPS,
+                **ctx.settings,
+            )
         of_padding = grad_padding.sum(0).to(padding.dtype) if ctx.has_padding else None
         return grad_qkv, of_padding, grad_bias.sum(0), None, None, None, None, None
 

@@ -9,7 +9,7 @@ from ..wording import some
 from .results import Measurement
 
 LOW_ENTROPY = 0.05
-"""Attention counts as saturated if its entropy is below this share of log(keys)."""
+"""Attention counts as saturated if its entropy is below this share of its largest value."""
 SMALL = 1.05
 """A correction counts as too small if it changes the condition numbers of a site by at most this factor ..."""
 LOW_KAPPA = 2.0
@@ -19,7 +19,8 @@ LOW_KAPPA = 2.0
 def find_warnings(measurements: Mapping[str, Measurement], trained: bool = True) -> list[str]:
     """Return one line for each model and problem.
 
-    Problems are saturated attention, and a preconditioner or a correction that does not help.
+    Problems are saturated attention, a preconditioner or a correction that does not help, and condition numbers of maps
+    and outputs that could not be computed in float64.
 
     Args:
         measurements: Label -> measurement; a single one has the label ''.
@@ -29,21 +30,22 @@ def find_warnings(measurements: Mapping[str, Measurement], trained: bool = True)
     """
     lines = []
     for label, measurement in measurements.items():
-        for sites, text in (
-            (_saturated(measurement), _SATURATED),
-            (_raising(measurement) if trained else [], _RAISING),
-            (_small(measurement), _SMALL),
+        for sites, text, reason in (
+            (_saturated(measurement), _SATURATED, ""),
+            (_raising(measurement) if trained else [], _RAISING, ""),
+            (_small(measurement), _SMALL, ""),
+            *((sites, _LIMITED, reason) for reason, sites in _limited(measurement).items()),
         ):
             if sites:
                 named = some(site or "the model itself" for site in sites)
-                lines.append(f"{label}{': ' * bool(label)}{text.format(sites=named, count=len(sites))}")
+                lines.append(f"{label}{': ' * bool(label)}{text.format(sites=named, reason=reason)}")
     return lines
 
 
 _SATURATED = (
-    "attention is saturated (entropy below 5 % of log N, in half of the heads or more) at {sites}: where there is a "
-    "spectral correction, a smaller strength on queries and keys (1.0 behind a LayerNorm) keeps it alive, elsewhere a "
-    "lower learning rate or weight decay on them"
+    "attention is saturated (entropy below 5 % of its largest value, in half of the heads or more) at {sites}: where "
+    "there is a spectral correction, a smaller strength on queries and keys (1.0 behind a LayerNorm) keeps it alive, "
+    "elsewhere a lower learning rate or weight decay on them"
 )
 _RAISING = (
     "the preconditioner raises the condition number of the head output at {sites}: compare with a training that leaves "
@@ -53,24 +55,42 @@ _SMALL = (
     "the spectral correction is too small to matter at {sites}: relative=True with strength=3.0 makes it three times "
     "the norm of the weight"
 )
+_LIMITED = (
+    "condition numbers of maps and outputs are limited by the precision at {sites}, which is {reason}: singular values "
+    "that are smaller than rounding errors count as zero"
+)
 
 
 def _saturated(measurement: Measurement) -> list[str]:
     found = []
-    for one in measurement.entropies:
-        heads = one.relative.nanquantile(0.5, dim=0)
+    for site in dict.fromkeys(one.site for one in measurement.entropies):
+        heads = measurement.relative_entropy(site).nanquantile(0.5, dim=0)
         if (heads < LOW_ENTROPY).double().mean() >= 0.5:
-            found.append(one.site)
-    return list(dict.fromkeys(found))
+            found.append(site)
+    return found
+
+
+def _limited(measurement: Measurement) -> dict[str, list[str]]:
+    """Return what limits the precision -> the sites."""
+    sites: dict[str, list[str]] = {}
+    for site, reason in measurement.limits.items():
+        sites.setdefault(reason, []).append(site)
+    return sites
+
+
+def _medians(measurement: Measurement) -> dict[tuple[str, str], float]:
+    """Return (site, matrix) -> the median of its condition number, over heads and samples of all sizes."""
+    keys = dict.fromkeys((one.site, one.matrix) for one in measurement.spectra)
+    return {key: measurement.kappa(*key).nanmedian().item() for key in keys}
 
 
 def _raising(measurement: Measurement) -> list[str]:
-    kappa = {(one.site, one.matrix): one.kappa.nanmedian().item() for one in measurement.spectra}
+    kappa = _medians(measurement)
     return [s for s in measurement.preconditioned if kappa.get((s, "C A(X)"), 0) > 1.05 * kappa.get((s, "A(X)"), 1)]
 
 
 def _small(measurement: Measurement) -> list[str]:
-    kappa = {(one.site, one.matrix): one.kappa.nanmedian().item() for one in measurement.spectra}
+    kappa = _medians(measurement)
     changed: dict[str, list[bool]] = {}
     for site, matrix in kappa:
         if matrix.endswith(" + C"):

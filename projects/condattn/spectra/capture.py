@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from torch.utils.hooks import RemovableHandle
 from ..attention.site import AttentionSite
 from ..layers.head_norm import HeadNorm
 from ..layers.head_transform import head_transform_of
+from .weights import name_of
 
 aten = torch.ops.aten
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 LARGE = 2**24
-"""A call whose maps have more entries than this is not recomputed in float64."""
+"""A call is not recomputed in float64 if the maps of one sample have more entries than this."""
+REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)
+"""What modules raise that cannot compute in float64, or cannot be called twice."""
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 COPIES = {aten._to_copy.default, aten.clone.default}
 PRODUCTS = {aten.bmm.default, aten.mm.default}
@@ -37,7 +40,7 @@ PRODUCTS = {aten.bmm.default, aten.mm.default}
 class Seen:
     """Data captured from one call of an attention site.
 
-    If the module supports float64, the data is recomputed in float64 from the inputs of the call.
+    The data is recomputed in float64 from the inputs of the call, unless that is impossible.
 
     Attributes:
         logits: Input of the softmax, with bias and mask, (samples, heads, N, M); None if no softmax was captured whose
@@ -50,6 +53,7 @@ class Seen:
         args: Arguments of the call.
         kwargs: Keyword arguments of the call.
         precision: Relative precision of the inputs of the call, whatever precision it is recomputed in.
+        refusal: Why the call could not be recomputed in float64; '' if it was.
     """
 
     logits: Tensor | None
@@ -59,6 +63,20 @@ class Seen:
     args: tuple
     kwargs: dict[str, Any]
     precision: float
+    refusal: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The least precise dtype of logits, map and outputs, which limits the precision of all that follows."""
+        found = [one.dtype for one in (self.logits, self.map, self.outputs) if one is not None]
+        return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+    @property
+    def limit(self) -> str:
+        """Which dtype limits the precision, and why; '' if it is float64."""
+        if self.dtype == torch.float64:
+            return ""
+        return f"{name_of(self.dtype)}, because {self.refusal or 'the module itself converts its data'}"
 
     @property
     def tokens(self) -> Tensor | None:
@@ -138,7 +156,7 @@ class _Call:
         """
         channels = self.passed.shape[self.site.out.axis]
         if product.numel() == self.passed.numel():
-            return torch.allclose(product.norm(), self.passed.norm(), rtol=1e-3)
+            return torch.allclose(product.double().norm(), self.passed.double().norm(), rtol=1e-3)
         return product.shape[-1] * self.site.num_heads == channels
 
     def _sources(self, weights: Tensor | None, outputs: Tensor | None) -> dict[str, Tensor]:
@@ -195,7 +213,7 @@ class _Operations(TorchDispatchMode):
             if self.recomputing:  # the repeated call in float64, whose data is used
                 self.seen = call.seen()
                 return
-            seen = self._in_double(module, call) or call.seen()
+            seen = self._in_double(module, call)
             self.paused = True  # the observer may call the module again
             try:
                 with _disable_current_modes():
@@ -224,19 +242,21 @@ class _Operations(TorchDispatchMode):
                 hooks.append(projection.owner.register_forward_pre_hook(enter))
         return hooks
 
-    def _in_double(self, module: nn.Module, call: _Call) -> Seen | None:
-        """Repeat the call in float64, and return its data.
-
-        Returns None if the maps are too large, or the module uses weights from outside or casts by itself.
-        """
-        if sum(logits.numel() for logits, _ in call.maps) > LARGE:
-            return None
-        self.recomputing, self.seen, self.precision = True, None, call.precision
+    def _in_double(self, module: nn.Module, call: _Call) -> Seen:
+        """Repeat the call in float64, and return its data; if that is impossible, those of the call and the reason."""
+        seen = call.seen()
+        known = seen.map if seen.map is not None else seen.outputs
+        samples = 1 if known is None else len(known)
+        if sum(logits.numel() for logits, _ in call.maps) > LARGE * samples:
+            return replace(seen, refusal=f"the maps of one sample have more than {LARGE:,} entries")
+        self.recomputing, self.precision = True, call.precision
         depth = len(self.calls)
         try:
             functional_call(module, doubled_state(module), doubled(call.args), doubled(without_caches(call.kwargs)))
-        except RuntimeError:
+        except REFUSALS as error:
             del self.calls[depth:]
+            reason = " ".join(str(error).split())[:160]
+            return replace(seen, refusal=f"the module cannot be called in float64 ({type(error).__name__}: {reason})")
         finally:
             self.recomputing = False
         return self.seen

@@ -99,14 +99,17 @@ class _Products:
         values, vectors = eigsh(operator, 1, which="LA", tol=1e-6, v0=start)
         return values[0], self.residual(values[0], vectors[:, 0])
 
-    def smallest(self, top: float, null: np.ndarray | None) -> tuple[float, float]:
-        """Return the smallest nonzero eigenvalue, orthogonal to ``null``, and its residual; NaN if none was found."""
+    def smallest(self, top: float, null: np.ndarray | None, tolerance: float) -> tuple[float, float]:
+        """Return the smallest nonzero eigenvalue, orthogonal to ``null``, and its residual; NaN if none was found.
+
+        Singular values below ``tolerance`` of the largest count as zero, if that is more than rounding.
+        """
         operator = self.operator()
         start = np.random.default_rng(1).standard_normal((operator.shape[0], 4))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about lack of convergence, which the residual measures
             values, vectors = lobpcg(operator, start, Y=null, largest=False, tol=1e-8 * top, maxiter=STEPS)
-        zero = max(self.rows, self.columns) * np.finfo(np.float64).eps * top
+        zero = max(max(self.rows, self.columns) * np.finfo(np.float64).eps, tolerance**2) * top
         index = next((i for i in np.argsort(values) if values[i] > zero), None)
         return (
             (math.nan, math.inf) if index is None else (values[index], self.residual(values[index], vectors[:, index]))
@@ -165,7 +168,7 @@ def jacobian_extremes(
         products = _Products(forward, backward, rows, columns, weight)
         constraints = null.double().cpu().numpy().T if null is not None and rows <= columns else None
         top, residual = products.largest()
-        low, other = products.smallest(top, constraints)
+        low, other = products.smallest(top, constraints, tolerance)
         return Extremes(math.sqrt(top), math.sqrt(low), None, (rows, columns), max(residual, other))
     product, size = (backward, rows) if rows <= columns else (forward, columns)
     matrix = vmap(product, chunk_size=64)(torch.eye(size, dtype=weight.dtype, device=weight.device))
@@ -211,7 +214,7 @@ def kronecker_extremes(
         gram = (left @ left.T).mul_(right @ right.T) if rows <= a * b else compact.gram()
         low, other = products.smallest_by_factors(gram, max(tolerance, 1e-7) ** 2 * top)
     else:
-        low, other = products.smallest(top, None)
+        low, other = products.smallest(top, None, tolerance)
     return Extremes(math.sqrt(top), math.sqrt(low), None, size, max(residual, other))
 
 

@@ -23,9 +23,10 @@ from ..layers.head_transform import head_transform_of
 from ..wording import some
 from .bound import head_bound
 from .capture import Seen, capture, precondition
+from .entropy import Entropy, entropy
 from .extremes import HAS_SCIPY, RELIABLE
 from .jacobian import head_jacobians
-from .results import Entropy, Measurement
+from .results import Measurement
 from .weights import Spectrum, spectrum, weight_spectra
 
 QUANTITIES = ("weights", "map", "outputs", "entropy")
@@ -62,7 +63,7 @@ def measure(
 
     Returns:
         The measurement. Each site is recomputed in float64 from its inputs, so that condition numbers are not those of
-        rounding errors.
+        rounding errors; ``limits`` of the measurement says where that was impossible.
 
     Raises:
         ModuleNotFoundError: For Jacobians without scipy.
@@ -154,6 +155,8 @@ def _measure_run(
         if "jacobian" in quantities and site.name not in differentiated:
             differentiated.add(site.name)
             _measure_jacobians(site, seen, measurement, max_tokens, max_heads)
+        if seen.limit and {"map", "outputs"} & set(quantities):
+            measurement.limits[site.name] = seen.limit
         for name, value in _results_of_call(site, seen, quantities, max_samples, max_tokens):
             if isinstance(value, str):
                 measurement.left_out[site.name, name] = value
@@ -221,25 +224,21 @@ def _results_of_call(
             chosen = spread(range(len(seen.map)), max_samples)
             _check_finite(site, "the attention map", seen.map[chosen])
             tokens = max(seen.map.shape[-2:])
-            if "entropy" in quantities:  # one sample at a time, to save memory
-                entropy = torch.stack([torch.special.entr(seen.map[i].double()).sum(-1).mean(-1) for i in chosen])
-                logits = (seen.logits[i] for i in chosen)
-                largest = torch.stack([one.masked_fill(~one.isfinite(), -torch.inf).amax((-2, -1)) for one in logits])
-                yield "entropy", Entropy(site.name, entropy.cpu(), seen.map.shape[-1], largest.double().cpu())
+            if "entropy" in quantities:
+                yield "entropy", entropy(site.name, seen, chosen)
             if "map" in quantities:
                 if tokens > max_tokens:
                     yield "map", f"it has {tokens} tokens, more than {max_tokens}"
                 else:
-                    yield "map", spectrum(site.name, "map", seen.map[chosen], torch.finfo(seen.map.dtype).eps)
+                    yield "map", spectrum(site.name, "map", seen.map[chosen], seen.dtype)
     if "outputs" in quantities:
         if seen.outputs is None:
             yield "outputs", "its head outputs cannot be seen"
         else:
             outputs = seen.outputs[spread(range(len(seen.outputs)), max_samples)]
             _check_finite(site, "A(X)", outputs)
-            precision = torch.finfo(outputs.dtype).eps
-            yield "A(X)", spectrum(site.name, "A(X)", outputs, precision)
-            yield "C A(X)", spectrum(site.name, "C A(X)", precondition(site, outputs), precision)
+            yield "A(X)", spectrum(site.name, "A(X)", outputs, seen.dtype)
+            yield "C A(X)", spectrum(site.name, "C A(X)", precondition(site, outputs), seen.dtype)
 
 
 def _check_finite(site: AttentionSite, what: str, values: Tensor) -> None:
@@ -254,13 +253,13 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def _join(values: list[Spectrum] | list[Entropy]) -> list[Any]:
-    """Join the results of all samples of the same size into one entry."""
+    """Join the results of all samples of the same size and precision into one entry."""
     groups: dict[Any, list[Any]] = {}
     for one in values:
-        groups.setdefault(one.size if isinstance(one, Spectrum) else one.keys, []).append(one)
+        groups.setdefault((one.size, one.dtype) if isinstance(one, Spectrum) else one.keys, []).append(one)
     joined = []
     for group in groups.values():
         first = group[0]
-        fields = ("values",) if isinstance(first, Spectrum) else ("values", "largest_logit")
+        fields = ("values",) if isinstance(first, Spectrum) else ("values", "largest", "largest_logit")
         joined.append(replace(first, **{name: torch.cat([getattr(one, name) for one in group]) for name in fields}))
     return joined

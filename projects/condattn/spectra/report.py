@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import jinja2
@@ -71,8 +72,25 @@ def _panel(row: Row) -> str:
     return row["quantity"].replace("C A(X)", "A(X)").removesuffix(" + C")
 
 
-def write_report(measurements: Measurements, folder: Path, title: str) -> list[Path]:
-    """Write spectra.csv, spectra.json, the plots (PNG) and report.html into ``folder``; returns their paths."""
+def check_folder(folder: Path) -> None:
+    """Raise a ValueError if :func:`write_report` could not write into ``folder``, and leave everything as it is."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be written ({error.strerror}); choose another") from error
+    finally:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()
+
+
+def write_report(measurements: Measurements, folder: Path, title: str, trained: bool = True) -> list[Path]:
+    """Write spectra.csv, spectra.json, the plots (PNG) and report.html into ``folder``; returns their paths.
+
+    ``trained`` says whether the models have been trained; see :func:`condattn.spectra.advice.find_warnings`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = flat_rows(measurements)
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -92,7 +110,7 @@ def write_report(measurements: Measurements, folder: Path, title: str) -> list[P
             paths.append(folder / f"{name}.png")
             paths[-1].write_bytes(pictures[name])
     paths.append(folder / "report.html")
-    paths[-1].write_text(page(measurements, pictures, title), encoding="utf-8")
+    paths[-1].write_text(page(measurements, pictures, title, trained), encoding="utf-8")
     return paths
 
 
@@ -125,11 +143,15 @@ def plot_heads(measurements: Measurements) -> Figure | None:
     """Condition numbers of the head outputs: a heat map of heads and depths for each model."""
     maps = {}
     for label, measurement in measurements.items():
-        rows = [row for row in measurement.rows() if row.get("used") and _panel(row) == "A(X)"]
-        if rows:
-            grid = np.full((1 + max(r["head"] for r in rows), 1 + max(r["depth"] for r in rows)), np.nan)
-            for row in rows:
-                grid[row["head"], row["depth"]] = np.log10(row["kappa"])
+        used = (one for one in measurement.spectra if "A(X)" in one.matrix and measurement.is_used(one))
+        columns = {
+            measurement.sites[site]: measurement.kappa(site, matrix).nanquantile(0.5, dim=0).log10().numpy()
+            for site, matrix in {one.site: one.matrix for one in used}.items()
+        }
+        if columns:
+            grid = np.full((max(map(len, columns.values())), 1 + max(columns)), np.nan)
+            for depth, column in columns.items():
+                grid[: len(column), depth] = column
             maps[label] = grid
     if not maps:
         return None
@@ -174,7 +196,7 @@ def plot_entropy(measurements: Measurements) -> Figure | None:
     for label, _, look in _looks(measurements):
         _line_with_band(axis, data[label], look)
     axis.axhline(LOW_ENTROPY, color="#888888", linestyle=":", label="saturated below")
-    axis.set(xlabel="attention layer", ylabel="entropy / log(keys)", ylim=(-0.03, 1.03), title="attention entropy")
+    axis.set(xlabel="attention layer", ylabel="share of the largest", ylim=(-0.03, 1.03), title="attention entropy")
     axis.legend()
     return figure
 
@@ -242,7 +264,7 @@ def _looks(measurements: Measurements) -> Iterator[tuple[str, Measurement, dict[
         yield label, measurement, dict(color=COLORS[i % len(COLORS)], linestyle=STYLES[i % len(STYLES)], label=label)
 
 
-def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) -> str:
+def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str, trained: bool) -> str:
     """Return a self-contained HTML page: warnings, plots, and the table of all sites."""
     figures = [
         (str(PLOTS[name].__doc__), base64.b64encode(data).decode(), name != "entropy_by_depth")
@@ -258,7 +280,7 @@ def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str) 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
         title=title,
-        warnings=find_warnings(measurements),
+        warnings=find_warnings(measurements, trained),
         figures=figures,
         header=[title_of(name) for name in lines[0]],
         rows=[[cell(value) for value in row.values()] for row in lines],

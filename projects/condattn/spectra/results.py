@@ -12,30 +12,9 @@ from torch import Tensor
 
 from ..wording import counted
 from .bound import Bound
+from .entropy import Entropy
 from .jacobian import Jacobian
-from .weights import Spectrum
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """How widely attention is spread at one site.
-
-    Attributes:
-        site: Name of the site.
-        values: Entropy of the rows of the map, in nats, averaged over the rows, (samples, heads); log(keys) if uniform.
-        keys: Number of keys M.
-        largest_logit: Largest finite entry of the input of the softmax, with bias and mask, (samples, heads).
-    """
-
-    site: str
-    values: Tensor
-    keys: int
-    largest_logit: Tensor
-
-    @property
-    def relative(self) -> Tensor:
-        """The entropy divided by log(keys), (samples, heads); NaN if there is only one key."""
-        return self.values / math.log(self.keys) if self.keys > 1 else torch.full_like(self.values, torch.nan)
+from .weights import Spectrum, name_of
 
 
 @dataclass(repr=False)
@@ -50,6 +29,8 @@ class Measurement:
         jacobians: Jacobians of heads.
         bounds: (site, head) -> the bound of Thm 3.4 on the condition numbers of its Jacobians.
         left_out: (site, quantity) that could not be measured, such as ('backbone.attn', 'map') -> the reason.
+        limits: Site whose maps and outputs could not be computed in float64 -> the dtype that limits their condition
+            numbers, and the reason.
     """
 
     sites: dict[str, int]
@@ -59,6 +40,7 @@ class Measurement:
     jacobians: list[Jacobian] = field(default_factory=list)
     bounds: dict[tuple[str, int], Bound] = field(default_factory=dict)
     left_out: dict[tuple[str, str], str] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Say what was measured; the values are in :meth:`rows`."""
@@ -71,11 +53,12 @@ class Measurement:
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat row for each site, head and matrix, and one for the entropy of each site and head.
 
-        Values are medians over the samples. Columns: site, depth (from 0), head, quantity; sigma_max, sigma_min, kappa,
-        kappa_max (over the samples), rank, singular (the share of singular samples), size; or entropy (nats),
-        relative_entropy, largest_logit; samples. The quantity of a Jacobian is, for instance, 'dA(X)/dW_Q', and its row
-        also has a residual and the columns of its bound. ``used`` says whether the model computes with the matrix: with
-        W + C instead of W if there is a correction, and with C A(X) instead of A(X) if there is a preconditioner.
+        Values are medians over the samples of one size. Columns: site, depth (from 0), head, quantity; sigma_max,
+        sigma_min, kappa, kappa_max (over the samples), rank, singular (the share of singular samples), size, precision
+        (the dtype in which the matrix was computed); or entropy (nats), relative_entropy, largest_logit; samples. The
+        quantity of a Jacobian is, for instance, 'dA(X)/dW_Q', and its row also has a residual and the columns of its
+        bound. ``used`` says whether the model computes with the matrix: with W + C instead of W if there is a
+        correction, and with C A(X) instead of A(X) if there is a preconditioner.
         """
         rows = [*self._spectrum_rows(), *self._entropy_rows(), *self._jacobian_rows()]
         return [dict(site=site, depth=self.sites[site], head=head, **row) for site, head, row in rows]
@@ -85,6 +68,14 @@ class Measurement:
         if one.matrix in ("A(X)", "C A(X)"):
             return (one.matrix == "C A(X)") == (one.site in self.preconditioned)
         return not any(other.site == one.site and other.matrix == f"{one.matrix} + C" for other in self.spectra)
+
+    def kappa(self, site: str, matrix: str) -> Tensor:
+        """Return the condition numbers of a matrix for the samples of all sizes, (samples, heads)."""
+        return torch.cat([one.kappa for one in self.spectra if (one.site, one.matrix) == (site, matrix)])
+
+    def relative_entropy(self, site: str) -> Tensor:
+        """Return the entropy of a site as a share of its largest value, for all numbers of keys, (samples, heads)."""
+        return torch.cat([one.relative for one in self.entropies if one.site == site])
 
     def _spectrum_rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         for one in self.spectra:
@@ -99,6 +90,7 @@ class Measurement:
                         kappa_max=_largest(values["kappa"][:, head]),
                         singular=one.singular[:, head].double().mean().item(),
                         size=f"{one.size[0]} x {one.size[1]}",
+                        precision=name_of(one.dtype),
                         samples=len(one.values),
                     ),
                 )

@@ -21,15 +21,20 @@ class Spectrum:
         values: (samples, heads, k) in float64, in descending order. Weights have one sample; for maps and outputs, a
             sample is an image, or a window of one.
         size: Rows and columns of the matrix.
-        tolerance: Values below this multiple of the largest one count as zero: max(size) times the relative precision
-            in which the matrix was computed. That of weights is float64's, since weights count as exact.
+        dtype: That in which the matrix was computed: float64, or a less precise one if that was impossible. That of
+            weights is float64, since weights count as exact.
     """
 
     site: str
     matrix: str
     values: Tensor
     size: tuple[int, int]
-    tolerance: float
+    dtype: torch.dtype
+
+    @property
+    def tolerance(self) -> float:
+        """Values up to this multiple of the largest one count as zero: max(size) times the precision of ``dtype``."""
+        return max(self.size) * torch.finfo(self.dtype).eps
 
     @property
     def sigma_max(self) -> Tensor:
@@ -43,13 +48,13 @@ class Spectrum:
 
     @property
     def sigma_min(self) -> Tensor:
-        """The smallest nonzero singular values, (samples, heads); 0 for a zero matrix."""
+        """The smallest nonzero singular values, (samples, heads); NaN if all count as zero."""
         last = (self.rank - 1).clamp_min(0)
-        return self.values.gather(-1, last[..., None])[..., 0]
+        return self.values.gather(-1, last[..., None])[..., 0].masked_fill(self.rank == 0, torch.nan)
 
     @property
     def kappa(self) -> Tensor:
-        """sigma_max / sigma_min, (samples, heads); NaN for a zero matrix."""
+        """sigma_max / sigma_min, (samples, heads); NaN if all singular values count as zero."""
         return self.sigma_max / self.sigma_min
 
     @property
@@ -58,11 +63,15 @@ class Spectrum:
         return self.rank < self.values.shape[-1]
 
 
-def spectrum(site: str, matrix: str, values: Tensor, precision: float) -> Spectrum:
-    """Compute the spectrum of matrices (samples, heads, rows, columns), whose entries have this relative precision."""
-    tolerance = max(values.shape[-2:]) * precision
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as 'float32'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def spectrum(site: str, matrix: str, values: Tensor, dtype: torch.dtype) -> Spectrum:
+    """Compute the spectrum of matrices (samples, heads, rows, columns) that were computed in ``dtype``."""
     singular = torch.linalg.svdvals(values.double())
-    return Spectrum(site, matrix, singular.cpu(), tuple(values.shape[-2:]), tolerance)
+    return Spectrum(site, matrix, singular.cpu(), tuple(values.shape[-2:]), dtype)
 
 
 def weight_spectra(site: AttentionSite) -> list[Spectrum]:
@@ -83,7 +92,7 @@ def weight_spectra(site: AttentionSite) -> list[Spectrum]:
             if not heads.isfinite().all():
                 raise ValueError(f"{site}: {matrix} has values that are not finite; is the checkpoint damaged?")
             # Weights count as exact, whatever dtype they are stored in.
-            spectra.append(spectrum(site.name, matrix, heads.mT[None], torch.finfo(torch.float64).eps))
+            spectra.append(spectrum(site.name, matrix, heads.mT[None], torch.float64))
     return spectra
 
 

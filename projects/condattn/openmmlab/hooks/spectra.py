@@ -105,10 +105,11 @@ def scalars(measurement: Measurement) -> dict[str, float]:
     for one in measurement.spectra:
         if measurement.is_used(one) or "A(X)" in one.matrix:
             name = one.matrix.removesuffix(" + C").translate(PLAIN)
-            found[f"{one.site}/kappa_{name}"] = one.kappa.nanmedian().item()
-    for one in measurement.entropies:
-        found[f"{one.site}/entropy"] = one.relative.median().item()
-        found[f"{one.site}/largest_logit"] = one.largest_logit.max().item()
+            found[f"{one.site}/kappa_{name}"] = measurement.kappa(one.site, one.matrix).nanmedian().item()
+    for site in dict.fromkeys(one.site for one in measurement.entropies):
+        found[f"{site}/entropy"] = measurement.relative_entropy(site).nanmedian().item()
+        logits = [one.largest_logit.max().item() for one in measurement.entropies if one.site == site]
+        found[f"{site}/largest_logit"] = max(logits)
     for one in measurement.jacobians:
         found[f"{one.site}/kappa_d{one.output.translate(PLAIN)}_d{one.weight}"] = one.extremes.kappa
     return {name: value for name, value in found.items() if math.isfinite(value)}

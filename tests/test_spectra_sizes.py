@@ -1,0 +1,55 @@
+"""Images of different sizes, whose results are kept apart, count together in plots, logs and warnings."""
+
+import numpy as np
+import pytest
+import torch
+from test_spectra import attention
+from torch import nn
+
+import condattn
+from condattn.spectra import measure
+from condattn.spectra.advice import find_warnings
+from condattn.spectra.report import plot_heads
+
+
+def sizes(model, *tokens):
+    """Measure one image of each number of tokens, in this order."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, number, model.embed_dim, dtype=torch.float64, generator=generator) for number in tokens]
+    return measure(model, [dict(query=x, key=x, value=x) for x in images], ["outputs", "entropy"])
+
+
+def test_the_log_of_a_training_has_all_sizes():
+    pytest.importorskip("mmengine")
+    from condattn.openmmlab.hooks.spectra import scalars
+
+    found = sizes(attention(), 5, 9, 7)
+    assert len(found.spectra) == 6 and len(found.entropies) == 3
+    logged = scalars(found)
+    kappa = torch.cat([one.kappa for one in found.spectra if one.matrix == "A(X)"])
+    assert kappa.shape == (3, 3) and logged["/kappa_AX"] == kappa.median().item()
+    assert logged["/entropy"] == torch.cat([one.relative for one in found.entropies]).median().item()
+    assert logged["/largest_logit"] == max(one.largest_logit.max().item() for one in found.entropies)
+
+
+def test_the_plot_of_the_heads_has_all_sizes():
+    found = sizes(attention(), 5, 9, 7)
+    (image,) = plot_heads({"none": found}).axes[0].images
+    wanted = np.median([one.kappa[0].numpy() for one in found.spectra if one.matrix == "A(X)"], 0)
+    np.testing.assert_allclose(image.get_array()[:, 0], np.log10(wanted))
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_warning_is_of_all_sizes(last):
+    """The preconditioner raises the condition number of three images, and not that of one of another size."""
+    model = nn.MultiheadAttention(8, 1, batch_first=True).double()
+    condattn.condition(model, "pc")
+    with torch.no_grad():  # each token attends to equal tokens, A(X) = X
+        model.in_proj_weight.copy_(torch.eye(8).repeat(3, 1))
+        model.in_proj_weight[:16] *= 40
+        model.in_proj_bias.zero_()
+    many, few = torch.zeros(3, 5, 8).double(), torch.eye(2, 8)[None].double()
+    many[:, 0, 0], many[:, 1:, 1] = 1.0, 0.5  # orthonormal columns, whose rows have two norms
+    calls = [dict(query=x, key=x, value=x) for x in (many, few)]
+    measured = measure(model, calls if last else calls[::-1], ["outputs"])
+    assert any(line.startswith("the preconditioner raises") for line in find_warnings({"": measured}))
