@@ -196,7 +196,9 @@ def plot_entropy(measurements: Measurements) -> Figure | None:
     for label, _, look in _looks(measurements):
         _line_with_band(axis, data[label], look)
     axis.axhline(LOW_ENTROPY, color="#888888", linestyle=":", label="saturated below")
-    axis.set(xlabel="attention layer", ylabel="share of the largest entropy", ylim=(-0.03, 1.03), title="attention entropy")
+    axis.set(
+        xlabel="attention layer", ylabel="share of the largest entropy", ylim=(-0.03, 1.03), title="attention entropy"
+    )
     axis.legend()
     return figure
 
