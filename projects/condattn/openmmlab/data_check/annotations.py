@@ -220,11 +220,9 @@ class Annotations:
         twice = order[1:][(keys[order[1:]] == keys[order[:-1]]).all(1)]
         twice = np.sort(twice[self.image_of[twice] >= 0])
         if len(twice):
-            has = self.counted(twice, "object has", "objects have")
-            number, _, rest = has.partition(":")
-            self.warnings.append(
-                f"{number} the image, category and box of another one:{rest}; trained and counted twice: take them out"
-            )
+            what = "the image, category and box of another one"
+            has = self.counted(twice, f"object has {what}", f"objects have {what}")
+            self.warnings.append(f"{has}; trained and counted twice: take them out")
 
     def _read_image_ids(self) -> None:
         ids = self._require("annotation", "image_id")
