@@ -212,6 +212,8 @@ def test_images_with_the_suffix_of_the_label_maps(label_maps):
     for i in range(3):
         picture().save(label_maps.folder / "images" / f"other{i}.png")
         Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(label_maps.folder / "labels" / f"other{i}.png")
+    for folder in ("images", "labels"):  # hidden files, such as those of macOS, are none
+        (label_maps.folder / folder / "._0.png").write_text("hidden")
     findings = label_maps.check()
     assert findings.errors == []
     assert re.search("3 images have another suffix than .jpg in .*: other0.png", findings.warnings[0])

@@ -173,9 +173,13 @@ def _unused_maps(use: MapUse) -> list[str]:
     if not use.folder or len(use.images) < use.total or folders[0].is_relative_to(folders[1]):
         return []
     used = {os.path.normpath(path) for path in use.maps}
-    paths = (os.path.join(folder, name) for folder, names in walk(use.map_folder) for name in names)
     return sorted(
-        os.path.basename(path) for path in paths if path.endswith(use.map_suffix) and os.path.normpath(path) not in used
+        name
+        for folder, names in walk(use.map_folder)
+        for name in names
+        if name.endswith(use.map_suffix)
+        and not name.startswith(".")
+        and os.path.normpath(os.path.join(folder, name)) not in used
     )
 
 
