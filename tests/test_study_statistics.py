@@ -196,7 +196,7 @@ def test_without_the_margin_families_without_effect_find_one(monkeypatch):
 def test_where_variants_have_different_best_rates_families_find_the_effect_of_the_rate():
     """The shares that docs/results.md names: a common rate is not the best for all."""
     text = " ".join((Path(__file__).parents[1] / "docs" / "results.md").read_text().split())
-    stated = re.search(r"in (\d+), (\d+) and (\d+) % of families", text).groups()
+    stated = re.search(r"then (\d+), (\d+) or (\d+) % of families", text).groups()
     for slope, share in zip((0.5, 1.0, 1.5), stated, strict=True):
         found = share_of_families_that_find_an_effect(slope, best={"pc": 4e-3})
         assert found == pytest.approx(int(share) / 100, abs=0.01)
