@@ -128,15 +128,19 @@ def label_maps(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Call a tool in this process, from an empty folder; return its status, output and errors."""
+    """Call a tool in this process, from an empty folder; return its status, output and errors.
+
+    Keywords replace what the tool's module defines.
+    """
     from condattn.openmmlab.errors import run_tool
 
     monkeypatch.chdir(tmp_path)
 
-    def call(tool: str, *arguments) -> tuple[int, str, str]:
+    def call(tool: str, *arguments, **replaced) -> tuple[int, str, str]:
         spec = importlib.util.spec_from_file_location(f"condattn_tools_{tool}", TOOLS / f"{tool}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        vars(module).update(replaced)
         monkeypatch.setenv("LOCAL_RANK", "0")  # which the tools set
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:

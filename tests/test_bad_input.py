@@ -1,5 +1,6 @@
 """Bad input to the tools: a one-line error, a nonzero exit status, and nothing written."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -40,6 +41,18 @@ def test_the_message_of_an_error_stays_one_line(capsys):
     with pytest.raises(SystemExit):
         run_tool(main)
     assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "report.md")
+
+    with pytest.raises(SystemExit) as status:
+        run_tool(main)
+    assert status.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'report.md'\n"
+    with pytest.raises(TimeoutError):
+        run_tool(lambda: (_ for _ in ()).throw(TimeoutError()))
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from mmengine.runner import Runner
 import condattn
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.atomic_checkpoint import AtomicFileBackend
-from condattn.openmmlab.hooks.finite_loss import find_trouble
+from condattn.openmmlab.hooks.finite_loss import find_trouble, weights_blamed
 from condattn.openmmlab.runner.checkpoints import find_resumable
+from condattn.openmmlab.study.run import DIVERGED
 
 EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
 # The demo detector has random augmentation and sampling; these settings add randomness to the segmenter's workers and
@@ -259,6 +260,19 @@ def test_a_loss_that_is_not_a_number_stops_the_run(call, detection, tmp_path):
     assert f"saturated logits at {name.removesuffix('.qkv.weight')}" in line
     assert "the last checkpoint is none" in line
     assert not list(Path("run").rglob("*.pth"))
+
+
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("svd failed"), ValueError("matrix contains NaN")])
+def test_an_exception_after_an_update_with_gradients_that_overflowed(error, tmp_path):
+    """It is explained by the weights, and counts as a divergence in a study; another exception is left as it is."""
+    runner = SimpleNamespace(model=nn.Linear(2, 2), iter=3, work_dir=tmp_path)
+    with pytest.raises(type(error), match=str(error)), weights_blamed(runner):
+        raise error
+    runner.model.bias.data[1] = float("nan")
+    expected = f"bias is not finite in iteration 4 .{type(error).__name__}: {error}.; the last checkpoint is none"
+    with pytest.raises(UserError, match=expected) as found, weights_blamed(runner):
+        raise error
+    assert DIVERGED in str(found.value)
 
 
 def test_trouble_where_queries_share_keys():

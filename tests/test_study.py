@@ -30,7 +30,7 @@ from condattn.openmmlab.study.check import check_metric, check_start, check_stud
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
 from condattn.openmmlab.study.report import write_report
 from condattn.openmmlab.study.results import Results
-from condattn.openmmlab.study.run import LOADERS, training_config
+from condattn.openmmlab.study.run import LOADERS, execute, git, training_config
 from condattn.openmmlab.study.schedule import run_command
 
 STUDIES = sorted((CONFIGS / "studies").glob("*.py"))
@@ -99,7 +99,7 @@ exploratory = True
         (("difference = 5.0", "difference = 0"), "positive difference"),
         (('unit = "points"\n', ""), "a study needs unit"),
         (('unit = "points"', 'unit = "points"\nmetrik = 1'), "unknown settings metrik"),
-        (('"_base_/vit_fashion_mnist.py"', '"_base_/nowhere.py"'), "no configuration"),
+        (('dict(variable="FASHION_MNIST", default="data", ', "dict("), r"expected data=dict\(variable=..., default"),
         (("variants = dict(none=", 'variants = dict(**{"a b": {}}, none='), "name of a variant, got 'a b'"),
     ],
 )
@@ -111,6 +111,7 @@ def test_a_study_that_contradicts_itself(study_file, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
+        (('"_base_/vit_fashion_mnist.py"', '"_base_/nowhere.py"'), "no configuration .*nowhere.py; correct"),
         (('"train_cfg.max_iters": 4', '"train_cfg.iterations": 4'), "option train_cfg.iterations: .* no 'iterations'"),
         (('"train_cfg.max_iters": 4', '"train_cfg.max_iters": 5'), "multiple of 2 evaluations, found 5"),
         (('pc={"model.backbone.conditioning"', 'pc={"model.trunk.conditioning"'), "no 'trunk' there"),
@@ -121,14 +122,15 @@ def test_a_study_that_contradicts_itself(study_file, change, message):
     ],
 )
 def test_a_study_that_cannot_run(study_file, images, change, message):
+    root = Path(study_file(change)).parent
     with pytest.raises(UserError, match=message):
-        check_study(load_study(study_file(change)), Path(study_file(change)).parent)
+        check_study(load_study(study_file(change)), root, root)
 
 
 def test_missing_data(study_file, monkeypatch, tmp_path):
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no data for training: no train-images-idx3-ubyte.*the test writes them"):
-        check_study(load_study(study_file()), tmp_path)
+        check_study(load_study(study_file()), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -146,7 +148,8 @@ def test_the_studies_of_this_project(path):
             scheduler = cfg.param_scheduler[-1]
             assert scheduler.T_max == cfg.train_cfg.max_iters
         pipelines = [cfg[loader].dataset.get("pipeline", ()) for loader in LOADERS]
-        assert len({tuple(step.scale) for steps in pipelines for step in steps if "Resize" in step.type}) <= 1, size
+        scales = [step.scale for steps in pipelines for step in steps if "Resize" in step.type]
+        assert len(set(scales)) <= 1, size  # tuples, because mmcv takes no lists
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -335,6 +338,30 @@ def test_from_the_first_run_to_the_report(repository):
     (root / "configs" / "studies" / "tiny.py").write_text(text.replace("difference = 5.0", "difference = 4.0"))
     (line,) = error_lines(study(root, "--report-only", status=2).stderr)
     assert "written by another study" in line
+
+
+@pytest.mark.slow
+def test_a_training_whose_record_was_not_written_is_not_repeated(repository, monkeypatch):
+    """It is resumed from its last checkpoint, as one that was cut off."""
+    path = repository / "configs" / "studies" / "again.py"
+    path.write_text(TINY)
+    study, one = load_study(str(path)), RunId("tuning", "pc", 5, 1e-4)
+    results = Results(study, repository)
+    monkeypatch.setenv("FASHION_MNIST", str(repository / "data"))
+    commit = git(repository, "rev-parse", "HEAD")
+
+    def no_space(record):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space left"):
+        full.setattr(results, "add", no_space)
+        execute(study, results, one, repository, commit)
+    folder = results.work / "runs" / str(one).replace("/", "_")
+    iterations = [line for file in folder.glob("train/*/vis_data/scalars.json") for line in file.open() if "lr" in line]
+    record = execute(study, results, one, repository, commit)
+    assert "iter: 4" in (folder / "train.log").read_text().split("resumed epoch", 1)[1].splitlines()[0]
+    assert iterations and results.records() == {one: record} and [step for step, _ in record.curve] == [2, 4]
+    assert not (folder / "train").exists()
 
 
 def test_bad_arguments(call, study_file, tmp_path):

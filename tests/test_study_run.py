@@ -22,6 +22,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from tiny_study import a_record
 
+from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.empty_evaluation import EmptyEvaluationHook
 from condattn.openmmlab.study import run as run_module
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study
@@ -30,6 +31,8 @@ from condattn.openmmlab.study.results import FAILED, FINISHED, Results, versions
 from condattn.openmmlab.study.run import BusyError, RunError, execute, read_curves, training_config
 
 RUN = RunId("tuning", "pc", 5, 1e-3)
+LEFT = ["20260101", "config.py", "iter_4.pth", "last_checkpoint"]
+"""What an interrupted training has written."""
 
 
 def test_evaluations_of_an_interrupted_run(tmp_path):
@@ -50,7 +53,7 @@ def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monke
     second = replace(first, name="second", variants={"base": first.variants["none"], "pc": first.variants["pc"]})
     there, here = Results(first, tmp_path), Results(second, tmp_path)
     finals = [RunId(FINAL, variant, 1, 1e-3) for variant in ("none", "pc")]
-    training = run_module._training(first, training_config(first, finals[0], tmp_path, tmp_path))
+    training = run_module.training_hash(first, training_config(first, finals[0], tmp_path, tmp_path))
     record = a_record(finals[0], 61.0, commit="abc", versions=versions(), training=training)
     there.add(record)
     monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
@@ -65,6 +68,7 @@ def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monke
         in (here.folder / "report.md").read_text()
     )
     tuning = replace(base, stage="tuning")
+    (here.folder / "runs.jsonl").unlink()
     for study, results, one, commit in (
         *((second, here, replace(base, seed=0), "abc"), (second, here, replace(base, rate=1e-4), "abc")),
         *((second, here, finals[1], "abc"), (second, here, base, "abd"), (second, here, tuning, "abc")),
@@ -84,13 +88,15 @@ def training(study_file, tmp_path, monkeypatch):
     found = []
 
     def run(lines, error="", commit="abc"):
-        def call(code, root, lock, log, tool, config, *arguments):
-            found[:] = sorted(path.name for path in folder.iterdir() if path.name not in ("lock", "config.py"))
-            logs = folder / "20260101" / "vis_data"
+        def call(code, root, lock, log, tool, config, option, work, *arguments):
+            assert option == "--work-dir"
+            found[:] = sorted(path.name for path in work.iterdir()) if work.exists() else []
+            logs = work / "20260101" / "vis_data"
             logs.mkdir(parents=True, exist_ok=True)
             (logs / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            (folder / "iter_4.pth").touch()
-            (folder / "last_checkpoint").touch()
+            (work / config.name).write_text("as mmengine writes it")
+            (work / "iter_4.pth").touch()
+            (work / "last_checkpoint").touch()
             return error
 
         monkeypatch.setattr(run_module, "_call", call)
@@ -128,7 +134,7 @@ def test_what_a_finished_run_leaves(training):
 
 
 def test_an_interrupted_run_is_resumed_with_its_own_code_and_settings_alone(training):
-    for commit, files in (("abc", []), ("abc", ["20260101", "iter_4.pth", "last_checkpoint"]), ("abd", [])):
+    for commit, files in (("abc", []), ("abc", LEFT), ("abd", [])):
         with pytest.raises(RunError, match="out of memory; the log is .*train.log"):
             training(scores(40.0), "out of memory", commit)
         assert training.found == files
@@ -141,11 +147,47 @@ def test_a_run_that_lost_an_evaluation_begins_anew(training):
     assert training.found == []
 
 
+def test_later_runs_are_configured_as_the_earlier_ones(training, tmp_path, monkeypatch):
+    """The commit of a study does not fix the code that applies its settings."""
+    training(scores(40.0, 50.0))
+    results, configure = training.results, run_module.training_config
+    run_module.check_trainings(results.study, results, tmp_path, tmp_path, "abc")
+
+    def other(*arguments):
+        cfg = configure(*arguments)
+        cfg.train_dataloader.batch_size = 3
+        return cfg
+
+    monkeypatch.setattr(run_module, "training_config", other)
+    with pytest.raises(UserError, match="tiny: tuning/pc/5/0.001 is configured otherwise now than when it ran"):
+        run_module.check_trainings(results.study, results, tmp_path, tmp_path, "abc")
+    run_module.check_trainings(results.study, results, tmp_path, tmp_path, "abd")  # no run of this code yet
+
+
+def test_the_hash_of_a_training_is_the_same_wherever_the_data_are(study_file, tmp_path, monkeypatch):
+    study = load_study(study_file())
+    hashes = set()
+    for folder in ("/some/data", "/other/data"):
+        monkeypatch.setenv("FASHION_MNIST", folder)
+        cfg = training_config(study, RUN, tmp_path, tmp_path)
+        assert folder in cfg.pretty_text
+        hashes.add(run_module.training_hash(study, cfg))
+    assert len(hashes) == 1 and hashes != {run_module.training_hash(replace(study, metric="accuracy/top5"), cfg)}
+
+
+def test_options_keep_their_types(study_file, tmp_path):
+    """Transforms of mmcv expect tuples as scales, and no lists."""
+    hooks = [dict(type="SpectraHook", quantities=("weights",))]
+    study = replace(load_study(study_file()), options={"custom_hooks": hooks, "train_cfg.max_iters": 4})
+    cfg = training_config(study, RUN, tmp_path, tmp_path)
+    assert cfg.custom_hooks[0].quantities == ("weights",)
+
+
 def test_a_metric_that_the_evaluations_do_not_have(training):
     """The training is kept, because running it again would not help."""
     lines = [{"loss": 1.0, "lr": 0.1, "step": 1}, {"spectra/x/entropy": 0.5, "step": 2}]
     lines += [{"accuracy/top5": 40.0, "time": 0.1, "step": step} for step in (2, 4)]
-    for files in ([], ["20260101", "iter_4.pth", "last_checkpoint"]):
+    for files in ([], LEFT):
         with pytest.raises(RunError, match="no accuracy/top1 in the evaluations, which report accuracy/top5$"):
             training(lines)
         assert training.found == files
@@ -181,7 +223,8 @@ def test_an_evaluation_without_predictions_scores_0(training, tmp_path, monkeypa
     """mmdet's evaluator then reports nothing."""
     empty = {"data_time": 0.1, "time": 0.2, "step": 4}
     assert training([*scores(40.0), empty]).curve == [[2, 40.0], [4, 0.0]]
-    (tmp_path / "last_checkpoint").write_text("iter_4.pth")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "last_checkpoint").write_text("iter_4.pth")
 
     def test(code, root, lock, log, tool, config, checkpoint, option, work):
         (work / "20260101").mkdir(parents=True)
@@ -189,8 +232,8 @@ def test_an_evaluation_without_predictions_scores_0(training, tmp_path, monkeypa
         return ""
 
     monkeypatch.setattr(run_module, "_call", test)
-    arguments = (tmp_path, tmp_path, None, tmp_path, tmp_path / "config.py")
-    assert run_module._evaluate(*arguments, "coco/segm_mAP") == {"coco/segm_mAP": 0.0}
+    arguments = (tmp_path, tmp_path, None, tmp_path, "coco/segm_mAP")
+    assert run_module._evaluate(*arguments) == {"coco/segm_mAP": 0.0}
 
 
 class Sum(BaseModel):

@@ -11,11 +11,11 @@ from pathlib import Path
 from mmengine.logging import MMLogger
 
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.study.check import check_study
+from condattn.openmmlab.study.check import check_start, check_study, data_hash
 from condattn.openmmlab.study.plan import FINAL, PILOT, RunId, Study, load_study, missing_runs, pilot_runs
 from condattn.openmmlab.study.report import report_pilot, write_documents, write_report
-from condattn.openmmlab.study.results import FINISHED, Results, versions
-from condattn.openmmlab.study.run import BusyError, RunError, execute, git
+from condattn.openmmlab.study.results import FINISHED, Results, same_versions, versions
+from condattn.openmmlab.study.run import BusyError, RunError, execute, git, worktree
 from condattn.openmmlab.study.schedule import BUSY, Pool, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +56,8 @@ def main() -> int:
     results = Results(study, ROOT, pilot=args.pilot or (args.run or "").startswith(PILOT))
     if unknown := [name for name in args.only if name not in study.variants]:
         raise UserError(f"--only: no variant {', '.join(unknown)} in {study.path}; it has {', '.join(study.variants)}")
+    if args.only and (args.pilot or args.report_only or args.rerun or args.run):
+        raise UserError("--only chooses among the runs of a study, not with --pilot, --report-only, --rerun or --run")
     if args.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
     if args.report_only:
@@ -65,9 +67,9 @@ def main() -> int:
     MMLogger.get_current_instance().setLevel("ERROR")
     if args.run:
         return run_one(study, results, args.run)
-    begin(study, results, args.commit, other_packages=bool(args.rerun))
     if args.rerun:
         return rerun(study, results, args.rerun)
+    begin(study, results, args.commit)
     runs = pilot_runs(study) if args.pilot else None
     command = run_command(study, args.size, Path(__file__))
     if args.list:
@@ -75,12 +77,12 @@ def main() -> int:
             print(shlex.join([*command, str(run)]))
         return 0
     errors = Pool(study, results, command, args.jobs, args.only, runs).work()
+    for run, reason in errors.items():
+        print(f"error: {run} is not finished: {reason}", file=sys.stderr)
     if args.pilot:
         print(report_pilot(study, results))
     else:
         report(study, results)
-    for run, reason in errors.items():
-        print(f"error: {run} is not finished: {reason}", file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -100,30 +102,60 @@ def set_data(study: Study, folder: str | None) -> None:
         )
 
 
-def begin(study: Study, results: Results, commit: str | None = None, other_packages: bool = False) -> None:
-    """Check a study, and record its code and packages at the first start; later, check that they are the same.
+def begin(study: Study, results: Results, commit: str | None = None) -> None:
+    """Check a study, and record its code, packages and data at the first start; later, check that they are the same.
 
     Raises:
-        UserError: If the code has uncommitted changes at the first start, the packages have changed since then, or
+        UserError: If the code has uncommitted changes at the first start, packages or data have changed since then, or
             ``commit`` is unknown or another than that with which the study began.
     """
     chosen = git(ROOT, "rev-parse", "--verify", f"{commit}^{{commit}}") if commit else None
-    check_study(study, ROOT)
-    if results.pilot and results.started and not results.same_study():
-        print(f"{results.folder} is of another definition of the study; this pilot replaces it")
-        shutil.rmtree(results.folder)
-    if not results.started:
-        if changed := git(ROOT, "status", "--porcelain", "--", "projects", "tools", "configs"):
-            raise UserError(f"a study runs the code of a commit; commit what is not: {changed.splitlines()[0].strip()}")
-        results.write_header(commit=chosen or git(ROOT, "rev-parse", "HEAD"), versions=versions())
+    replaced = results.pilot and results.started and not results.same_study()
+    if not results.started or replaced or (chosen and not results.records()):
+        check_committed()
+        chosen = chosen or git(ROOT, "rev-parse", "HEAD")
+        code = worktree(ROOT, chosen)
+        check_study(study, code, ROOT)
+        data = data_hash(study, code, ROOT)
+        if replaced:
+            print(f"{results.folder} is of another definition of the study; this pilot replaces it")
+            shutil.rmtree(results.folder)
+        results.write_header(commit=chosen, versions=versions(), data=data)
         return
     if chosen and chosen != (found := results.header()["commit"]):
         raise UserError(
             f"--commit: {study.name} began with {found[:12]}, not {chosen[:12]}; leave the option out, or, with the "
             "other code checked out, show that results are the same: --rerun VARIANT/SEED"
         )
-    if not other_packages:
-        check_packages(study, results)
+    check_start(study, ROOT)
+    check_packages(study, results)
+    check_data(study, results)
+
+
+def check_committed() -> None:
+    """Check that the code has no changes which are not committed.
+
+    Raises:
+        UserError: If it has.
+    """
+    if changed := git(ROOT, "status", "--porcelain", "--", "projects", "tools", "configs"):
+        raise UserError(f"a study runs the code of a commit; commit what is not: {changed.splitlines()[0].strip()}")
+
+
+def check_data(study: Study, results: Results) -> None:
+    """Check that the data are those with which the study began.
+
+    Raises:
+        UserError: If they are not.
+    """
+    header = results.header()
+    found = data_hash(study, worktree(ROOT, header["commit"]), ROOT)
+    if header.get("data", found) != found:
+        folder = f" in {os.environ[study.data['variable']]}" if study.data else ""
+        raise UserError(
+            f"{study.name} began with other data than those{folder}: names, sizes or the split of the images differ; "
+            "give the same data, or start a new study under another name"
+        )
 
 
 def check_packages(study: Study, results: Results) -> None:
@@ -132,10 +164,10 @@ def check_packages(study: Study, results: Results) -> None:
     Raises:
         UserError: If they are not.
     """
-    header = results.header()
-    if header["versions"] != versions():
-        changed = sorted(set(header["versions"].items()) ^ set(versions().items()))
-        names = ", ".join(sorted({name for name, _ in changed}))
+    recorded, present = results.header()["versions"], versions()
+    if not same_versions(recorded):
+        known = recorded.keys() | {"gpu"}
+        names = ", ".join(sorted(name for name in known if recorded.get(name) != present.get(name)))
         raise UserError(
             f"{study.name} began with other packages, or on another kind of machine ({names}); use those of "
             f"{results.folder / 'study.json'}, or "
@@ -151,11 +183,11 @@ def run_one(study: Study, results: Results, name: str) -> int:
     except ValueError as error:
         raise UserError(f"--run: expected STAGE/VARIANT/SEED/RATE, got {name}") from error
     check_packages(study, results)
-    known = [*missing_runs(study, results.scores()), *pilot_runs(study)]
-    if run not in known:
-        if run in results.records():
-            return 0
+    if run in results.records():
+        return 0
+    if run not in [*missing_runs(study, results.scores()), *pilot_runs(study)]:
         raise UserError(f"--run: {name} is no run that {study.name} needs now; --list prints those")
+    check_data(study, results)
     try:
         execute(study, results, run, ROOT, results.header()["commit"])
     except BusyError as error:
@@ -168,6 +200,10 @@ def run_one(study: Study, results: Results, name: str) -> int:
 
 def rerun(study: Study, results: Results, name: str) -> int:
     """Repeat a final run with the current code and packages; use them for the missing runs if the results are equal."""
+    results.header()
+    check_committed()
+    check_start(study, ROOT)
+    check_data(study, results)
     records = [record for record in results.records().values() if record.status == FINISHED]
     finished = {f"{one.run.variant}/{one.run.seed}": one for one in records if one.run.stage == FINAL}
     if name not in finished:

@@ -9,6 +9,7 @@ from mmengine.device import get_device
 
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.hooks.finite_loss import weights_blamed
 from condattn.openmmlab.models.loading import check_conditioning
 from condattn.openmmlab.models.settings import class_name
 from condattn.openmmlab.models.wrapping import compiled_part
@@ -126,7 +127,8 @@ def train(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> No
     drop_pretrained(runner.model, replaced)
     if args.compile:
         compiled_part(runner.model).compile(backend=args.compile)
-    runner.train()
+    with weights_blamed(runner):
+        runner.train()
 
 
 def check_weights(cfg: Config, args: Namespace) -> set[str]:

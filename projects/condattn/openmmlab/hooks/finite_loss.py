@@ -1,5 +1,7 @@
-"""Stop a training whose loss is not finite."""
+"""Stop a training whose loss or weights are not finite."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,8 +42,6 @@ class FiniteLossHook(Hook):
         if not anywhere:
             return
         self._hook.remove()
-        newest = Path(self._runner.work_dir, LAST)
-        checkpoint = newest.read_text().strip() if newest.exists() else "none"
         try:
             trouble = find_trouble(model, args, kwargs)
         except Exception as error:  # the loss is reported whatever the second forward does
@@ -49,9 +49,40 @@ class FiniteLossHook(Hook):
         troubles = _union(dist.all_gather_object(trouble))
         raise UserError(
             f"{', '.join(_union(dist.all_gather_object(bad)))} is not finite in iteration {self._runner.iter + 1}; "
-            f"{'; '.join(troubles) or 'the attention sites are sound'}; the last checkpoint is {checkpoint}; "
+            f"{'; '.join(troubles) or 'the attention sites are sound'}; the last checkpoint is {_last(self._runner)}; "
             "lower the learning rate, clip the gradients, or look at the data of this iteration"
         )
+
+
+@contextmanager
+def weights_blamed(runner: Runner) -> Iterator[None]:
+    """Explain an exception in a training by weights that are not finite, if they are not.
+
+    Such weights, after an update with gradients that overflowed, can raise exceptions before there is a loss:
+    decompositions of matrices and the assignment of predictions to objects refuse NaN.
+
+    Raises:
+        UserError: If there was an exception, and weights are not finite.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        parameters = runner.model.named_parameters()
+        local = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in parameters)
+        if not (bad := [name for name, value in local if not value.isfinite().all()]):
+            raise
+        raise UserError(
+            f"{some(bad)} is not finite in iteration {runner.iter + 1} ({type(error).__name__}: {error}); the last "
+            f"checkpoint is {_last(runner)}; lower the learning rate, or clip the gradients"
+        ) from error
+
+
+def _last(runner: Runner) -> str:
+    """Path of the newest checkpoint of a run, as text."""
+    newest = Path(runner.work_dir, LAST)
+    return newest.read_text().strip() if newest.exists() else "none"
 
 
 @torch.no_grad()

@@ -9,35 +9,77 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 
+from ..data_check.check import find
 from ..data_check.settings import class_of
 from ..errors import UserError
 from ..models.settings import class_name
 from ..runner.launch import build_model, load_config
-from .plan import TUNING, RunId, Study
-from .run import start_of, training_config
+from .plan import TUNING, RunId, Study, short_hash
+from .run import LOADERS, code_file, start_of, training_config
 
 NAMES = ("img_path", "sample_id", "img_id")
 """What identifies a sample in the information that a data set has about it; the first that is there."""
 PURPOSES = {"train_dataloader": "training", "val_dataloader": "tuning", "test_dataloader": "the final evaluation"}
 
 
-def check_study(study: Study, root: Path) -> None:
-    """Check that every variant can be built, that its metric is reported, and that no image serves two purposes.
+def check_study(study: Study, code: Path, root: Path) -> None:
+    """Check that the variants of a study can be built, that their metric is reported, and that their data are sound.
+
+    Args:
+        study: The study.
+        code: Folder with the code whose configuration file is read.
+        root: Folder of the repository that contains the study's file.
 
     Raises:
         UserError: If a check fails.
     """
     check_start(study, root)
-    load_config(str(study.config))  # also sets the default scope and runs the custom imports
-    for variant in study.variants:
-        cfg = training_config(study, RunId(TUNING, variant, 0, study.grid[0]), root, root)
-        import_modules_from_strings(**cfg.get("custom_imports", {"imports": []}))
+    for variant, cfg in _configs(study, code, root).items():
         try:
             build_model(cfg)
         except UserError as error:
             raise UserError(f"{study.path}: variant {variant}: {error}") from error
-    check_metric(study, cfg)
-    check_images(study, cfg)
+        check_metric(study, cfg)
+    for cfg in _with_different_data(study, code, root):
+        check_images(study, cfg)
+        for entry in find(cfg, "train", "val", "test"):
+            if entry.findings.errors:
+                raise UserError(f"{study.path}: {entry.label}: {entry.findings.errors[0]}")
+
+
+def data_hash(study: Study, code: Path, root: Path) -> str:
+    """Hash of the names and sizes of the samples of a study, and of what each serves; it does not depend on the folder.
+
+    Args:
+        study: The study.
+        code: As for :func:`check_study`.
+        root: As for :func:`check_study`.
+
+    Raises:
+        UserError: If data are missing, or a sample serves two purposes.
+    """
+    found = []
+    for cfg in _with_different_data(study, code, root):
+        for purpose, samples in check_images(study, cfg).items():
+            files = [Path(str(sample)) for sample in samples]
+            found += sorted(f"{purpose} {one.name} {one.stat().st_size if one.is_file() else ''}" for one in files)
+    return short_hash("\n".join(found).encode())
+
+
+def _configs(study: Study, code: Path, root: Path) -> dict[str, Config]:
+    """Variant -> the configuration of a training; enters the default scope and imports what the configuration names."""
+    load_config(str(code_file(study, code, root)))
+    runs = [RunId(TUNING, variant, 0, study.grid[0]) for variant in study.variants]
+    configs = {run.variant: training_config(study, run, code, root) for run in runs}
+    for cfg in configs.values():
+        import_modules_from_strings(**cfg.get("custom_imports", {"imports": []}))
+    return configs
+
+
+def _with_different_data(study: Study, code: Path, root: Path) -> list[Config]:
+    """The configurations of a study's trainings, one for each different setting of the data."""
+    found = {str([cfg[name] for name in LOADERS]): cfg for cfg in _configs(study, code, root).values()}
+    return list(found.values())
 
 
 def check_start(study: Study, root: Path) -> None:
@@ -84,8 +126,12 @@ def metric_names(evaluator: dict[str, Any]) -> list[str]:
     return [f"{prefix}/{name}" if prefix else name for name in getattr(metric, "metric_names", ())]
 
 
-def check_images(study: Study, cfg: Config) -> None:
-    """Check that the data exist, and that training, tuning and final evaluation share no image."""
+def check_images(study: Study, cfg: Config) -> dict[str, set[str | int]]:
+    """Check that the annotations exist, and that training, tuning and final evaluation share no image.
+
+    Returns:
+        Purpose -> its samples: their paths or names.
+    """
     images = {}
     for loader, purpose in PURPOSES.items():
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -103,3 +149,4 @@ def check_images(study: Study, cfg: Config) -> None:
             raise UserError(
                 f"{study.path}: {len(common)} images serve {one} and {other}, such as {min(common)}; give each its own"
             )
+    return images

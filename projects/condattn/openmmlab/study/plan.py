@@ -125,7 +125,12 @@ class Study:
 
     def digest(self) -> str:
         """Hash that identifies :meth:`definition`."""
-        return hashlib.sha256(json.dumps(self.definition(), sort_keys=True).encode()).hexdigest()[:16]
+        return short_hash(json.dumps(self.definition(), sort_keys=True).encode())
+
+
+def short_hash(content: bytes) -> str:
+    """The first 16 digits of the SHA-256 of ``content``."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def load_study(path: str, size: str | None = None) -> Study:
@@ -138,12 +143,7 @@ def load_study(path: str, size: str | None = None) -> Study:
     Raises:
         UserError: If a setting is missing, unknown or contradicts another.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no study file {path}; the ones of this project are in configs/studies/")
-    try:
-        settings = Config.fromfile(path).to_dict()
-    except Exception as error:  # a file of Python may raise anything
-        raise UserError(f"cannot read the study {path}: {type(error).__name__}: {error}") from error
+    settings = _read(path)
     if unknown := settings.keys() - SETTINGS.keys():
         raise UserError(
             f"{path}: unknown settings {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(SETTINGS))}"
@@ -200,6 +200,24 @@ def load_study(path: str, size: str | None = None) -> Study:
     return study
 
 
+def sizes_of(path: str) -> list[str]:
+    """Names of the sizes of a study, the default first; one empty name if its file defines none.
+
+    Raises:
+        UserError: If the file is missing or cannot be read.
+    """
+    return list(_read(path).get("sizes") or {"": {}})
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UserError(f"no study file {path}; the ones of this project are in configs/studies/")
+    try:
+        return Config.fromfile(path).to_dict()
+    except Exception as error:  # a file of Python may raise anything
+        raise UserError(f"cannot read the study {path}: {type(error).__name__}: {error}") from error
+
+
 def _check_types(settings: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
     for name, value in settings.items():
         if not isinstance(value, types[name]) or (isinstance(value, bool) and bool not in types[name]):
@@ -218,8 +236,6 @@ def _rate(value: float) -> float:
 
 def _check(study: Study) -> None:
     where = study.path
-    if not study.config.is_file():
-        raise UserError(f"{where}: no configuration {study.config}")
     named = {"baseline": [study.baseline]}
     named |= {f"families.{family}": [n for pair in pairs for n in pair] for family, pairs in study.families.items()}
     for place, names in named.items():
@@ -249,7 +265,11 @@ def _check(study: Study) -> None:
             raise UserError(f"{where}: {one} and {other} share {sorted(common)}; each seed is used for one purpose")
     if not study.grid or len(set(study.grid)) < len(study.grid) or study.grid[0] <= 0:
         raise UserError(f"{where}: expected different positive learning rates in tuning.grid, got {study.grid}")
-    if type(study.evaluations) is not int or study.evaluations < 1:
+    if study.data and set(study.data) != {"variable", "default", "source"}:
+        raise UserError(f"{where}: expected data=dict(variable=..., default=..., source=...), got {study.data}")
+    if study.name.endswith("_pilot"):
+        raise UserError(f"{where}: the name of a study must not end with _pilot, as those of the results of pilots do")
+    if study.evaluations < 1:
         raise UserError(f"{where}: expected one or more evaluations, got {study.evaluations}")
     if study.start and (set(study.start) != {"checkpoint", "command"} or "{seed}" not in study.start["checkpoint"]):
         raise UserError(
@@ -345,7 +365,7 @@ def current_grid(study: Study, scores: Scores) -> list[float]:
     """Learning rates to try for every variant: those of the file, extended where a chosen rate lies at an end.
 
     When all runs of the grid are finished, it is extended for all variants at once, with the same ratio as between the
-    last two rates at that end.
+    last two rates at that end. If chosen rates lie at both ends, it grows at both or, beyond its largest size, at none.
     """
     grid, tuned = list(study.grid), tuned_variants(study)
     while tuned and len(grid) < study.largest_grid and (rates := rates_on_grid(study, scores, grid)):

@@ -3,15 +3,16 @@
 import math
 import re
 import statistics as mean_and_spread
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-from mmengine.config import Config
 
 from ...weights.atomic import write_atomically
+from ..errors import UserError
 from .figures import draw_curves, draw_differences, draw_spectra
-from .plan import Study, load_study
+from .plan import Study, load_study, sizes_of
 from .results import FAILED, Results
 from .statistics import ALPHA, POWER, Comparison, detectable_difference, pool
 from .tables import Table, comparisons, csv_text, format_p, is_complete, tables
@@ -134,14 +135,20 @@ def _fill(text: str, name: str, content: str) -> str:
 
 
 def begun_studies(root: Path) -> list[tuple[Study, Results]]:
-    """All studies of configs/studies, in all sizes, that have been started."""
+    """All studies of configs/studies, in all sizes, that have been started; those that cannot be read are left out.
+
+    A warning names a study that is left out.
+    """
     found = []
     for path in sorted((root / "configs" / "studies").glob("*.py")):
-        for size in Config.fromfile(path).get("sizes") or {"": {}}:
-            study = load_study(str(path), size)
-            results = Results(study, root)
-            if results.started and results.header():
-                found.append((study, results.snapshot()))
+        try:
+            for size in sizes_of(str(path)):
+                study = load_study(str(path), size)
+                results = Results(study, root)
+                if results.started and results.header():
+                    found.append((study, results.snapshot()))
+        except UserError as error:
+            print(f"warning: {path.name} is left out of docs/results.md: {error}", file=sys.stderr)
     return found
 
 

@@ -19,18 +19,12 @@ from .plan import FINAL, RunId, Scores, Study, chosen_rates
 
 FINISHED, FAILED = "finished", "failed"
 PACKAGES = (
-    *("torch", "torchvision", "numpy", "timm", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection"),
-    *(
-        "onedl-mmsegmentation",
-        "onedl-mmpretrain",
-        "mmengine",
-        "mmcv",
-        "mmcv-lite",
-        "mmdet",
-        "mmsegmentation",
-        "mmpretrain",
-    ),
+    *("torch", "torchvision", "numpy", "timm", "transformers", "scipy", "scikit-learn", "scikit-image"),
+    *("pillow", "opencv-python", "opencv-python-headless", "pycocotools"),
+    *("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "onedl-mmpretrain"),
+    *("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation", "mmpretrain"),
 )
+"""Packages on which the numbers of runs may depend."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +75,13 @@ class Record:
 
 
 def versions() -> dict[str, str]:
-    """What a run's numbers depend on beside the code: versions of Python and of the packages, and the kind of GPU.
+    """What a run's numbers depend on beside the code: versions of Python and of the packages, and the processor.
 
     Returns:
-        Package -> version; 'gpu' -> name of the GPU, if there is one.
+        Package -> version; 'cpu' -> instructions that PyTorch uses, such as 'AVX2'; 'gpu' -> name of the GPU, if there
+        is one.
     """
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
@@ -95,6 +90,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def same_versions(recorded: dict[str, str]) -> bool:
+    """Whether what :func:`versions` returned for a record is so now, as far as the record says."""
+    present = versions()
+    return recorded == {name: value for name, value in present.items() if name in recorded or name == "gpu"}
 
 
 class Results:
@@ -138,7 +139,7 @@ class Results:
         """
         path = self.folder / "study.json"
         if not path.is_file():
-            raise UserError(f"no results of this study in {self.folder}; run it without --report-only first")
+            raise UserError(f"no results of this study in {self.folder}; it has not begun: run it first, or --list it")
         header = _parse(path.read_text(), path)
         if header.get("digest") != self.study.digest():
             raise UserError(
@@ -165,13 +166,21 @@ class Results:
         return _read(self.folder / "runs.jsonl") if self._snapshot is None else self._snapshot
 
     def find_elsewhere(self, run: RunId, training: str, commit: str) -> Record | None:
-        """A record for ``run`` from the same training in another study, with equal code and packages; None if none."""
-        wanted = (training, run.stage, commit, versions())
+        """A record for ``run`` of the same training in another study, with equal code, packages and data, or None."""
+        wanted = (training, run.stage, commit)
         for path in sorted(self.folder.parent.glob("*/runs.jsonl")) if training else ():
-            for record in _read(path).values() if path.parent != self.folder else ():
-                if (record.training, record.run.stage, record.commit, record.versions) == wanted:
+            if path.parent == self.folder or self._data_of(path.parent) != self._data_of(self.folder):
+                continue
+            for record in _read(path).values():
+                if (record.training, record.run.stage, record.commit) == wanted and same_versions(record.versions):
                     return replace(record, run=run, origin=record.origin or path.parent.name)
         return None
+
+    @staticmethod
+    def _data_of(folder: Path) -> str | None:
+        """Hash of the data with which the study in ``folder`` began; None if it is not known."""
+        path = folder / "study.json"
+        return _parse(path.read_text(), path).get("data") if path.is_file() else None
 
     def scores(self) -> Scores:
         """Run -> last score on the tuning data."""

@@ -1,7 +1,6 @@
 """Execution of one run of a study: train and evaluate in a clean copy of the code, and record the results."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,12 +16,12 @@ from mmengine.config import Config
 
 from ...weights.atomic import write_atomically
 from ..errors import UserError
-from .plan import FINAL, RunId, Study
+from .plan import FINAL, RunId, Study, short_hash
 from .results import FAILED, FINISHED, Record, Results, versions
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 DIVERGED = "is not finite in iteration"
-"""Part of the error message of ``FiniteLossHook``."""
+"""Part of the error messages of :mod:`..hooks.finite_loss`."""
 
 EMPTY = {"data_time", "time", "step"}
 """What mmengine logs of an evaluation that reports nothing."""
@@ -77,12 +76,10 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
         root: Folder of the repository that contains the study's file.
 
     Raises:
-        UserError: If an option does not exist, the length of the training is not given in iterations, or the
-            configuration lies outside the repository.
+        UserError: As :func:`code_file`, or if an option does not exist, or the length of the training is not given in
+            iterations.
     """
-    if not study.config.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{study.path}: expected a configuration in {root}, whose commits a study runs")
-    path = code / study.config.resolve().relative_to(root.resolve())
+    path = code_file(study, code, root)
     cfg = Config.fromfile(path, import_custom_modules=False)
     options = {**study.options, **study.variants[run.variant], study.rate: run.rate}
     for key, value in options.items():
@@ -105,6 +102,20 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
     return cfg
 
 
+def code_file(study: Study, code: Path, root: Path) -> Path:
+    """The configuration file of a study in ``code``, a copy of the repository ``root``.
+
+    Raises:
+        UserError: If it is missing there, or lies outside the repository.
+    """
+    if not study.config.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{study.path}: expected a configuration in {root}, whose commits a study runs")
+    path = code / study.config.resolve().relative_to(root.resolve())
+    if not path.is_file():
+        raise UserError(f"{study.path}: no configuration {path}; correct the name, or commit the file")
+    return path
+
+
 def start_of(study: Study, seed: int, root: Path) -> Path:
     """The checkpoint that the training of a seed starts from."""
     return root / study.start["checkpoint"].format(seed=seed)
@@ -115,7 +126,7 @@ def _with_start(value: Any, study: Study, seed: int, root: Path) -> Any:
     if isinstance(value, dict):
         return {key: _with_start(child, study, seed, root) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_start(child, study, seed, root) for child in value]
+        return type(value)(_with_start(child, study, seed, root) for child in value)
     return str(start_of(study, seed, root)) if study.start and value == "{start}" else value
 
 
@@ -154,37 +165,41 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         keep: Add the record to the results; otherwise the run's files are deleted.
 
     Raises:
+        UserError: If the configuration of the training is another than that of the study's earlier runs.
         RunError: If the run could not be finished; it can be started again.
         BusyError: If another process executes it.
     """
     folder = results.work / "runs" / (str(run).replace("/", "_") + ("" if keep else f"_{commit[:12]}"))
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, run) as lock:
+        if keep and (record := results.records().get(run)):
+            return record
         code = worktree(root, commit)
-        config = folder / "config.py"
+        check_trainings(study, results, code, root, commit)
+        config, work = folder / "config.py", folder / "train"
         cfg = training_config(study, run, code, root)
         text = f"# The code is that of commit {commit}.\n{cfg.pretty_text}"
         if not config.is_file() or config.read_text() != text:
             _clean(folder)
             write_atomically(config, lambda part: part.write_text(text), overwrite=True)
-        training = _training(study, cfg)
+        training = training_hash(study, cfg)
         if keep and (record := results.find_elsewhere(run, training, commit)):
             results.add(record)
             return record
-        start = _digest(start_of(study, run.seed, root).read_bytes()) if study.start else ""
-        error = _call(code, root, lock, folder / "train.log", "train.py", config, "--work-dir", folder, "--resume")
-        curve, spectra = read_curves(folder, study.metric)
+        start = short_hash(start_of(study, run.seed, root).read_bytes()) if study.start else ""
+        error = _call(code, root, lock, folder / "train.log", "train.py", config, "--work-dir", work, "--resume")
+        curve, spectra = read_curves(work, study.metric)
         if error and DIVERGED not in error:
             raise RunError(f"{run}: {error}; the log is {folder / 'train.log'}")
         reported: dict[str, float] = {}
         if not error:
             if lost := _lost(cfg, curve):
-                if not curve and (names := _metrics(folder)):
+                if not curve and (names := _metrics(work)):
                     raise RunError(f"{run}: no {study.metric} in the evaluations, which report {', '.join(names)}")
                 _clean(folder)
                 raise RunError(f"{run}: no {study.metric} of iteration {', '.join(map(str, lost))}; it begins anew")
             if run.stage == FINAL:
-                reported = _evaluate(code, root, lock, folder, config, study.metric)
+                reported = _evaluate(code, root, lock, folder, study.metric)
         record = Record(
             run=run,
             status=FAILED if error else FINISHED,
@@ -207,12 +222,9 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
 
 
 def _clean(folder: Path) -> None:
-    """Delete what a training wrote into the folder of its run, so that the next one begins anew; its logs stay."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.suffix == ".pth" or path.name == "last_checkpoint":
-            path.unlink()
+    """Delete what training and evaluation wrote below the folder of a run, so that the next one begins anew."""
+    for name in ("train", "test"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _lost(cfg: Config, curve: list[list[float]]) -> list[int]:
@@ -228,14 +240,33 @@ def _metrics(folder: Path) -> list[str]:
     return sorted(names - EMPTY)
 
 
-def _training(study: Study, cfg: Config) -> str:
-    """Hash of a training and its score; empty for a study whose trainings start from checkpoints, which may change."""
+def training_hash(study: Study, cfg: Config) -> str:
+    """Hash of a training and its score, wherever the data are.
+
+    It is empty for a study whose trainings start from checkpoints, which may change.
+    """
     text = f"{study.metric}\n{cfg.pretty_text}"
-    return "" if study.start else _digest(text.encode())
+    if study.data and (folder := os.environ.get(study.data["variable"])):
+        text = text.replace(folder, f"${study.data['variable']}")
+    return "" if study.start else short_hash(text.encode())
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def check_trainings(study: Study, results: Results, code: Path, root: Path, commit: str) -> None:
+    """Check that a finished run of the study would be configured as it was.
+
+    The configuration of a training comes from the study's commit, but the rest of the study's settings is applied to
+    it by the present code.
+
+    Raises:
+        UserError: If it would be configured otherwise.
+    """
+    earlier = (record for record in results.records().values() if record.training and record.commit == commit)
+    record = next(earlier, None)
+    if record and record.training != training_hash(study, training_config(study, record.run, code, root)):
+        raise UserError(
+            f"{study.name}: {record.run} is configured otherwise now than when it ran, by the code in "
+            f"{Path(__file__).parent} or by a changed environment; check out the code with which the study began"
+        )
 
 
 @contextmanager
@@ -278,12 +309,12 @@ def _call(code: Path, root: Path, lock: IO[str], log: Path, tool: str, *argument
     return (errors or lines or [f"{tool} ended with status {status}"])[-1].removeprefix("error: ")
 
 
-def _evaluate(code: Path, root: Path, lock: IO[str], folder: Path, config: Path, metric: str) -> dict[str, float]:
-    """Run the final evaluation of a trained model and return its scores by name; 0 if the evaluator reports none."""
-    checkpoint = Path((folder / "last_checkpoint").read_text().strip())
+def _evaluate(code: Path, root: Path, lock: IO[str], folder: Path, metric: str) -> dict[str, float]:
+    """Run the final evaluation of the model in the folder of a run; return its scores by name, 0 if there are none."""
+    checkpoint = Path((folder / "train" / "last_checkpoint").read_text().strip())
     log, work = folder / "test.log", folder / "test"
     shutil.rmtree(work, ignore_errors=True)
-    if error := _call(code, root, lock, log, "test.py", config, checkpoint, "--work-dir", work):
+    if error := _call(code, root, lock, log, "test.py", folder / "config.py", checkpoint, "--work-dir", work):
         raise RunError(f"{error}; the log is {log}")
     for path in work.glob("*/*.json"):
         values = json.loads(path.read_text())
@@ -337,6 +368,6 @@ def progress(folder: Path, run: RunId) -> float:
     path = folder / (str(run).replace("/", "_"))
     try:
         iterations = Config.fromfile(path / "config.py", import_custom_modules=False).train_cfg.max_iters
-        return max((line.get("step", 0) for line in _scalars(path)), default=0) / iterations
+        return max((line.get("step", 0) for line in _scalars(path / "train")), default=0) / iterations
     except (OSError, SyntaxError, KeyError, AttributeError):
         return 0.0

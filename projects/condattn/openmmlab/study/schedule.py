@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .plan import FINAL, TUNING, RunId, Study, chosen_rates, missing_runs, planned_runs
+from .plan import FINAL, PILOT, TUNING, RunId, Study, chosen_rates, missing_runs, planned_runs
 from .results import FAILED, Results
 from .run import progress
 
@@ -157,11 +157,12 @@ class Pool:
         records = self.results.records()
         planned = self.runs if self.runs is not None else planned_runs(self.study, self.results.scores())
         table = Table(title=f"{self.study.name}: {self.study.title}", caption=self._time_left())
-        for name in ("variant", TUNING, FINAL, "failed", "running"):
+        stages = (PILOT,) if self.results.pilot else (TUNING, FINAL)
+        for name in ("variant", *stages, "failed", "running"):
             table.add_column(name, justify="left" if name in ("variant", "running") else "right")
         for variant in self.study.variants:
             cells = []
-            for stage in (TUNING, FINAL):
+            for stage in stages:
                 runs = [run for run in planned if (run.variant, run.stage) == (variant, stage)]
                 total = len(runs) or (len(self.study.seeds) if stage == FINAL else 0)
                 cells.append(f"{sum(run in records for run in runs)}/{total}")

@@ -20,7 +20,7 @@ from .plan import (
     tuned_variants,
     tuning_margin,
 )
-from .results import FAILED, Record, Results
+from .results import FAILED, FINISHED, Record, Results
 from .statistics import ALPHA, Comparison, compare_family, paired_ratio, seeds_for
 
 QUANTITIES = {
@@ -33,7 +33,7 @@ QUANTITIES = {
     "entropy": "entropy",
     "largest_logit": "largest logit",
 }
-"""Recorded quantity -> its name in a table; of the first ones, the condition number."""
+"""Recorded quantity -> its name in a table; of those that begin with 'kappa', the condition number."""
 RATIOS = {
     "kappa_W_Q": "kappa_W_Q",
     "kappa_W_K": "kappa_W_K",
@@ -276,7 +276,7 @@ def spectra_tables(study: Study, results: Results) -> list[Table]:
     network: the condition number of C A(X) over that of A(X). The second has the ratios of
     :data:`RATIOS`, paired over seeds. There are no tables without measurements.
     """
-    last = {name: [_last(record) for record in results.final(name)] for name in study.variants}
+    last = {name: [_at_the_end(record) for record in results.final(name)] for name in study.variants}
     found = [q for q in QUANTITIES if any(q in values for runs in last.values() for values in runs)]
     if not found:
         return []
@@ -302,8 +302,10 @@ def _pairs(study: Study) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pair for pairs in study.families.values() for pair in pairs))
 
 
-def _last(record: Record) -> dict[str, float]:
-    return {quantity: values[-1][1] for quantity, values in record.spectra.items() if values}
+def _at_the_end(record: Record) -> dict[str, float]:
+    """What was measured after the last iteration of a run; nothing of a run that failed."""
+    end = record.curve[-1][0] if record.curve and record.status == FINISHED else None
+    return {quantity: values[-1][1] for quantity, values in record.spectra.items() if values and values[-1][0] == end}
 
 
 def _mean(quantity: str, values: Sequence[float]) -> str:
@@ -322,7 +324,8 @@ def _ratios(variant: Sequence[dict[str, float]], reference: Sequence[dict[str, f
         ]
         usable = len(both) > 1 and all(0 < value < math.inf for pair in both for value in pair)
         ratio, low, high = paired_ratio(*zip(*both, strict=True)) if usable else (math.nan,) * 3
-        cells.append(f"{ratio:.3g} ({low:.3g} to {high:.3g})" if usable else "")
+        pairs = "" if len(both) == len(variant) else f", {len(both)} seeds"
+        cells.append(f"{ratio:.3g} ({low:.3g} to {high:.3g}{pairs})" if usable else "")
     return cells
 
 
