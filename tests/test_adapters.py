@@ -368,6 +368,39 @@ def test_other_adapters_are_refused(order, target):
         assert [type(m) for m in case.model.modules()] == classes
 
 
+def test_an_adapter_around_a_layer_that_is_not_conditioned():
+    """Any adapter may be around it, before and after conditioning."""
+    for order in ("conditioned first", "adapted first"):
+        case = Case(Block(), ["pc"], "qkv")
+        config = peft.IA3Config(target_modules=["qkv"], feedforward_modules=["qkv"])
+        steps = [case.condition, lambda case=case, config=config: case.adapt(config)]
+        for step in steps if order == "conditioned first" else steps[::-1]:
+            step()
+
+
+def test_an_adapter_that_is_merged_after_an_interrupted_forward():
+    """The layer transforms its input itself again."""
+    case = Case(Block(), ["pc"], "proj")
+    case.condition()
+    case.adapt()
+    x = torch.randn(2, 5, WIDTH)
+    want = case.model(x)
+
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    parts = case.model[0].proj.lora_A
+    part = parts["default"]
+    parts["default"] = Interrupted()
+    parts["default"].weight = part.weight
+    with pytest.raises(KeyboardInterrupt):
+        case.model(x)
+    parts["default"] = part
+    model = case.peft.merge_and_unload()
+    torch.testing.assert_close(model(x), want, **CLOSE)
+
+
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_layers_that_peft_copies(conditioning):
     """Copies of conditioned layers by ``modules_to_save`` are conditioned; its temporary wrappers are refused."""
@@ -379,6 +412,9 @@ def test_layers_that_peft_copies(conditioning):
             condattn.condition(parts, case.conditioning)
             model = peft.get_peft_model(parts, config)
             case.delta = lambda name: 0.0
+            case.check(parts["attention"])
+            with pytest.raises(ValueError, match="ModulesToSaveWrapper of PEFT trains a copy"):
+                condattn.remove(model)
             case.check(parts["attention"])
             model.merge_and_unload()
             case.check(parts["attention"])

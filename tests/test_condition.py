@@ -1,6 +1,7 @@
 """``condition`` and ``conditioning_of``: sites, patterns, several methods, and the errors that they raise."""
 
 import copy
+import pkgutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -84,6 +85,63 @@ def test_sites_that_share_a_layer():
     with pytest.raises(ValueError, match=r"a \(Shared\) and b \(Shared\) share a Linear; exclude one of them"):
         condattn.condition(model)
     assert condattn.condition(model, exclude="a").conditioned == ("b",)
+    assert condattn.remove(model) == 2 and type(model["a"].proj) is nn.Linear
+
+
+@pytest.mark.usefixtures("registrations")
+def test_a_layer_that_no_method_changes_may_be_shared():
+    sites.register_rule(
+        f"{__name__}.Shared", lambda m: dict(num_heads=m.heads, q=condattn.whole(m.proj), out=condattn.into(m.last))
+    )
+    model = nn.ModuleDict(dict(a=Shared(2), b=Shared(2)))
+    model["a"].last, model["b"].last = nn.Linear(16, 16), nn.Linear(16, 16)
+    model["b"].proj = model["a"].proj
+    with pytest.raises(ValueError, match="share a Linear"):
+        condattn.condition(model, "sc")
+    assert condattn.condition(model, "pc").conditioned == ("a", "b")
+
+
+@pytest.mark.usefixtures("registrations")
+@pytest.mark.parametrize("conditioning", ["pc", "sc"])
+def test_a_rule_that_names_a_reader_without_the_layer(conditioning):
+    def rule(m):
+        read = condattn.read_by(m.last, dict(q=condattn.whole(m.proj)))
+        return dict(num_heads=m.heads, **read, out=condattn.into(m.proj, reader=m.last))
+
+    sites.register_rule(f"{__name__}.Shared", rule)
+    model = Shared(2)
+    model.last = nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="a Linear reads parameters of a Linear, which is not in it; name the module"):
+        condattn.condition(model, conditioning)
+    assert type(model.proj) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "conditioning, step",
+    [
+        ("pc", "condattn.methods.head_output.swap_to_conditioned"),
+        ("sc(relative=True)", "condattn.layers.correction.CorrectedModule._register"),
+        ("ci", "condattn.methods.initialization.ConditionedInitialization.set_weights"),
+    ],
+)
+def test_an_error_while_a_place_is_conditioned_leaves_nothing(conditioning, step, monkeypatch):
+    """As if the memory were exhausted at the second place."""
+    model, calls = transformer(), []
+    module, _, name = step.rpartition(".")
+    original = getattr(pkgutil.resolve_name(module), name)
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return original(*arguments)
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(MemoryError):
+        condattn.condition(model, conditioning)
+    assert [type(module) for module in model.modules()] == [type(module) for module in transformer().modules()]
+    assert not any(condattn.conditioning_of(model).values()) and condattn.remove(model) == 0
+    assert condattn.condition(model, conditioning).conditioned
 
 
 @pytest.mark.parametrize("conditioning", ["pc", "sc", "ci"])

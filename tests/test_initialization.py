@@ -139,7 +139,7 @@ def test_it_is_done_once_and_reproducible():
 def test_the_exact_correction_of_the_same_weights_is_refused(conditioning):
     model = vit()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="ci and sc.* make no sense together: of orthogonal weights the exact"):
+    with pytest.raises(ValueError, match="ci and sc.* make no sense together: both equalise the singular values"):
         condattn.condition(model, conditioning)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     condattn.condition(model, "sc(form='svd')")

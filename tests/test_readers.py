@@ -55,6 +55,17 @@ def test_threads_that_share_adapters(switching):
     assert all_equal(model, torch.randn(1, 3, 32, 32))
 
 
+def interrupted(model, images):
+    """Interrupt a forward while parameters are replaced, after which PyTorch calls no hook."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.functional, "dropout", interrupt)  # which the attention modules call
+        model(images)
+
+
 @pytest.mark.parametrize("conditioning", ["sc", "pc", "sc+pc"])
 @pytest.mark.parametrize("saved", [True, False])
 def test_an_interrupted_forward(conditioning, saved):
@@ -62,12 +73,7 @@ def test_an_interrupted_forward(conditioning, saved):
     model, images = swin(conditioning), torch.randn(1, 3, 32, 32)
     wanted, before = model(images), copy.deepcopy(model.state_dict())
 
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt  # after which PyTorch calls no hook
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch.nn.functional, "dropout", interrupt)  # which the attention modules call
-        model(images)
+    interrupted(model, images)
     if saved:
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(model(images), wanted)
@@ -75,6 +81,29 @@ def test_an_interrupted_forward(conditioning, saved):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(model, images).result(60), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", ["sc", "sc(relative=True)", "pc", "sc+pc"])
+def test_what_is_written_after_an_interrupted_forward(conditioning):
+    """Loaded weights, and those that folding and moving write, reach the parameters and not their replacements."""
+    model, other, images = swin(conditioning), swin(conditioning), torch.randn(1, 3, 32, 32)
+    model(images)
+    for parameter in other.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    wanted = other(images)
+    interrupted(model, images)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(images), wanted)
+    for change in (copy.deepcopy, lambda model: model.to(torch.float64).to(torch.float32)):
+        interrupted(model, images)
+        model = change(model)
+        assert torch.equal(model(images), wanted)
+    if conditioning != "pc":
+        interrupted(model, images)
+        assert condattn.fold(model) > 0
+        torch.testing.assert_close(model(images), wanted)
+        assert torch.equal(model(images), model(images))
 
 
 @torch.no_grad()

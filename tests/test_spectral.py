@@ -148,6 +148,15 @@ class TestConstantsOfTheWeights:
         run(module)
         assert torch.equal(state["in_proj_weight_correction"], module.in_proj_weight_correction)
 
+    def test_weights_that_are_loaded_leave_it_so(self, method):
+        """Those of a model without corrections, from which they are computed anew."""
+        module = attention(method)
+        run(module)
+        state = module.state_dict()
+        module.load_state_dict(attention("none").state_dict())
+        run(module)
+        assert torch.equal(state["in_proj_weight_correction"], module.in_proj_weight_correction)
+
     @pytest.mark.parametrize("update_buffers", [False, True], ids=["parameters", "and-buffers"])
     def test_a_moving_average_has_the_same_ones(self, method, update_buffers):
         averaging = pytest.importorskip("mmengine.model").ExponentialMovingAverage

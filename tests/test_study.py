@@ -357,10 +357,9 @@ def test_a_training_whose_record_was_not_written_is_not_repeated(repository, mon
         full.setattr(results, "add", no_space)
         execute(study, results, one, repository, commit)
     folder = results.work / "runs" / str(one).replace("/", "_")
-    iterations = [line for file in folder.glob("train/*/vis_data/scalars.json") for line in file.open() if "lr" in line]
     record = execute(study, results, one, repository, commit)
     assert "iter: 4" in (folder / "train.log").read_text().split("resumed epoch", 1)[1].splitlines()[0]
-    assert iterations and results.records() == {one: record} and [step for step, _ in record.curve] == [2, 4]
+    assert results.records() == {one: record} and [step for step, _ in record.curve] == [2, 4]
     assert not (folder / "train").exists()
 
 

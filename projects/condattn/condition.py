@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention.adapters import inner, is_adapter
+from .attention.adapters import inner, is_adapter, is_copying
 from .attention.rules import UnsupportedAttention, describe_unsupported, find_sites, find_unsupported, known_hosts
 from .attention.site import AttentionSite, Place
 from .kernels.private import forget_compiled
@@ -32,7 +32,8 @@ class Report:
     Attributes:
         methods: The methods that were applied, in order.
         conditioned: Names of the sites that were conditioned.
-        left_out: Names of the sites that ``include`` and ``exclude`` left as they were.
+        left_out: Names of the sites that were left as they were: by ``include`` and ``exclude``, or because no method
+            acts at sites.
         elsewhere: Names of the other modules that were conditioned, which are no sites; '' is the model itself.
     """
 
@@ -107,19 +108,17 @@ def condition(
             raise ValueError(f"{place}: {type(method).__name__} is applied already; condition a site once")
         method.check(place)
     _check_combination(methods, [method for _, method in conditioned_places(model, sites)])
-    _check_nothing_is_shared(chosen, weights=any(isinstance(method, InitialWeightsMethod) for method in methods))
-    _check_adapters(model, chosen)
+    _check_nothing_is_shared(places)
+    _check_adapters(model, places)
     _apply(places)
-    conditioned = {place.name: place for _, place in places}
-    for place in conditioned.values():
-        if isinstance(place, AttentionSite):
-            FirstForward(place)
+    conditioned = {place.name: place for _, place in places if isinstance(place, AttentionSite)}
+    for site in conditioned.values():
+        FirstForward(site)
     follow_all(model)
     forget_compiled()
-    names = tuple(name for name, place in conditioned.items() if isinstance(place, AttentionSite))
-    left_out = tuple(site.name for site in sites if site.name not in names)
-    elsewhere = tuple(name for name, place in conditioned.items() if not isinstance(place, AttentionSite))
-    return Report(tuple(methods), names, left_out, elsewhere)
+    left_out = tuple(site.name for site in sites if site.name not in conditioned)
+    elsewhere = dict.fromkeys(place.name for _, place in places if not isinstance(place, AttentionSite))
+    return Report(tuple(methods), tuple(conditioned), left_out, tuple(elsewhere))
 
 
 def fold(model: nn.Module) -> int:
@@ -163,10 +162,20 @@ def remove(model: nn.Module) -> int:
 
     Raises:
         NotImplementedError: If a method does not define how it is removed.
-        ValueError: If a conditioned layer is parametrized, or accelerate has replaced its forward; nothing is changed.
+        ValueError: If a conditioned layer is parametrized, accelerate has replaced its forward, or PEFT trains a copy
+            of it. In these cases nothing is changed.
     """
     check_can_restore(model.modules())
     conditioned = conditioned_places(model)
+    for place, method in conditioned:
+        if type(method).remove.__func__ is Method.remove.__func__:  # type: ignore[attr-defined]
+            method.remove(place)  # raises
+        copying = [layer for layer in method.layers(place) if is_copying(layer)]
+        if copying:
+            raise ValueError(
+                f"{place}: a {type(copying[0]).__name__} of PEFT trains a copy of one of its layers; call "
+                "merge_and_unload first"
+            )
     for place, method in reversed(conditioned):
         method.remove(place)
         FirstForward.forget(place.module)
@@ -264,11 +273,11 @@ def _apply(places: list[tuple[Method, Place]]) -> None:
         with random_numbers_apart():
             for method, place in places:
                 method.check(place)
-                method.apply(place)
                 applied.append((method, place))
+                method.apply(place)
     except Exception:
         for method, place in reversed(applied):
-            with suppress(NotImplementedError):
+            with suppress(NotImplementedError, AttributeError):  # the last one may lack what it should remove
                 method.remove(place)
         raise
 
@@ -288,13 +297,9 @@ def _check_combination(new: list[Method], applied: list[Method]) -> None:
                 raise ValueError(f"{one} and {other} make no sense together: {reason}")
 
 
-def _owners(site: AttentionSite) -> set[nn.Module]:
-    return {inner(part.owner) for part in (site.q, site.k, site.v, site.out) if part is not None}
-
-
-def _check_adapters(model: nn.Module, sites: list[AttentionSite]) -> None:
+def _check_adapters(model: nn.Module, places: list[tuple[Method, Place]]) -> None:
     """Raise a ``ValueError`` if a layer to be conditioned has an adapter that does not add to its output."""
-    owners = {owner for site in sites for owner in _owners(site)}
+    owners = {inner(layer) for method, place in places for layer in method.layers(place)}
     for module in model.modules():
         if is_adapter(module) and inner(module) in owners:
             check_adapter(module, inner(module))
@@ -307,16 +312,13 @@ def _weights(site: AttentionSite) -> set[Tensor]:
     return weights if output is None else {*weights, output}
 
 
-def _check_nothing_is_shared(sites: list[AttentionSite], weights: bool) -> None:
-    """Raise a ``ValueError`` if two sites share a layer, which each would condition for its own heads.
-
-    Args:
-        sites: The sites to condition.
-        weights: Whether weights are written as well, so that they must not be shared either.
-    """
-    users: dict[object, AttentionSite] = {}
-    for site in sites:
-        for shared in (*_owners(site), *(_weights(site) if weights else ())):
-            other = users.setdefault(shared, site)
-            if other is not site:
-                raise ValueError(f"{other} and {site} share a {type(shared).__name__}; exclude one of them")
+def _check_nothing_is_shared(places: list[tuple[Method, Place]]) -> None:
+    """Raise a ``ValueError`` if two places share a layer that each would condition, or a weight that each would set."""
+    users: dict[object, Place] = {}
+    for method, place in places:
+        sets = isinstance(method, InitialWeightsMethod) and isinstance(place, AttentionSite)
+        weights = _weights(place) if sets else set()  # type: ignore[arg-type]  # a site
+        for shared in (*map(inner, method.layers(place)), *weights):
+            other = users.setdefault(shared, place)
+            if other is not place:
+                raise ValueError(f"{other} and {place} share a {type(shared).__name__}; exclude one of them")

@@ -105,11 +105,14 @@ def follow_all(model: nn.Module) -> None:
                 remove_hooks(module, (prepare, finish).__contains__)
 
 
-def _registered(module: nn.Module, name: str, layer: nn.Module | None) -> None:
-    """Connect an adapter to its layer; PyTorch calls this before a module becomes an attribute of another."""
-    if is_compiling() or layer is None or name not in INSIDE.values() or not is_adapter(module):
+def _registered(module: nn.Module, name: str, layer: Any) -> None:
+    """Connect an adapter to its layer, or part them; PyTorch calls this before a module becomes an attribute."""
+    if is_compiling() or layer is None:
         return  # slicing an nn.ModuleList while compiling registers modules too
-    if is_conditioned(inner(layer)):
+    if not is_adapter(module):
+        if getattr(layer, "is_prepared", False):  # taken out of an adapter whose last forward was interrupted
+            layer.is_prepared = False
+    elif name in INSIDE.values() and is_conditioned(inner(layer)):
         follow(module, inner(layer))
 
 

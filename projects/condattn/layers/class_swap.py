@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
@@ -84,10 +85,28 @@ class ConditionedLayer:
         refuse_scripting()
 
     def _save_to_state_dict(self, *args, **kwargs) -> None:
+        with self._restored():
+            super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]  # of nn.Module
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        with self._restored():
+            super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _apply(self, *args, **kwargs) -> Any:
+        with self._restored():
+            return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._restored():
+            return super().__getstate__()  # type: ignore[misc]
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Put parameters back that a forward replaced which was interrupted, and let no other thread replace them."""
         take_turn(self, self)
         try:
-            restore_parameters(self)  # an interrupted forward has not done so
-            super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]  # of nn.Module
+            restore_parameters(self)
+            yield
         finally:
             end_turn(self, self)
 

@@ -1,6 +1,7 @@
 """Transformers' ``Conv1D`` (GPT-2) with corrected weights; imported only on demand, as it imports transformers."""
 
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .corrected import CorrectedLayer
@@ -15,4 +16,4 @@ class CorrectedConv1D(CorrectedLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project with the effective weight."""
-        return x @ self.effective_weight() + self.bias
+        return F.linear(x, self.effective_weight().T, self.bias)

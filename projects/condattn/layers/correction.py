@@ -16,6 +16,7 @@ from ..attention.site import Projection, indices
 from ..attention.stored import check_writable
 from ..kernels.private import is_watched_or_transformed, mark_static
 from ..kernels.switch import is_compiling
+from .class_swap import restore_parameters
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ class CorrectedModule(nn.Module):
     def add_correction(self, parameter: str, correction: Correction) -> None:
         """Add a correction to the weight called ``parameter``."""
         before = self.corrections.get(parameter, ())
-        self.corrections = {**self.corrections, parameter: (*before, correction)}
         self._register(parameter, correction)
+        self.corrections = {**self.corrections, parameter: (*before, correction)}
 
     @property
     def corrected_by(self) -> list[object]:
@@ -183,12 +184,19 @@ class CorrectedModule(nn.Module):
 
     @torch.no_grad()
     def _register(self, parameter: str, correction: Correction) -> None:
-        """Register the buffer of a correction that depends on the weight, on its device."""
+        """Register the buffer of a correction that depends on the weight, on its device; one that fits is kept.
+
+        Averages of buffers refer to those that there were when they began.
+        """
         if not correction.depends_on_weight:
             return
         weight, name = self._matrix(_gathered(getattr(self, parameter))), correction.buffer(parameter)
         shape = weight.shape if correction.columns(weight) is None else weight.shape[:1]
-        self.register_buffer(name, weight.new_full(shape, torch.nan))
+        buffer = self._buffers.get(name)
+        if buffer is not None and (buffer.shape, buffer.dtype, buffer.device) == (shape, weight.dtype, weight.device):
+            buffer.fill_(torch.nan)
+        else:
+            self.register_buffer(name, weight.new_full(shape, torch.nan))
         self.unsettled = self.unsettled | {name}
         self.abstract = self.abstract | {name} if weight.is_meta else self.abstract - {name}
 
@@ -255,6 +263,7 @@ class CorrectedModule(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Make W + C the weights, remove the corrections, and restore the class unless something else conditions it."""
+        restore_parameters(self)
         for parameter in self.corrections:
             getattr(self, parameter).copy_(self.effective_weight(parameter))
         self.drop_corrections()
@@ -281,6 +290,7 @@ class CorrectedModule(nn.Module):
     @torch.no_grad()
     def subtract_corrections(self) -> None:
         """Make W - C the weights, with C computed from W, so that the effective weight is W from now on."""
+        restore_parameters(self)
         corrections = list(self._all_corrections())
         for parameter, correction in corrections:
             if correction.depends_on_weight:

@@ -27,7 +27,7 @@ class ParameterOverride(PickledHook, ABC):
     """
 
     def __init__(self, reader: nn.Module, owner: nn.Module) -> None:
-        self.path = next(path for path, module in reader.named_modules() if inner(module) is owner)
+        self.path = path_in(reader, owner)
         self.keep(
             reader.register_forward_pre_hook(self.begin),
             # Before the hooks of others, which expect the output of the whole forward.
@@ -75,6 +75,21 @@ class ParameterOverride(PickledHook, ABC):
                 restore_parameters(layer)
                 layer.__dict__.pop("overridden", None)
                 remove_hooks(reader, (override.begin, override.end).__contains__)
+
+
+def path_in(reader: nn.Module, owner: nn.Module) -> str:
+    """Return the name in ``reader`` of a layer, or of the outermost adapter around it.
+
+    Raises:
+        ValueError: If the layer is not in ``reader``.
+    """
+    path = next((path for path, module in reader.named_modules() if inner(module) is owner), None)
+    if path is None:
+        raise ValueError(
+            f"a rule says that a {type(reader).__name__} reads parameters of a {type(owner).__name__}, which is not in "
+            "it; name the module in the rule that contains the layer"
+        )
+    return path
 
 
 def _overrides(reader: nn.Module, cls: type[ParameterOverride]) -> list[ParameterOverride]:

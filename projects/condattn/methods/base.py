@@ -66,6 +66,16 @@ class Method(ABC):
         """Why the method makes no sense beside ``other`` in one model; '' if it does."""
         return ""
 
+    def layers(self, place: Any) -> list[nn.Module]:
+        """Return the layers at ``place`` that the method changes, with the adapters around them.
+
+        Two places that share one cannot both be conditioned, and adapters other than LoRA must not be around one.
+        Default: all projections of an attention site, and nothing elsewhere.
+        """
+        site = isinstance(place, AttentionSite)
+        parts = (place.q, place.k, place.v, place.out) if site else ()
+        return [part.owner for part in parts if part is not None]
+
     def parts(self, place: Any) -> str:
         """Return which parts of ``place`` the method conditions, for a table of sites; :meth:`check` has passed."""
         return "yes"

@@ -13,7 +13,7 @@ from ..layers.class_swap import check_can_swap, has_own_forward, leave_out, refu
 from ..layers.head_transform import PLAIN_LINEAR, HeadTransform, HeadTransformLinear, head_transform_of
 from ..layers.hooks import remove_hooks
 from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
-from ..layers.overrides import PostponedProjection
+from ..layers.overrides import PostponedProjection, path_in
 from .base import Method
 
 
@@ -47,6 +47,7 @@ class HeadOutputMethod(Method):
         if isinstance(out.owner, nn.MultiheadAttention):
             check_can_swap(out.owner, ConditionedMultiheadAttention, site)
         if out.reader is not None:
+            path_in(out.reader, inner(out.owner))
             check_can_swap(inner(out.owner), HeadTransformLinear, site)
         channels, heads = _channels(site, out), site.heads_of(out)
         if channels and channels % heads:
@@ -72,6 +73,10 @@ class HeadOutputMethod(Method):
         if out.reader is not None:
             PostponedProjection(out.reader, owner)
 
+    def layers(self, site: AttentionSite) -> list[nn.Module]:
+        """Return the module that receives the head outputs."""
+        return [] if site.out is None else [site.out.owner]
+
     @classmethod
     def applied_to(cls, site: AttentionSite) -> HeadOutputMethod | None:
         """Return the method of this class that transforms the head outputs of ``site``, or None."""
@@ -81,9 +86,10 @@ class HeadOutputMethod(Method):
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
         """Remove the transform, and restore the original class of the layer."""
-        assert site.out is not None
+        transform = head_transform_of(site)
+        if site.out is None or transform is None:
+            return  # removed with another site, which shares the layer
         owner: Any = inner(site.out.owner)
-        transform = owner.head_transform
         del owner.head_transform, owner.is_prepared
         if isinstance(owner, ConditionedMultiheadAttention):
             owner.release()
@@ -91,7 +97,7 @@ class HeadOutputMethod(Method):
             restore_class(owner)
         else:
             remove_hooks(owner, lambda hook: hook is transform)
-            del owner.__prepare_scriptable__
+            owner.__dict__.pop("__prepare_scriptable__", None)
         if site.out.reader is not None:
             PostponedProjection.detach(site.out.reader)
 

@@ -81,4 +81,4 @@ class InitialWeightsMethod(Method):
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
         """Remove the record of the method; the weights stay as they are."""
-        delattr(site.module, MARK)
+        site.module.__dict__.pop(MARK, None)

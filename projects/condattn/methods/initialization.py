@@ -59,11 +59,11 @@ class ConditionedInitialization(InitialWeightsMethod):
                 )
 
     def excludes(self, other: Method) -> str:
-        """A correction that is computed from orthogonal weights is a multiple of them."""
+        """Both set the singular values of the same initial weights."""
         if isinstance(other, WeightMethod) and getattr(other, "form", None) == "svd":
             return (
-                "of orthogonal weights the exact spectral correction is the weights themselves, times a constant; use "
-                "the identity form"
+                "both equalise the singular values of the same initial weights, and of a semi-orthogonal weight the "
+                "exact correction is the weight itself, times a constant; use the identity form"
             )
         return ""
 

@@ -15,7 +15,7 @@ from ..layers.class_swap import ConditionedLayer, check_can_swap, leave_out, swa
 from ..layers.corrected import CorrectedConv2d, CorrectedLinear
 from ..layers.correction import CorrectedModule, Correction, corrections_of
 from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
-from ..layers.overrides import CorrectedWeightOverride
+from ..layers.overrides import CorrectedWeightOverride, path_in
 from .base import Method
 
 
@@ -71,6 +71,8 @@ class WeightMethod(Method):
                     f"{site}: its {target} is corrected already, by {others[0].method}; two methods cannot correct one "
                     "weight: name one of them"
                 )
+            if projection.reader is not None:
+                path_in(projection.reader, owner)
             check_can_swap(owner, _layer(owner), site)
             check_is_matrix(owner, target, site)
 
@@ -80,11 +82,12 @@ class WeightMethod(Method):
         for target, projection in self._projections(site).items():
             by_weight.setdefault((projection.owner, projection.parameter), {})[target] = projection
         for (owner, parameter), projections in by_weight.items():
+            correction = self.correction(projections, site)
             if isinstance(owner, nn.MultiheadAttention):
                 layer: CorrectedModule = swap_to_conditioned(owner)
             else:
                 layer = swap_class(owner, _layer(owner))
-            layer.add_correction(parameter, self.correction(projections, site))
+            layer.add_correction(parameter, correction)
         readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
         for (owner, parameter), reader in readers.items():
             # Another method may have registered the same override.
@@ -97,6 +100,10 @@ class WeightMethod(Method):
         methods = (correction.method for p in _projections(site) for correction in corrections_of(p))
         return next((method for method in methods if type(method) is cls), None)
 
+    def layers(self, site: AttentionSite) -> list[nn.Module]:
+        """Return the layers whose weights are corrected."""
+        return [projection.owner for projection in self._projections(site).values()]
+
     def parts(self, site: AttentionSite) -> str:
         """Return the names of the projections that are corrected."""
         return ", ".join(self._projections(site))
@@ -106,10 +113,9 @@ class WeightMethod(Method):
         """Remove C from the projections of ``site``, and restore the classes of the layers; W stays."""
         for projection in _projections(site):
             owner: Any = projection.owner
-            if not any(type(correction.method) is cls for correction in corrections_of(projection)):
-                continue
-            owner.drop_corrections(cls)
-            owner.release()
+            if isinstance(owner, CorrectedModule):
+                owner.drop_corrections(cls)
+                owner.release()
             if projection.reader is not None and projection.parameter not in getattr(owner, "corrections", ()):
                 CorrectedWeightOverride.detach(projection.reader, owner, projection.parameter)
 
