@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -13,6 +14,7 @@ import condattn
 import condattn.registry
 from condattn import SpectralCorrection
 from condattn.openmmlab.models.base import ConditionedBackbone
+from condattn.openmmlab.models.loading import record_of
 
 SMALL = dict(embed_dims=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 3), drop_path_rate=0.0)
 VIT = dict(
@@ -417,6 +419,38 @@ def test_the_branch_of_a_file_that_a_prefix_names(tmp_path):
     model = build("mmdet", "ConditionedSwinTransformer", **SMALL, init_cfg=dict(**start, prefix="teacher"))
     with pytest.raises(ValueError, match=r"no weights with the prefix 'teacher\.'"):
         model.init_weights()
+
+
+@pytest.mark.parametrize("kind", ["Pretrained", PretrainedInit], ids=["name", "class"])
+def test_pretrained_weights_in_a_list(kind, tmp_path):
+    """As in mmengine, the other entries initialise the model before; layouts of other releases are converted."""
+    source = build("mmdet", "ConditionedSwinTransformer", **SMALL)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    start = [dict(type="Constant", val=0.5, layer="LayerNorm"), dict(type=kind, checkpoint=str(tmp_path / "a.pth"))]
+    model = build("mmdet", "ConditionedSwinTransformer", **SMALL, init_cfg=start)
+    nn.init.zeros_(model.patch_embed.projection.weight)
+    model.init_weights()
+    assert torch.equal(model.patch_embed.projection.weight, source.patch_embed.projection.weight)
+    model = build("mmdet", "ConditionedSwinTransformer", conditioning="ci", **SMALL, init_cfg=start)
+    with pytest.raises(ValueError, match="sets initial weights, which the pretrained weights would replace"):
+        model.init_weights()
+
+
+def test_weights_of_another_conditioning_with_corrections_of_their_own(tmp_path):
+    """other_conditioning=True leaves the corrections out, and says so."""
+    source = build("mmdet", "ConditionedSwinTransformer", conditioning="sc(relative=True)", **SMALL)
+    torch.save({"state_dict": source.state_dict(), "meta": {"conditioning": record_of(source)}}, tmp_path / "a.pth")
+    start = dict(type="Pretrained", checkpoint=str(tmp_path / "a.pth"))
+    model = build("mmdet", "ConditionedSwinTransformer", **SMALL, init_cfg=start)
+    with pytest.raises(ValueError, match="load it all the same with other_conditioning=True"):
+        model.init_weights()
+    for conditioning in ("pc", 'sc(form="svd")'):
+        other = dict(**start, other_conditioning=True)
+        model = build("mmdet", "ConditionedSwinTransformer", conditioning=conditioning, **SMALL, init_cfg=other)
+        model.init_weights()
+        assert torch.equal(model.patch_embed.projection.weight, source.patch_embed.projection.weight)
+        own = [name for name, value in model.state_dict().items() if "correction" in name and not value.isnan().all()]
+        assert own == []  # they are computed by the first forward
 
 
 def test_pretrained_weights_of_no_file():

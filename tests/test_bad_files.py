@@ -13,6 +13,7 @@ import torch
 from runs import Malice
 from torch import nn
 
+import condattn
 from condattn.weights.atomic import write_atomically
 from condattn.weights.files import BadFileError, describe_wrong_hash, read_file
 from condattn.weights.load import ConversionError, load_pretrained
@@ -257,6 +258,26 @@ def test_good_files(suffix, tmp_path):
     assert (report.missing, report.left_out) == ([], [])
     (tmp_path / "old.pth").write_bytes(OLD)
     load_pretrained(target, tmp_path / "old.pth")
+
+
+def test_tensors_beside_the_weights(tmp_path):
+    """As PyTorch's example of a training saves the best accuracy."""
+    source, target = vit(), vit()
+    torch.save({"epoch": 1, "best_acc1": torch.tensor(1.0), "state_dict": source.state_dict()}, tmp_path / "a.pth")
+    report = load_pretrained(target, tmp_path / "a.pth")
+    assert (report.missing, report.left_out) == ([], []) and "(state_dict)" in report.path
+
+
+def test_corrections_that_are_not_fixed_yet(tmp_path):
+    """A file that was saved before the first forward has NaN in their place."""
+    source, target = vit(), vit()
+    for model in (source, target):
+        condattn.condition(model, "sc(relative=True)")
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert any(value.isnan().any() for value in source.state_dict().values())
+    load_pretrained(target, tmp_path / "a.pth")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(source(x), target(x))
 
 
 def test_what_is_written_is_whole_or_not_there(tmp_path):

@@ -138,6 +138,32 @@ def test_calibration_says_what_it_cannot_do():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_calibration_of_gpt2():
+    """Its output projections store their weights as (in features, out features)."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=24, n_layer=1, n_head=3, vocab_size=8, n_positions=8)
+    model = transformers.GPT2Model(config).eval()
+    tokens = torch.tensor([[1, 5, 2, 7]])
+    attention, before = model.h[0].attn, model.h[0].attn.c_proj.weight.clone()
+    seen = []
+    attention.c_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(tokens)
+    scales = mean_norms(seen[0].unflatten(-1, (3, 8)).flatten(0, -3)).repeat_interleave(8)
+    condattn.condition(model, "pc")
+    (site,) = calibrate(model, lambda: model(tokens))
+    assert not site.reason and site.after < site.before
+    torch.testing.assert_close(attention.c_proj.weight.double(), before.double() * scales[:, None])
+
+
+def test_a_gate_is_no_projection():
+    """What timm's attention multiplies the head outputs by would be left out of the measured error."""
+    eva = pytest.importorskip("timm.models.eva")
+    model = eva.EvaAttention(24, 3, gated=True, scale_norm=False)
+    condattn.condition(model, "pc")
+    (site,) = calibrate(model, lambda: model(torch.randn(1, 4, 24)))
+    assert "a gate stands between" in site.reason
+
+
 @pytest.fixture(scope="session")
 def vanilla(detection, tmp_path_factory):
     """A checkpoint as of an unconditioned training: the demo's weights without the record of conditioning."""

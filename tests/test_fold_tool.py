@@ -22,6 +22,10 @@ from condattn.openmmlab.runner.rewriting import write_checkpoint
 SWIN = dict(type="ConditionedSwinTransformer")
 
 
+START = dict(type="Pretrained", checkpoint="a.pth")
+KAIMING = dict(type="Kaiming", layer="Conv2d")
+
+
 def folded(model):
     return fold_config(Config(dict(model=model))).model
 
@@ -66,6 +70,17 @@ def test_methods_in_their_long_form_are_no_modules():
         ),
         (dict(type="Conditioned", module="DETR", include=["decoder"], neck=None), dict(type="DETR", neck=None)),
         (dict(type="Conditioned", module=dict(**SWIN, conditioning="sc")), dict(type="SwinTransformer")),
+        (
+            dict(type="Conditioned", module=dict(type="DETR", init_cfg=dict(**START, load="effective"))),
+            dict(type="DETR", init_cfg=START),
+        ),
+        (
+            dict(
+                type="Conditioned",
+                module=dict(type="DETR", neck=dict(type="A", init_cfg=[KAIMING, dict(**START, unsafe=True)])),
+            ),
+            dict(type="DETR", neck=dict(type="A", init_cfg=[KAIMING, START])),
+        ),
     ],
 )
 def test_a_part_that_is_not_conditioned_any_more(part, upstream, conditioning):

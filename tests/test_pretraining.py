@@ -323,7 +323,7 @@ def test_another_conditioning_is_refused(pretrain, refuse):
     for config in ("mask_rcnn_swin_pc", "upernet_swin_pc"):
         (line,) = commands(config, "swin_fashion_mnist")
         options = [option.replace("iter_400", "iter_2") for option in options_of(line)]
-        parts = (str(checkpoint.name), "conditioning='sc'", "conditioning='pc'", "6 of 6 attention sites")
+        parts = (str(checkpoint.name), "conditioning='sc'", "conditioning='pc'", "6 of 6 places")
         refuse("train", DEMO / f"{config}.py", "--cfg-options", *options, parts=parts)
 
 

@@ -211,14 +211,19 @@ def conditioning_of(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
 def same_conditioning(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     """Return whether two entries of :func:`conditioning_of`, which may come from a file, stand for the same function.
 
-    Methods that change no function, such as initial weights, are ignored. A setting that an entry lacks, because its
-    method did not have the setting when the file was written, has its default.
+    Methods that change no function, such as initial weights, are ignored, and so are settings that change gradients
+    alone. A setting that an entry lacks, because its method did not have it when the file was written, has its default.
     """
     classes = {cls.__name__: cls for cls in registered_methods()}
 
     def complete(method: dict[str, Any]) -> dict[str, Any]:
-        settings = fields(classes[method["type"]]) if method.get("type") in classes else ()
-        return {field.name: field.default for field in settings} | method
+        cls = classes.get(method.get("type", ""))
+        settings = {field.name: field.default for field in fields(cls)} if cls else {}
+        return {
+            name: value
+            for name, value in (settings | method).items()
+            if cls is None or name not in cls.gradient_settings
+        }
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):

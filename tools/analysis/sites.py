@@ -40,6 +40,8 @@ def main() -> None:
     # Without a terminal, rich would fold the lines at its narrow default width.
     console = console if console.is_terminal else Console(width=200)
     console.print(table_of(name, sites))
+    for line in elsewhere(model, sites):
+        console.print(line, markup=False)
     if unsupported:
         console.print(f"Without a site: {describe_unsupported(unsupported)}", markup=False)
 
@@ -115,6 +117,21 @@ def table_of(title: str, sites: list[AttentionSite]) -> Table:
         cls = type(site.module).__name__
         table.add_row(site.name or "(itself)", cls, str(site.num_heads), *maps, shape_of_output(site.out), *abilities)
     return table
+
+
+def elsewhere(model: nn.Module, sites: list[AttentionSite]) -> list[str]:
+    """What each method that does not act at attention sites conditions instead, or the reason why it cannot."""
+    lines = []
+    for method in (cls() for cls in registered_methods() if not cls.acts_at_sites()):
+        try:
+            places = method.places(model, sites)
+            for place in places:
+                method.check(place)
+            text = f"the input of {', '.join(place.name or 'the model' for place in places)}"
+        except ValueError as error:
+            text = str(error)
+        lines.append(f"{method.alias.upper()}: {text}")
+    return lines
 
 
 def shape_of(projection: Projection | None) -> str:

@@ -136,6 +136,11 @@ def _gathered(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
+def is_correction(name: str) -> bool:
+    """Whether an entry of a state dict is a correction, by its name; see :meth:`Correction.buffer`."""
+    return "_correction" in name.rpartition(".")[2]
+
+
 class CorrectedModule(nn.Module):
     """Mixin for modules that use weights as W + C in their forward, where C is a constant that is never trained.
 

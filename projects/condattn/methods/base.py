@@ -25,6 +25,7 @@ class Method(ABC):
     Attributes:
         alias: Short name.
         alias_settings: Settings that the short name implies, if they differ from the defaults of the class.
+        gradient_settings: Names of settings that change gradients alone. Checkpoints that differ in them fit.
         changes_function: Whether a model with the method computes something else than a model without it that has the
             same weights. Only such methods count when a checkpoint's conditioning is compared with a model's.
     """
@@ -32,6 +33,7 @@ class Method(ABC):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     alias: ClassVar[str]
     alias_settings: ClassVar[Mapping[str, Any]] = {}
+    gradient_settings: ClassVar[Sequence[str]] = ()
     changes_function: ClassVar[bool] = True
 
     @classmethod

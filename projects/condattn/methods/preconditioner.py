@@ -33,6 +33,7 @@ class RowPreconditioner(HeadOutputMethod):
     """
 
     alias: ClassVar[str] = "pc"
+    gradient_settings = ("detach",)
 
     detach: bool = False
     eps: float = 1e-6

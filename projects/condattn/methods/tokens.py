@@ -43,6 +43,7 @@ class EmbeddedTokens(ModelInputMethod):
     """
 
     alias: ClassVar[str] = "ct"
+    gradient_settings = ("detach",)
 
     form: str = "svd"
     detach: bool = True

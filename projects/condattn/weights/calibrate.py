@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..attention.adapters import inner, is_at_work
 from ..attention.rules import find_sites
-from ..attention.site import AttentionSite
+from ..attention.site import AttentionSite, as_matrix, is_transposed
 from ..attention.stored import check_writable
 from ..kernels.switch import plain
 from ..layers.head_transform import HeadTransform, HeadTransformLinear, head_transform_of
@@ -136,10 +136,10 @@ class _Probe:
             return
         wide = x.double()
         rows = self.transform.compute(wide)
-        plain = self._project(wide, bias=True)
+        plain = self._project(wide)
         ones = torch.ones_like(self.scales)
         for index, scales in enumerate((ones, self.scales)):
-            difference = self._project(self._scale(rows, scales), bias=True) - plain
+            difference = self._project(self._scale(rows, scales)) - plain
             self.errors[index] += difference.square().sum().cpu()
         self.errors[2] += plain.square().sum().cpu()
 
@@ -149,9 +149,9 @@ class _Probe:
             return Calibration(self.site.name, reason="because no input reached it")
         if self.reason:
             return Calibration(self.site.name, reason=self.reason)
-        weight = self.site.out.projection.weight
-        shape = [1, -1] + [1] * (weight.dim() - 2)
-        weight.mul_(self._columns(self.scales, weight.shape[1]).reshape(shape).to(weight.dtype))
+        projection = self.site.out.projection
+        matrix = as_matrix(projection, projection.weight)
+        matrix.mul_(self._columns(self.scales, matrix.shape[1]).to(matrix.dtype))
         before, after = (self.errors[:2] / self.errors[2].clamp_min(1e-300)).sqrt().tolist()
         return Calibration(self.site.name, self.scales, before, after)
 
@@ -163,11 +163,14 @@ class _Probe:
             return "because an adapter is around its output projection; merge it before"
         if isinstance(inner(owner), HeadTransformLinear) and type(inner(owner)) is not HeadTransformLinear:
             return f"because a {type(inner(owner)).__name__} does more to its head outputs than transform them"
+        gated = getattr(self.site.module, "gate", None) is not None
         direct = inner(owner) is projection or isinstance(owner, nn.MultiheadAttention | nn.Identity)
+        if gated and inner(owner) is not projection:
+            return "because a gate stands between its heads and the output projection"
         if not direct:
             return f"because a {type(owner).__name__} stands between its heads and the output projection"
         pointwise = isinstance(projection, nn.Conv2d) and projection.kernel_size == (1, 1) and projection.groups == 1
-        if not (isinstance(projection, nn.Linear) or pointwise):
+        if not (isinstance(projection, nn.Linear) or pointwise or is_transposed(projection)):
             return f"because its output projection is a {type(projection).__name__}"
         return ""
 
@@ -185,8 +188,8 @@ class _Probe:
         shape[self.transform.axis] = -1
         return x * self._columns(scales, x.shape[self.transform.axis]).reshape(shape)
 
-    def _project(self, x: Tensor, bias: bool) -> Tensor:
+    def _project(self, x: Tensor) -> Tensor:
         projection = self.site.out.projection
         weight = projection.weight.double()
-        offset = projection.bias.double() if bias and projection.bias is not None else None
-        return F.conv2d(x, weight, offset) if weight.dim() == 4 else F.linear(x, weight, offset)
+        bias = projection.bias.double() if projection.bias is not None else None
+        return F.conv2d(x, weight, bias) if weight.dim() == 4 else F.linear(x, as_matrix(projection, weight), bias)

@@ -203,8 +203,9 @@ def weights_of(
         BadFileError: If there are no weights.
     """
     entries: list[str] = []
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        entry = next((name for name in ENTRIES if isinstance(content.get(name), Mapping)), None)
+    while isinstance(content, Mapping):
+        # Training scripts may save other tensors beside the weights, such as the best accuracy.
+        entry = next((name for name in ENTRIES if isinstance(content.get(name), Mapping) and content[name]), None)
         if entry is None:
             break
         entries.append(entry)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..layers.correction import check_weights_of, corrected_modules, subtract_corrections
+from ..layers.correction import check_weights_of, corrected_modules, is_correction, subtract_corrections
 from ..wording import some
 from .files import read_file, weights_of
 from .names import recognize, translate
@@ -158,7 +158,8 @@ def _fit_one(value: Tensor, expected: Tensor, name: str, model: nn.Module, path:
                 f"{path} is of another model: {name} is {old} there, {new} in the model{reason}"
             ) from error
         report.interpolated.append(f"{name} from {old} to {new}")
-    if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
+    damaged = value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all()
+    if damaged and not (is_correction(name) and value.isnan().all()):  # a correction that is not fixed yet is NaN
         raise ConversionError(f"{path} is damaged: {name} has values that are not finite")
     return value
 

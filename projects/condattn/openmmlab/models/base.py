@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
+from mmengine.model import initialize as initialize_by
 from torch import nn
 
 from ...condition import condition, conditioned_places, initialize
+from ...layers.correction import is_correction
 from ...methods.initial_weights import InitialWeightsMethod
 from ...methods.parsing import DEFAULT, Conditioning
-from ...weights.files import describe_wrong_hash, read_file
-from ...weights.load import LoadReport, load_pretrained
+from ...weights.files import describe_wrong_hash, read_file, weights_of
+from ...weights.load import LoadReport, load_weights
 from .loading import TRAINED_WITH, check_start, guard_loading, recorded
 
 TIMM = "timm:"
@@ -63,9 +66,22 @@ class ConditionedBackbone:
         return self
 
 
+def pretrained_entry(init_cfg: Any) -> dict[str, Any] | None:
+    """The dictionary in an ``init_cfg`` of mmengine, which may be a list, that asks for pretrained weights, or None."""
+    entries = init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]
+    kinds = ("Pretrained", PretrainedInit)
+    return next((entry for entry in entries if isinstance(entry, dict) and entry.get("type") in kinds), None)
+
+
+def without_pretrained(init_cfg: Any) -> list[dict[str, Any]] | None:
+    """The other entries of an ``init_cfg``; None if there are none."""
+    entries = init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]
+    return [entry for entry in entries if entry is not pretrained_entry(init_cfg)] or None
+
+
 def is_pretrained(init_cfg: Any) -> bool:
     """Whether an ``init_cfg`` of mmengine asks for pretrained weights."""
-    return isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained"
+    return pretrained_entry(init_cfg) is not None
 
 
 def initialize_as_upstream(model: nn.Module, init_weights: Callable[[], None]) -> None:
@@ -103,14 +119,19 @@ def refuse_initial_weights(model: nn.Module, loaded: Collection[str] | None = No
             )
 
 
-def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] = ()) -> LoadReport:
-    """Load the weights that an ``init_cfg`` of type 'Pretrained' names into ``model``, and log the result.
+def load_as_configured(model: nn.Module, init_cfg: Any, known: Collection[str] = ()) -> LoadReport:
+    """Load the weights that an ``init_cfg`` with an entry of type 'Pretrained' names into ``model``; log the result.
+
+    Other entries of ``init_cfg`` initialise the model before, as in mmengine.
 
     Raises:
         ValueError: As :func:`condattn.weights.load.load_pretrained`, and for unknown settings.
     """
     refuse_initial_weights(model)
-    settings = {name: value for name, value in init_cfg.items() if name not in ("type", "map_location")}
+    if others := without_pretrained(init_cfg):
+        initialize_by(model, others)
+    entry = pretrained_entry(init_cfg) or {}
+    settings = {name: value for name, value in entry.items() if name not in ("type", "map_location")}
     known_settings = ("checkpoint", *PRETRAINED_SETTINGS, "prefix")
     if unknown := settings.keys() - set(known_settings):
         raise ValueError(
@@ -120,11 +141,18 @@ def load_as_configured(model: nn.Module, init_cfg: dict, known: Collection[str] 
     if not isinstance(path := settings.pop("checkpoint", None), str | Path):
         raise ValueError(f"init_cfg of type 'Pretrained' expects checkpoint=FILE_OR_ADDRESS, found {path!r}")
     checkpoint = read_file(path, settings.get("unsafe", False))
-    if not settings.pop("other_conditioning", False):
+    weights, beside, where = weights_of(checkpoint, path, settings.get("prefix") or "")
+    if settings.get("other_conditioning", False):
+        own = model.state_dict()
+        other = [
+            key for key, value in weights.items() if is_correction(key) and own.get(key, value[:0]).shape != value.shape
+        ]
+        weights, beside = {key: value for key, value in weights.items() if key not in other}, [*beside, *other]
+    else:
         check_start(checkpoint, path, model, settings.get("load", "raw"))
     setattr(model, TRAINED_WITH, recorded(checkpoint))
-    settings["prefix"] = settings.get("prefix") or ""
-    report = load_pretrained(model, path, known=known, **settings)
+    report = load_weights(model, weights, str(path), settings.get("load", "raw"), known)
+    report.path, report.left_out = where, report.left_out + beside
     if wrong := describe_wrong_hash(path):
         print_log(wrong, logger="current", level=logging.WARNING)
     print_log(f"pretrained weights {report}", logger="current")

@@ -17,6 +17,7 @@ from .base import (
     initialize_as_upstream,
     is_pretrained,
     load_as_configured,
+    pretrained_entry,
     refuse_initial_weights,
 )
 from .loading import TRAINED_WITH, check_start, guard_loading, recorded
@@ -91,9 +92,9 @@ def _loaded(module: nn.Module, cfg: Mapping[str, Any]) -> list[nn.Module]:
     return [part for part in module.modules() if getattr(part, "is_init", False) is True]
 
 
-def _has_own_settings(init_cfg: Mapping[str, Any]) -> bool:
-    """Whether an ``init_cfg`` of type 'Pretrained' has settings that mmengine does not have."""
-    return not init_cfg.keys().isdisjoint(PRETRAINED_SETTINGS)
+def _has_own_settings(init_cfg: Any) -> bool:
+    """Whether the entry of type 'Pretrained' of an ``init_cfg`` has settings that mmengine does not have."""
+    return not (pretrained_entry(init_cfg) or {}).keys().isdisjoint(PRETRAINED_SETTINGS)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -102,13 +103,13 @@ def _init_weights(module: nn.Module) -> None:
     Pretrained weights are loaded by the module's own class, unless their ``init_cfg`` has settings of this project.
     Either way their record of conditioning is compared and kept.
     """
-    pretrained = is_pretrained(init_cfg := getattr(module, "init_cfg", None))
-    if pretrained and _has_own_settings(init_cfg):
+    pretrained = pretrained_entry(init_cfg := getattr(module, "init_cfg", None))
+    if _has_own_settings(init_cfg):
         load_as_configured(module, init_cfg)
         return
     if pretrained:
-        checkpoint = CheckpointLoader.load_checkpoint(init_cfg["checkpoint"], "cpu")
-        check_start(checkpoint, init_cfg["checkpoint"], module, "raw")
+        checkpoint = CheckpointLoader.load_checkpoint(pretrained["checkpoint"], "cpu")
+        check_start(checkpoint, pretrained["checkpoint"], module, "raw")
         setattr(module, TRAINED_WITH, recorded(checkpoint))
         del checkpoint  # read again by the module's class
     initialize_as_upstream(module, lambda: type(module).init_weights(module))

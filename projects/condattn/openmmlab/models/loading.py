@@ -146,7 +146,7 @@ def difference(record: Record, model: nn.Module, source: str) -> str:
         advice += ", or make a conditioned checkpoint of it with tools/checkpoints/calibrate.py"
     names = some((name or "(the model itself)" for name in other), 2)
     return (
-        f"{source} of a model with conditioning={before} at {len(other)} of {len(places)} attention sites ({names}), "
+        f"{source} of a model with conditioning={before} at {len(other)} of {len(places)} places ({names}), "
         f"where this one has conditioning={now}, so that its weights mean something else here: {advice}"
     )
 

@@ -16,7 +16,7 @@ from ...condition import condition
 from ...methods.parsing import DEFAULT, Conditioning
 from ...weights.files import DownloadError
 from ...weights.load import load_weights
-from .base import TIMM, initialize_as_upstream, is_pretrained, load_as_configured, refuse_initial_weights
+from .base import TIMM, initialize_as_upstream, load_as_configured, pretrained_entry, refuse_initial_weights
 from .image_size import features, find_image_sizes, map_size
 from .loading import guard_loading
 
@@ -136,9 +136,10 @@ class ConditionedTimmBackbone(BaseModule):
         Raises:
             ValueError: If the weights cannot be downloaded or read, or are of another model.
         """
-        if is_pretrained(self.init_cfg) and str(self.init_cfg.get("checkpoint")).startswith(TIMM):
-            self._download(**{name: value for name, value in self.init_cfg.items() if name != "type"})
-        elif is_pretrained(self.init_cfg):
+        entry = pretrained_entry(self.init_cfg)
+        if entry and str(entry.get("checkpoint")).startswith(TIMM):
+            self._download(**{name: value for name, value in entry.items() if name != "type"})
+        elif entry:
             load_as_configured(self.model, self.init_cfg, known=self._names)
         elif self.init_cfg is not None:
             initialize_as_upstream(self, lambda: initialize(self.model, self.init_cfg))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...weights.files import BadFileError, describe_wrong_hash, read_file, weights_of
 from ...wording import some
 from ..errors import UserError
-from ..models.base import is_pretrained, refuse_initial_weights
+from ..models.base import pretrained_entry, refuse_initial_weights, without_pretrained
 from ..models.settings import setting_path
 from ..models.wrapping import unwrapped
 
@@ -313,10 +313,10 @@ def drop_pretrained(model: nn.Module, replaced: set[str]) -> None:
     for name, _ in list(_pretrained(model)):
         module = model.get_submodule(name)
         if all((f"{name}.{key}" if name else key) in replaced for key in module.state_dict()):
-            module.init_cfg = None
+            module.init_cfg = without_pretrained(module.init_cfg)
 
 
 def _pretrained(model: nn.Module) -> Iterator[tuple[str, dict]]:
     for name, module in model.named_modules():
-        if is_pretrained(init_cfg := getattr(module, "init_cfg", None)):
-            yield name, init_cfg
+        if entry := pretrained_entry(getattr(module, "init_cfg", None)):
+            yield name, entry

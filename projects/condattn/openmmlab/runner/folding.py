@@ -11,7 +11,7 @@ from ...methods.parsing import DEFAULT, parse
 from ...methods.weight import WeightMethod
 from ..data_check.settings import as_list
 from ..errors import UserError
-from ..models.base import PRETRAINED_SETTINGS, is_pretrained
+from ..models.base import PRETRAINED_SETTINGS, pretrained_entry
 from ..models.loading import difference, record_of
 from ..models.settings import class_name, conditioned_parts, module_settings, parts
 from .launch import build_model
@@ -64,15 +64,23 @@ def _fold_part(part: ConfigDict) -> None:
         module = module_settings(part)
         part.clear()
         part.update(module)
+        for _, inside in parts(part):
+            _drop_own_settings(inside)
     elif name in UPSTREAM:
         scope = part.type.removesuffix(name) if isinstance(part.type, str) else ""
         part.type = UPSTREAM[name] if "." in UPSTREAM[name] else scope + UPSTREAM[name]
         for key in OWN_SETTINGS:
             part.pop(key, None)
-        for key in PRETRAINED_SETTINGS if is_pretrained(part.get("init_cfg")) else ():
-            part.init_cfg.pop(key, None)
+        _drop_own_settings(part)
     else:
         part.conditioning = "none"
+
+
+def _drop_own_settings(part: dict) -> None:
+    """Remove the settings of pretrained weights that mmengine does not have."""
+    entry = pretrained_entry(part.get("init_cfg")) or {}
+    for key in PRETRAINED_SETTINGS:
+        entry.pop(key, None)
 
 
 def rebuild(cfg: Config, folded: nn.Module) -> nn.Module:
