@@ -76,7 +76,7 @@ $(WORK)/trained: $(DEMO_CONFIGS) | setup
 	@touch $@
 
 $(WORK)/metrics.txt: $(WORK)/trained
-	$(PY) tools/test.py $(DEMO) $$(cat $(WORK)/last_checkpoint) --work-dir $(WORK) --show-dir $(WORK)/pictures \
+	$(PY) tools/test.py $(DEMO) "$$(cat $(WORK)/last_checkpoint)" --work-dir $(WORK) --show-dir $(WORK)/pictures \
 	    | tee $@.part
 	@mv $@.part $@
 
@@ -100,7 +100,7 @@ test-stock: $(STOCK)/.installed
 
 # The tests of the core and of mmcv's operators, and one short training each of the detector and the segmenter.
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest $(CORE) $(call tests,methods mmcv_ops mmcv_ext tools)
+	$(NEWEST)/bin/python -m pytest $(CORE) $(call tests,methods mmcv_ops mmcv_ops_sampling mmcv_ext tools)
 
 # Installed outside the environment, because mmpretrain, and with it mmdet, cannot be imported with this release.
 $(TRANSFORMERS)/.installed: | setup
@@ -108,7 +108,7 @@ $(TRANSFORMERS)/.installed: | setup
 	@touch $@
 
 test-transformers: $(TRANSFORMERS)/.installed
-	PYTHONPATH=$(TRANSFORMERS) $(PY) -m pytest tests/test_walk.py tests/test_hosts.py -k transformers
+	PYTHONPATH="$(CURDIR)/$(TRANSFORMERS)" $(PY) -m pytest tests/test_walk.py tests/test_hosts.py -k transformers
 
 lint: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -122,7 +122,7 @@ $(DOCS)/.installed: requirements/docs.txt
 
 # Without --quiet, with which mkdocs would not count warnings.
 docs: $(DOCS)/.installed
-	PATH=$(CURDIR)/$(DOCS)/bin:$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "the site is in site/; open site/index.html"
 
 # Each table, with its command, replaces the one in $(TABLES) when it is complete; figures and plots stay in work_dirs.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install a stack and condattn into a virtual environment; safe to run again after an interruption.
-# usage: install.sh VENV [default|stock|newest]      PYTHON chooses the interpreter, 3.10 or newer
+# usage: install.sh VENV [default|stock|newest]      PYTHON chooses the interpreter, 3.10 or newer (stock: to 3.12)
 # The stack "newest" is the default stack with the newest torch and torchvision that pip offers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,13 @@ python=${PYTHON:-python3}
     echo "error: $("$python" --version 2>&1) found, Python 3.10 or newer needed; set PYTHON=python3.11, say" >&2
     exit 1
 }
+if [ "$packages" = stock ]; then  # numpy below 2, which it needs, has no wheels for later versions of Python
+    "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || {
+        echo "error: $("$python" --version 2>&1) found, Python 3.10 to 3.12 needed for the stock stack;" \
+            "set PYTHON=python3.11, say" >&2
+        exit 1
+    }
+fi
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
 for other in $others; do
     if "$venv/bin/python" -m pip show -q "$other" 2>/dev/null; then

@@ -34,7 +34,8 @@ def environment():
     """Take away what the environment of the developer says about data, downloads and processes."""
     names = ("CAMVID", "NUCLEI", "FASHION_MNIST", "LRA_DATA", "LISTOPS_SMALL", "IMAGE_FOLDER", "LANGUAGE_MODEL_TEXT")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in (*names, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK")
+        for name in (*names, *launchers, "GPUS_PER_NODE", "CPUS_PER_TASK", "FORCE_COLOR"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         yield

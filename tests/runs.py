@@ -1,5 +1,6 @@
 """Helpers that run the command-line tools in tests."""
 
+import json
 import os
 import shutil
 import socket
@@ -65,6 +66,12 @@ def run(*command, cwd: Path, status: int = 0, **env: str) -> subprocess.Complete
     )
     assert result.returncode == status, result.stdout[-3000:] + result.stderr[-3000:]
     return result
+
+
+def first_iteration(work_dir: Path) -> int:
+    """The first iteration that the last run in a work directory logged: 1 unless it was resumed."""
+    newest = max(work_dir.glob("*/vis_data/scalars.json"))
+    return min(json.loads(line)["step"] for line in newest.read_text().splitlines())
 
 
 def free_port() -> str:

@@ -2,7 +2,11 @@
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,6 +403,28 @@ def test_an_adapter_that_is_merged_after_an_interrupted_forward():
     parts["default"] = part
     model = case.peft.merge_and_unload()
     torch.testing.assert_close(model(x), want, **CLOSE)
+
+
+def test_hooks_of_a_pickled_model(tmp_path):
+    """In the process that reads it, other hooks do not take the numbers of those that it has."""
+    case = Case(Block(), ["pc"], "proj")
+    case.condition()
+    case.adapt()
+    x = torch.randn(2, 5, WIDTH)
+    torch.save((case.model, x, case.model(x)), tmp_path / "model.pt")
+    code = """
+import sys, torch
+import test_adapters
+model, x, want = torch.load(sys.argv[1], weights_only=False)
+for _ in range(20):
+    model[0].proj.register_forward_pre_hook(lambda module, args: None)
+    model[0].proj.register_forward_hook(lambda module, args, output: None)
+torch.testing.assert_close(model(x), want, rtol=0, atol=1e-10)
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", code, tmp_path / "model.pt"]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert not result.returncode, result.stderr
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

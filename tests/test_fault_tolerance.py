@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from runs import DEMO, TOOLS, error_lines, forwarded, run
+from runs import DEMO, TOOLS, error_lines, first_iteration, forwarded, run
 from torch import nn
 
 pytest.importorskip("mmdet")
@@ -125,6 +125,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, workers, small, scenes, tm
     for name in {"epoch": ["epoch_2.pth", "epoch_1.pth"], "iter": ["iter_3.pth", "iter_2.pth"]}[kind]:
         stopped, work_dir = tmp_path / "whole" / name, tmp_path / name
         run(*command, "--work-dir", work_dir, "--resume", stopped, cwd=tmp_path)
+        assert first_iteration(work_dir) > 1
         resumed = weights(work_dir / last)
         assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
         assert any(not torch.equal(whole[key], value) for key, value in weights(stopped).items())

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, error_lines, forwarded, run
+from runs import ROOT, error_lines, first_iteration, forwarded, run
 
 pytest.importorskip("transformers")
 
@@ -89,6 +90,15 @@ def test_parts_are_disjoint_and_the_bytes_of_the_text(text, stride):
     assert not seen["train"] & seen["validation"] and not seen["validation"] & seen["test"]
 
 
+def test_a_limited_number_of_sequences(text):
+    whole = ByteSequences("train", 32, path=str(text))
+    for limit in (1, 7, len(whole) - 1, len(whole), 1000):
+        some = ByteSequences("train", 32, path=str(text), max_sequences=limit)
+        steps = {later - earlier for earlier, later in pairwise(some.starts)}
+        assert min(limit, len(whole)) / 2 < len(some) <= limit and len(steps) <= 1
+        assert set(some.starts) <= set(whole.starts)
+
+
 def test_parts_of_every_size_meet():
     for size in range(40):
         (a, b), (c, d), (e, f) = (part_of_text(size, part) for part in ("train", "validation", "test"))
@@ -115,7 +125,7 @@ def test_the_builtin_text():
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no text file or folder .*text.txt; check the path"),
+        (None, "no text file or folder .*text.txt; correct the path .the environment variable LANGUAGE_MODEL_TEXT"),
         (b"", "text.txt is empty; expected text"),
         (b"MZ\x00\x01" * 500, "text.txt is not a text file: its byte 2 is zero.*convert it to UTF-8"),
         (b"short " * 50, "is too short: it has 300 bytes.*expected a text of at least 320 bytes"),
@@ -135,6 +145,7 @@ def test_bad_settings(text, tmp_path):
         (dict(part="valid"), "part: expected one of train, validation, test, got 'valid'"),
         (dict(length=0), "length: expected a whole number from 1 up, got 0"),
         (dict(stride=2.5), "stride: expected a whole number from 1 up, got 2.5"),
+        (dict(max_sequences=0), "max_sequences: expected a whole number from 1 up, got 0"),
         (dict(path=str(tmp_path / "folder")), "no text in the folder .*folder: expected files whose names end in .txt"),
     ):
         with pytest.raises(UserError, match=message):
@@ -288,6 +299,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, text, tmp_path, name):
     train(call, name, tmp_path / "whole")
     stopped = tmp_path / "whole" / "iter_2.pth"
     train(call, name, tmp_path / "resumed", "--resume", stopped)
+    assert first_iteration(tmp_path / "resumed") > 2
     whole, resumed, before = (
         torch.load(path, weights_only=False)["state_dict"]
         for path in (tmp_path / "whole" / "iter_6.pth", tmp_path / "resumed" / "iter_6.pth", stopped)
@@ -339,7 +351,7 @@ def test_commands_of_the_readme(text, call, tmp_path, monkeypatch):
         tool, *arguments = words[words.index("python") + 1 :]
         done.append((tool, bool(env)))
         if tool == "tools/study.py":
-            check_study(load_study(str(ROOT / arguments[0])), ROOT)
+            check_study(load_study(str(ROOT / arguments[0])), ROOT, ROOT)
             continue
         config = Path(arguments[0])
         assert (ROOT / config).is_file()

@@ -217,7 +217,7 @@ def test_too_long_expressions(refuse, monkeypatch, tmp_path):
     monkeypatch.setenv("LISTOPS_SMALL", str(tmp_path / "listops"))
     options = [f"{split}_dataloader.dataset.length=20" for split in SPLITS]
     config = PROJECT / "configs" / "listops_small.py"
-    refuse("train", config, "--cfg-options", *options, parts=("basic_train.tsv, line ", "the model has 20 positions"))
+    refuse("train", config, "--cfg-options", *options, parts=("basic_train.tsv, line ", "the data set's length is 20"))
 
 
 def test_data_without_samples_or_with_wrong_settings(refuse, monkeypatch, tmp_path):

@@ -76,7 +76,10 @@ def test_listops(tmp_path):
         ("Source\tTarget\n( ( [MAX 1 ) ] )\n", "line 2: expected an expression, a tab and its value from 0 to 9"),
         ("Source\tTarget\n1\t1\n2\t10\n", "line 3: expected an expression, a tab and its value"),
         ("Source\tTarget\n( ( [LAST 1 ) ] )\t1\n", r"line 2: expected the tokens .*, found '\[LAST'"),
-        ("Source\tTarget\n( ( ( [MAX 1 ) 2 ) ] )\t2\n", "line 2: an expression of 4 tokens, and the model has 3 pos"),
+        (
+            "Source\tTarget\n( ( ( [MAX 1 ) 2 ) ] )\t2\n",
+            "line 2: an expression of 4 tokens, and the data set's len",
+        ),
     ],
 )
 def test_listops_that_cannot_be_read(tmp_path, content, message):

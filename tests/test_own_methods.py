@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from registrations import registrations_undone
-from runs import DEMO, TOOLS, error_lines, run
+from runs import DEMO, TOOLS, error_lines, first_iteration, run
 
 import condattn
 from condattn.spectra import measure
@@ -288,6 +288,7 @@ randomness = dict(seed=3)
     run(*command, "--work-dir", tmp_path / "whole", cwd=tmp_path, **path)
     half = tmp_path / "whole" / "epoch_1.pth"
     run(*command, "--work-dir", tmp_path / "resumed", "--resume", half, cwd=tmp_path, **path)
+    assert first_iteration(tmp_path / "resumed") > 1
     whole, resumed = (torch.load(tmp_path / name / "epoch_2.pth", weights_only=False) for name in ("whole", "resumed"))
     assert {method["type"] for methods in whole["meta"]["conditioning"].values() for method in methods} == {
         "Scaled",

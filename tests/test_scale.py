@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.distributed.fsdp
-from runs import DEMO, TOOLS, forwarded, free_port, run
+from runs import DEMO, TOOLS, first_iteration, forwarded, free_port, run
 from torch import nn
 
 pytest.importorskip("mmdet")
@@ -89,7 +89,7 @@ def together(command, folder, environments):
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=500)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:
@@ -139,6 +139,7 @@ def test_two_processes_resume_exactly(plain, tmp_path):
     forget(tmp_path / "run", 3)
     resume = dict(iterations=3, script=DISTRIBUTED, flags=("--resume",))
     resumed = plain("run", *options, environments=two_processes(), **resume)
+    assert first_iteration(tmp_path / "run") > 1
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
@@ -177,6 +178,7 @@ def test_a_sharded_training_is_resumed(plain, tmp_path):
     forget(tmp_path / "run", 3)
     resume = dict(iterations=3, flags=("--resume",))
     resumed = plain("run", *HALVES, script=DISTRIBUTED, environments=two_processes(), **resume)
+    assert first_iteration(tmp_path / "run") > 1
     assert all(torch.equal(resumed[name], sharded[name]) for name in sharded)
     forget(tmp_path / "run", 3)
     check_close(plain("run", "train_dataloader.batch_size=4", CLIPPED, OFTEN, **resume), sharded)

@@ -182,24 +182,35 @@ def test_a_family_without_effect_rarely_finds_one(slope, variants):
     assert share <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
 
 
+def stated_shares() -> tuple[int, ...]:
+    """Percentages of families that docs/results.md states: without the margin, and for three slopes."""
+    text = " ".join((Path(__file__).parents[1] / "docs" / "results.md").read_text().split())
+    found = [
+        re.search(r"up to (\d+) % of families", text),
+        re.search(r"then (\d+), (\d+) or (\d+) % of families", text),
+    ]
+    return tuple(int(share) for one in found for share in one.groups())
+
+
+def test_the_shares_that_are_stated_can_be_read():
+    """By the slow tests that compare them."""
+    assert len(stated_shares()) == 4
+
+
 @pytest.mark.slow
 def test_without_the_margin_families_without_effect_find_one(monkeypatch):
     """The share that docs/results.md names, if each variant took its own best rate."""
     monkeypatch.setattr(plan, "MARGIN", 0.0)
     largest = max(share_of_families_that_find_an_effect(slope) for slope in (0.5, 1.0, 1.5, 3.0))
-    text = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
-    stated = int(re.search(r"up to (\d+) % of\s+families", text)[1])
-    assert largest == pytest.approx(stated / 100, abs=0.01)
+    assert largest == pytest.approx(stated_shares()[0] / 100, abs=0.01)
 
 
 @pytest.mark.slow
 def test_where_variants_have_different_best_rates_families_find_the_effect_of_the_rate():
     """The shares that docs/results.md names: a common rate is not the best for all."""
-    text = " ".join((Path(__file__).parents[1] / "docs" / "results.md").read_text().split())
-    stated = re.search(r"then (\d+), (\d+) or (\d+) % of families", text).groups()
-    for slope, share in zip((0.5, 1.0, 1.5), stated, strict=True):
+    for slope, share in zip((0.5, 1.0, 1.5), stated_shares()[1:], strict=True):
         found = share_of_families_that_find_an_effect(slope, best={"pc": 4e-3})
-        assert found == pytest.approx(int(share) / 100, abs=0.01)
+        assert found == pytest.approx(share / 100, abs=0.01)
 
 
 def test_without_tuning_error_the_level_is_kept():

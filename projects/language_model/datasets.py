@@ -1,8 +1,12 @@
 """Sequences of bytes out of a text."""
 
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
 import numpy as np
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import Compose
 from mmengine.registry import DATASETS
+from torch.utils.data import Dataset
 
 from condattn.openmmlab.errors import UserError
 
@@ -10,12 +14,12 @@ from .text import BUILTIN, part_of_text, read_text
 
 
 @DATASETS.register_module()
-class ByteSequences(BaseDataset):
+class ByteSequences(Dataset):
     """Sequences of equal length out of one part of a text, in the order of their positions.
 
     Samples are ``tokens`` (length,) of uint8, ``start``, the position of the first byte in the whole text, and
     ``sample_id``, such as '256-384', the positions of the first byte and of the first byte behind the sequence. A rest
-    of the part that is shorter than ``length`` is left out.
+    of the part that is shorter than ``length`` is left out. Memory is needed for the text alone.
 
     Args:
         part: 'train', 'validation' or 'test'; see :func:`.text.part_of_text`.
@@ -23,36 +27,53 @@ class ByteSequences(BaseDataset):
         stride: Number of bytes from the beginning of one sequence to that of the next; default: ``length``, so that
             each byte is in one sequence.
         path: A text file or a folder of ``.txt`` files; see :func:`.text.read_text`. Default: the built-in text.
-        **kwargs: Arguments of mmengine's ``BaseDataset``.
+        max_sequences: Largest number of sequences. Of a part that has more, evenly spaced ones are used. Default: no
+            limit.
+        pipeline: Transforms of the samples.
 
     Raises:
-        UserError: If the part, the length or the stride is invalid, the text cannot be read, or the part is shorter
-            than one sequence.
+        UserError: If a number or the part is invalid, the text cannot be read, or the part is shorter than one
+            sequence.
     """
 
-    def __init__(self, part: str, length: int, stride: int | None = None, path: str = BUILTIN, **kwargs) -> None:
-        self.part, self.length, self.stride, self.path = part, length, length if stride is None else stride, path
-        for name in ("length", "stride"):
-            value = getattr(self, name)
+    metainfo: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        part: str,
+        length: int,
+        stride: int | None = None,
+        path: str = BUILTIN,
+        max_sequences: int | None = None,
+        pipeline: Sequence[dict | Callable] = (),
+    ) -> None:
+        self.pipeline = Compose(pipeline)
+        stride = length if stride is None else stride
+        limits = {} if max_sequences is None else dict(max_sequences=max_sequences)
+        for name, value in dict(length=length, stride=stride, **limits).items():
             if type(value) is not int or value < 1:
                 raise UserError(f"{name}: expected a whole number from 1 up, got {value!r}")
-        super().__init__(**kwargs)
-
-    def load_data_list(self) -> list[dict]:
-        """Read the text, and list the sequences of the part."""
-        self.text = np.frombuffer(read_text(self.path), np.uint8)
-        begin, end = part_of_text(len(self.text), self.part)
-        if end - begin < self.length:
+        self.length, self.text = length, np.frombuffer(read_text(path), np.uint8)
+        begin, end = part_of_text(len(self.text), part)
+        if end - begin < length:
             raise UserError(
-                f"the text {self.path} is too short: it has {len(self.text)} bytes, of which the "
-                f"{self.part} part is {end - begin}, and a sequence has {self.length}; expected a text of at least "
-                f"{10 * self.length} bytes: use a longer text or a smaller length"
+                f"the text {path} is too short: it has {len(self.text)} bytes, of which the {part} part is "
+                f"{end - begin}, and a sequence has {length}; expected a text of at least {10 * length} bytes: use a "
+                "longer text or a smaller length"
             )
-        starts = range(begin, end - self.length + 1, self.stride)
-        return [dict(start=start, sample_id=f"{start}-{start + self.length}") for start in starts]
+        self.starts = range(begin, end - length + 1, stride)
+        if max_sequences is not None and len(self.starts) > max_sequences:
+            self.starts = self.starts[:: -(-len(self.starts) // max_sequences)]
 
-    def get_data_info(self, idx: int) -> dict:
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def get_data_info(self, idx: int) -> dict[str, Any]:
         """What :class:`ByteSequences` describes, for the sequence ``idx``."""
-        info = super().get_data_info(idx)
-        info["tokens"] = self.text[info["start"] : info["start"] + self.length]
-        return info
+        start = self.starts[idx]
+        end = start + self.length
+        return dict(tokens=self.text[start:end], start=start, sample_id=f"{start}-{end}", sample_idx=idx)
+
+    def __getitem__(self, idx: int) -> Any:
+        """The sequence ``idx`` as the pipeline returns it."""
+        return self.pipeline(self.get_data_info(idx))

@@ -29,7 +29,7 @@ class ByteLoss(BaseMetric):
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         """The four numbers."""
-        counts = np.sum([result["bytes"] for result in results], axis=0)
+        counts = np.bincount(np.concatenate([result["bytes"] for result in results]))
         total = int(counts.sum())
         # No name has 'loss' in it: of such values, mmengine logs the mean over the last validations.
         nats = math.fsum(result["nats"] for result in results) / total

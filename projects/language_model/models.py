@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from condattn.openmmlab.errors import UserError
 
-from .tokens import BEGIN, BYTES, UNSCORED, VOCABULARY
+from .tokens import BEGIN, UNSCORED, VOCABULARY
 
 
 @MODELS.register_module()
@@ -83,8 +83,8 @@ class ByteModel(BaseModel):
         Returns:
             'tensor': logits (N, length, ``VOCABULARY``). 'loss': ``loss``, the mean cross entropy of the predicted
             bytes, in nats. 'predict': for each sequence a dictionary with ``nats``, the sum of the cross entropies of
-            its predicted bytes, ``correct``, the number of those that have the largest logit, and ``bytes`` (256,), how
-            often each byte was to be predicted.
+            its predicted bytes, ``correct``, the number of those that have the largest logit, and ``bytes``, of uint8,
+            those that were to be predicted.
 
         Raises:
             UserError: If the sequences are longer than the network's positions.
@@ -93,8 +93,8 @@ class ByteModel(BaseModel):
         if inputs.shape[1] > positions:
             raise UserError(
                 f"the sequences have {inputs.shape[1]} tokens, and the network has {positions} positions; use a "
-                "smaller length of the data set, or more positions (n_positions of GPT-2, max_position_embeddings of "
-                "BERT)"
+                "smaller length (train_dataloader.dataset.length, and those of the val and test_dataloader), or more "
+                "positions (n_positions of GPT-2, max_position_embeddings of BERT, in model.network.module)"
             )
         logits = self.network(inputs).logits
         if mode == "tensor":
@@ -111,7 +111,7 @@ class ByteModel(BaseModel):
             dict(
                 nats=one.double().sum().item(),
                 correct=int(hits.sum()),
-                bytes=np.bincount(targets[targets != UNSCORED].cpu().numpy(), minlength=BYTES),
+                bytes=targets[targets != UNSCORED].cpu().numpy().astype(np.uint8),
             )
             for one, hits, targets in zip(nats.view_as(data_samples), correct, data_samples, strict=True)
         ]

@@ -32,7 +32,10 @@ def read_text(path: str = BUILTIN) -> bytes:
     elif source.exists():
         files = [source]
     else:
-        raise UserError(f"no text file or folder {path}; check the path, or use {BUILTIN} for the built-in text")
+        raise UserError(
+            f"no text file or folder {path}; correct the path (the environment variable LANGUAGE_MODEL_TEXT, or the "
+            f"setting path of the data sets), or use {BUILTIN} for the built-in text"
+        )
     return b"".join(_read_file(file) for file in files)
 
 

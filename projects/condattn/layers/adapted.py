@@ -17,7 +17,7 @@ from ..kernels.private import forward_pre_hooks
 from ..kernels.switch import is_compiling
 from .correction import CorrectedModule
 from .head_transform import HeadTransformLinear
-from .hooks import remove_hooks
+from .hooks import PickledHook, remove_methods
 from .turns import end_turn, take_turn
 
 ADDITIVE = {"peft.tuners.lora.layer.LoraLayer": True, "mmpretrain.models.peft.lora.LoRALinear": True}
@@ -59,40 +59,45 @@ def follow(adapter: nn.Module, layer: nn.Module) -> None:
     check_adapter(adapter, layer)
     if isinstance(layer, CorrectedModule):
         layer.settle()
-    if prepare not in forward_pre_hooks(adapter).values():
-        adapter.register_forward_pre_hook(prepare)
-        adapter.register_forward_hook(finish, always_call=True)
+    if not any(isinstance(getattr(hook, "__self__", None), Connection) for hook in forward_pre_hooks(adapter).values()):
+        connection = Connection()
+        connection.keep(
+            adapter.register_forward_pre_hook(connection.prepare),
+            adapter.register_forward_hook(connection.finish, always_call=True),
+        )
 
 
-def prepare(adapter: Any, args: tuple) -> tuple | None:
-    """Transform the head outputs that reach an output projection; a forward pre-hook of its adapter.
+class Connection(PickledHook):
+    """The hooks of an adapter around a conditioned layer."""
 
-    Raises:
-        RuntimeError: If a variant of LoRA that depends on the weight (DoRA) is around a corrected layer.
-    """
-    layer: Any = inner(adapter)
-    if isinstance(layer, CorrectedModule) and layer.corrections:
-        if getattr(adapter, "lora_variant", None):
-            raise RuntimeError(
-                f"a variant of LoRA ({', '.join(type(v).__name__ for v in adapter.lora_variant.values())}) is around a "
-                "projection with a correction, whose weight W + C it does not see; use plain LoRA, or leave the "
-                "layer out of its targets"
-            )
-        layer.settle()
-    transform = getattr(layer, "head_transform", None)
-    if transform is None or isinstance(layer, nn.MultiheadAttention):
-        return None
-    if layer.is_prepared if is_compiling() else not take_turn(transform, adapter):
-        return None  # by an adapter around this one
-    layer.is_prepared = True
-    return transform.transform(args[0]), *args[1:]
+    def prepare(self, adapter: Any, args: tuple) -> tuple | None:
+        """Transform the head outputs that reach an output projection; a forward pre-hook of its adapter.
 
+        Raises:
+            RuntimeError: If a variant of LoRA that depends on the weight (DoRA) is around a corrected layer.
+        """
+        layer: Any = inner(adapter)
+        if isinstance(layer, CorrectedModule) and layer.corrections:
+            if getattr(adapter, "lora_variant", None):
+                variants = ", ".join(type(variant).__name__ for variant in adapter.lora_variant.values())
+                raise RuntimeError(
+                    f"a variant of LoRA ({variants}) is around a projection with a correction, whose weight W + C it "
+                    "does not see; use plain LoRA, or leave the layer out of its targets"
+                )
+            layer.settle()
+        transform = getattr(layer, "head_transform", None)
+        if transform is None or isinstance(layer, nn.MultiheadAttention):
+            return None
+        if layer.is_prepared if is_compiling() else not take_turn(transform, adapter):
+            return None  # by an adapter around this one
+        layer.is_prepared = True
+        return transform.transform(args[0]), *args[1:]
 
-def finish(adapter: nn.Module, args: tuple, output: object) -> None:
-    """Reset the flag that the input of the wrapped layer is transformed already; a forward hook of the adapter."""
-    layer: Any = inner(adapter)
-    if getattr(layer, "is_prepared", False) and (is_compiling() or end_turn(layer.head_transform, adapter)):
-        layer.is_prepared = False
+    def finish(self, adapter: nn.Module, args: tuple, output: object) -> None:
+        """Reset the flag that the input of the wrapped layer is transformed already; a forward hook of the adapter."""
+        layer: Any = inner(adapter)
+        if getattr(layer, "is_prepared", False) and (is_compiling() or end_turn(layer.head_transform, adapter)):
+            layer.is_prepared = False
 
 
 def follow_all(model: nn.Module) -> None:
@@ -102,7 +107,7 @@ def follow_all(model: nn.Module) -> None:
             if is_conditioned(inner(module)):
                 follow(module, inner(module))
             else:
-                remove_hooks(module, (prepare, finish).__contains__)
+                remove_methods(module, Connection)
 
 
 def _registered(module: nn.Module, name: str, layer: Any) -> None:

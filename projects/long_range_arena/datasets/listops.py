@@ -49,8 +49,9 @@ class ListOps(SequenceDataset):
         tokens = from_source(row[0])
         if len(tokens) > self.length:
             raise DataError(
-                f"{where}: an expression of {len(tokens)} tokens, and the model has {self.length} positions; raise "
-                "length, of the data sets and of the model"
+                f"{where}: an expression of {len(tokens)} tokens, and the data set's length is {self.length}; raise "
+                "length in a copy of the configuration, or train_dataloader.dataset.length, those of the val and "
+                "test_dataloader, and model.encoder.module.length"
             )
         if unknown := set(tokens) - NUMBERS.keys():
             raise DataError(f"{where}: expected the tokens {' '.join(TOKENS)}, found {min(unknown)!r}")
