@@ -69,9 +69,9 @@ def run(*command, cwd: Path, status: int = 0, **env: str) -> subprocess.Complete
 
 
 def first_iteration(work_dir: Path) -> int:
-    """The first iteration that the last run in a work directory logged: 1 unless it was resumed."""
+    """The first iteration that the last run in a work directory logged, where each is: 1 unless it was resumed."""
     newest = max(work_dir.glob("*/vis_data/scalars.json"))
-    return min(json.loads(line)["step"] for line in newest.read_text().splitlines())
+    return min(values["step"] for values in map(json.loads, newest.read_text().splitlines()) if "lr" in values)
 
 
 def free_port() -> str:

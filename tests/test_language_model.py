@@ -46,6 +46,7 @@ ENCODER = dict(
 SHORT = [
     *("train_cfg.max_iters=6", "train_cfg.val_interval=3", "param_scheduler.0.end=2", "param_scheduler.1.T_max=6"),
     *("default_hooks.checkpoint.interval=2", "default_hooks.checkpoint.max_keep_ckpts=-1"),
+    "default_hooks.logger.interval=1",
     *(f"{loader}_dataloader.dataset.length=32" for loader in ("train", "val", "test")),
 ]
 SMALL = {
