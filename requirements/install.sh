@@ -19,8 +19,7 @@ python=${PYTHON:-python3}
 }
 if [ "$packages" = stock ]; then  # numpy below 2, which it needs, has no wheels for later versions of Python
     "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || {
-        echo "error: $("$python" --version 2>&1) found, Python 3.10 to 3.12 needed for the stock stack;" \
-            "set PYTHON=python3.11, say" >&2
+        echo "error: $("$python" --version 2>&1) found, Python 3.10 to 3.12 needed for this stack; set PYTHON=python3.11" >&2
         exit 1
     }
 fi

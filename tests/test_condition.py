@@ -96,7 +96,7 @@ def test_a_layer_that_no_method_changes_may_be_shared():
     model = nn.ModuleDict(dict(a=Shared(2), b=Shared(2)))
     model["a"].last, model["b"].last = nn.Linear(16, 16), nn.Linear(16, 16)
     model["b"].proj = model["a"].proj
-    with pytest.raises(ValueError, match="share a Linear"):
+    with pytest.raises(ValueError, match=r"a \(Shared\) and b \(Shared\) share a Linear; exclude one of them"):
         condattn.condition(model, "sc")
     assert condattn.condition(model, "pc").conditioned == ("a", "b")
 
