@@ -115,8 +115,7 @@ def begin(study: Study, results: Results, commit: str | None = None) -> None:
         check_committed()
         chosen = chosen or git(ROOT, "rev-parse", "HEAD")
         code = worktree(ROOT, chosen)
-        check_study(study, code, ROOT)
-        data = data_hash(study, code, ROOT)
+        data = check_study(study, code, ROOT)
         if replaced:
             print(f"{results.folder} is of another definition of the study; this pilot replaces it")
             shutil.rmtree(results.folder)

@@ -68,15 +68,19 @@ class ConditionedBackbone:
 
 def pretrained_entry(init_cfg: Any) -> dict[str, Any] | None:
     """The dictionary in an ``init_cfg`` of mmengine, which may be a list, that asks for pretrained weights, or None."""
-    entries = init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]
     kinds = ("Pretrained", PretrainedInit)
-    return next((entry for entry in entries if isinstance(entry, dict) and entry.get("type") in kinds), None)
+    dicts = (entry for entry in _entries(init_cfg) if isinstance(entry, dict))
+    return next((entry for entry in dicts if entry.get("type") in kinds), None)
 
 
 def without_pretrained(init_cfg: Any) -> list[dict[str, Any]] | None:
     """The other entries of an ``init_cfg``; None if there are none."""
-    entries = init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]
-    return [entry for entry in entries if entry is not pretrained_entry(init_cfg)] or None
+    pretrained = pretrained_entry(init_cfg)
+    return [entry for entry in _entries(init_cfg) if entry is not pretrained] or None
+
+
+def _entries(init_cfg: Any) -> list[Any]:
+    return list(init_cfg) if isinstance(init_cfg, list | tuple) else [init_cfg]
 
 
 def is_pretrained(init_cfg: Any) -> bool:

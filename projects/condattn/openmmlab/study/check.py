@@ -22,7 +22,7 @@ NAMES = ("img_path", "sample_id", "img_id")
 PURPOSES = {"train_dataloader": "training", "val_dataloader": "tuning", "test_dataloader": "the final evaluation"}
 
 
-def check_study(study: Study, code: Path, root: Path) -> None:
+def check_study(study: Study, code: Path, root: Path) -> str:
     """Check that the variants of a study can be built, that their metric is reported, and that their data are sound.
 
     Args:
@@ -30,21 +30,27 @@ def check_study(study: Study, code: Path, root: Path) -> None:
         code: Folder with the code whose configuration file is read.
         root: Folder of the repository that contains the study's file.
 
+    Returns:
+        What :func:`data_hash` returns.
+
     Raises:
         UserError: If a check fails.
     """
     check_start(study, root)
-    for variant, cfg in _configs(study, code, root).items():
+    configs = _configs(study, code, root)
+    for variant, cfg in configs.items():
         try:
             build_model(cfg)
         except UserError as error:
             raise UserError(f"{study.path}: variant {variant}: {error}") from error
         check_metric(study, cfg)
-    for cfg in _with_different_data(study, code, root):
-        check_images(study, cfg)
+    different = _with_different_data(configs)
+    data = _hash_of_samples(study, different)
+    for cfg in different:
         for entry in find(cfg, "train", "val", "test"):
             if entry.findings.errors:
                 raise UserError(f"{study.path}: {entry.label}: {entry.findings.errors[0]}")
+    return data
 
 
 def data_hash(study: Study, code: Path, root: Path) -> str:
@@ -58,8 +64,12 @@ def data_hash(study: Study, code: Path, root: Path) -> str:
     Raises:
         UserError: If data are missing, or a sample serves two purposes.
     """
+    return _hash_of_samples(study, _with_different_data(_configs(study, code, root)))
+
+
+def _hash_of_samples(study: Study, configs: list[Config]) -> str:
     found = []
-    for cfg in _with_different_data(study, code, root):
+    for cfg in configs:
         for purpose, samples in check_images(study, cfg).items():
             files = [Path(str(sample)) for sample in samples]
             found += sorted(f"{purpose} {one.name} {one.stat().st_size if one.is_file() else ''}" for one in files)
@@ -76,10 +86,9 @@ def _configs(study: Study, code: Path, root: Path) -> dict[str, Config]:
     return configs
 
 
-def _with_different_data(study: Study, code: Path, root: Path) -> list[Config]:
+def _with_different_data(configs: dict[str, Config]) -> list[Config]:
     """The configurations of a study's trainings, one for each different setting of the data."""
-    found = {str([cfg[name] for name in LOADERS]): cfg for cfg in _configs(study, code, root).values()}
-    return list(found.values())
+    return list({str([cfg[name] for name in LOADERS]): cfg for cfg in configs.values()}.values())
 
 
 def check_start(study: Study, root: Path) -> None:
