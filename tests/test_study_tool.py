@@ -116,6 +116,8 @@ def test_data_of_a_study(study, tmp_path, monkeypatch):
     for arguments in (("--list",), ("--run", str(replace(RUN, seed=6)))):
         assert "began with other data than those in" in study(*arguments, status=2)
     assert study.results.scores() == {RUN: 50.0}
+    study("--run", str(replace(RUN, seed=6)), "--data-checked")  # as a study starts its own runs, after its check
+    assert len(study.results.scores()) == 2
 
 
 def test_packages_of_a_study(study):
@@ -170,6 +172,7 @@ def test_the_pilot_of_a_changed_study_replaces_the_former(study):
 def test_options_that_have_no_effect_together(study):
     for arguments in (("--report-only",), ("--pilot",), ("--run", str(RUN)), ("--rerun", "none/0")):
         assert "--only chooses among the runs of a study, not with" in study("--only", "pc", *arguments, status=2)
+    assert "--data-checked goes with --run" in study("--list", "--data-checked", status=2)
 
 
 def test_a_broken_study_does_not_spoil_the_report_of_another(study):

@@ -34,6 +34,11 @@ def parse_args() -> Namespace:
         help="at the first start, the commit whose code runs (default: HEAD), such as that of another study, whose "
         "equal runs are then taken over",
     )
+    parser.add_argument(
+        "--data-checked",
+        action="store_true",
+        help="with --run: the data were checked when the study was started, as its own runs are; do not check again",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print one command for each run that is missing, and stop")
     what.add_argument("--pilot", action="store_true", help="run the baseline on the pilot seeds, and report its length")
@@ -58,6 +63,8 @@ def main() -> int:
         raise UserError(f"--only: no variant {', '.join(unknown)} in {study.path}; it has {', '.join(study.variants)}")
     if args.only and (args.pilot or args.report_only or args.rerun or args.run):
         raise UserError("--only chooses among the runs of a study, not with --pilot, --report-only, --rerun or --run")
+    if args.data_checked and not args.run:
+        raise UserError("--data-checked goes with --run; a study's start always checks the data")
     if args.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
     if args.report_only:
@@ -66,7 +73,7 @@ def main() -> int:
     set_data(study, args.data)
     MMLogger.get_current_instance().setLevel("ERROR")
     if args.run:
-        return run_one(study, results, args.run)
+        return run_one(study, results, args.run, args.data_checked)
     if args.rerun:
         return rerun(study, results, args.rerun)
     begin(study, results, args.commit)
@@ -76,6 +83,7 @@ def main() -> int:
         for run in missing_runs(study, results.scores(), args.only):
             print(shlex.join([*command, str(run)]))
         return 0
+    command.insert(-1, "--data-checked")
     errors = Pool(study, results, command, args.jobs, args.only, runs).work()
     for run, reason in errors.items():
         print(f"error: {run} is not finished: {reason}", file=sys.stderr)
@@ -174,8 +182,8 @@ def check_packages(study: Study, results: Results) -> None:
         )
 
 
-def run_one(study: Study, results: Results, name: str) -> int:
-    """Execute one run in this process."""
+def run_one(study: Study, results: Results, name: str, data_checked: bool) -> int:
+    """Execute one run in this process; ``data_checked`` says that another process has just checked the data."""
     stage, variant, seed, rate = (name.split("/") + [""] * 4)[:4]
     try:
         run = RunId(stage, variant, int(seed), float(rate))
@@ -186,7 +194,8 @@ def run_one(study: Study, results: Results, name: str) -> int:
         return 0
     if run not in [*missing_runs(study, results.scores()), *pilot_runs(study)]:
         raise UserError(f"--run: {name} is no run that {study.name} needs now; --list prints those")
-    check_data(study, results)
+    if not data_checked:
+        check_data(study, results)
     try:
         execute(study, results, run, ROOT, results.header()["commit"])
     except BusyError as error:
