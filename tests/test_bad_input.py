@@ -190,12 +190,38 @@ def test_mixed_stacks(refuse, monkeypatch):
         ("upernet_swin_pc.py", "model.backbone.conditionning=pc", ("did you mean model.backbone.conditioning?",)),
         ("mask_rcnn_swin_pc.py", "model.neck.out_chanels=3", ("did you mean model.neck.out_channels?",)),
         ("mask_rcnn_swin_pc.py", "model.zz=1", ("'zz'; it is model.zz",)),
+        ("mask_rcnn_swin_pc.py", "model.neck.num_outs=2", ("cannot be built: assert num_outs >= ", "fpn.py")),
         ("mask_rcnn_swin_sc.py", "model.backbone.conditioning=sc(strength=1e999)", ("strength", "finite", "inf")),
         ("mask_rcnn_swin_sc.py", "model.backbone.conditioning.strength=2.0", ("--cfg-options", "replaced as a whole")),
     ],
 )
 def test_models_that_cannot_be_built(refuse, config, option, parts):
     refuse("train", DEMO / config, "--cfg-options", option, parts=(config, *parts))
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ("optim_wrapper=None", ("has no optim_wrapper, which a training needs",)),
+        ("train_cfg=None", ("has no train_cfg, which a training needs",)),
+        ("val_dataloader=None", ("has no val_dataloader, which a validation needs", "set all three to None")),
+        ("train_cfg.type=EpochTrainLoop", ("train_cfg.type", "did you mean 'EpochBasedTrainLoop'?")),
+        ("optim_wrapper.type=OptimWraper", ("did you mean 'OptimWrapper'?",)),
+        ("optim_wrapper.optimizer.type=Adamw", ("optim_wrapper.optimizer.type", "did you mean 'AdamW'?")),
+        ("param_scheduler.0.type=LinearLr", ("param_scheduler[0].type", "did you mean 'LinearLR'?")),
+        ("default_hooks.logger.type=LogerHook", ("default_hooks.logger.type", "did you mean 'LoggerHook'?")),
+        ("visualizer.type=DetLocalVisualiser", ("visualizer.type", "did you mean 'DetLocalVisualizer'?")),
+        ("val_evaluator.type=CocoMetrics", ("val_evaluator[0].type", "did you mean 'CocoMetric'?")),
+        ("train_dataloader.dataset.pipeline.0.type=LoadImage", ("pipeline[0].type: no 'LoadImage' is registered",)),
+        (
+            "train_dataloader.dataset.pipeline=[Resize,Pad",
+            ("expected KEY=VALUE without spaces, found train",),
+        ),
+        ("model.backbone", ("expected KEY=VALUE without spaces, found model.backbone",)),
+    ],
+)
+def test_settings_of_the_runner(refuse, option, parts):
+    refuse("train", DEMO / "mask_rcnn_swin_pc.py", "--cfg-options", option, parts=parts)
 
 
 def test_pattern_that_matches_no_site(refuse, tmp_path):
@@ -405,6 +431,10 @@ def test_options_that_a_configuration_does_not_serve(refuse, detection, tmp_path
     refuse("test", *checked, "--tta", parts=("--tta", "masks"))
     undrawn = ["--show-dir", "out", "--cfg-options", "default_hooks.visualization=None"]
     refuse("test", *checked, *undrawn, parts=("default_hooks.visualization",))
+    several = ["--out", "out.pkl", "--cfg-options", "test_evaluator.type=MultiDatasetsEvaluator"]
+    refuse("test", *checked, *several, parts=("--out", "MultiDatasetsEvaluator"))
+    both = [DEMO / "upernet_swin_pc.py", "x.pth", "--show", "--show-dir", "out"]
+    refuse("test", *both, parts=("use --show or --show-dir, not both",))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPUs")
@@ -419,7 +449,7 @@ def test_mixed_precision_without_a_gpu(refuse):
 def test_mixed_precision_of_a_configuration_with_classes(wrapper, options, refuse, tmp_path):
     config = tmp_path / "classes.py"
     wrapped = f"from mmengine.optim import {wrapper}\noptim_wrapper = dict(type={wrapper})"
-    config.write_text(f'{wrapped}\ndefault_scope = "mmengine"')
+    config.write_text(f'{wrapped}\ndefault_scope = "mmengine"\ntrain_cfg = train_dataloader = {{}}')
     refuse("train", config, *options, parts=("mixed precision needs a GPU",))
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -24,6 +24,7 @@ from condattn.openmmlab.hooks.conditioning_guard import ConditioningGuardHook
 from condattn.openmmlab.models.factory import Conditioned
 from condattn.openmmlab.models.loading import check_conditioning, drop_record, record_of, trained_with, with_record
 from condattn.openmmlab.runner.checkpoints import check_pretrained, read_checkpoint
+from condattn.openmmlab.runner.launch import build_runner
 from condattn.openmmlab.runner.rewriting import write_checkpoint
 
 SWIN = DEMO / "mask_rcnn_swin_pc.py"
@@ -259,3 +260,25 @@ def test_the_advice_for_weights_without_conditioning():
         with pytest.raises(UserError) as error:
             check_conditioning({}, "plain.pth", model)
         assert ("calibrate.py" in str(error.value)) == advised, conditioning
+
+
+def test_pretrained_weights_of_a_conditioned_model_for_a_class_of_upstream(tmp_path):
+    """The class has no load hook of this project, and its weights would mean something else."""
+    settings = dict(type="mmdet.SwinTransformer", embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    conditioned = MODELS.build(dict(type="Conditioned", module=settings, conditioning="sc"))
+    file = tmp_path / "sc.pth"
+    meta = {"conditioning": {f"backbone.{site}": methods for site, methods in record_of(conditioned).items()}}
+    weights = {f"backbone.{name}": value for name, value in conditioned.state_dict().items()}
+    torch.save({"state_dict": weights, "meta": meta}, file)
+    settings["init_cfg"] = ConfigDict(type="Pretrained", checkpoint=str(file))
+    with pytest.raises(UserError, match="sc.pth is of a model with conditioning='sc' .* with --other-conditioning"):
+        check_pretrained(MODELS.build(settings), settings)
+    settings["convert_weights"] = False
+    check_pretrained(MODELS.build(settings), settings, other_conditioning=True)
+
+
+def test_a_guard_in_the_configuration_allows_what_the_option_allows(tmp_path):
+    cfg = Config.fromfile(SWIN)
+    cfg.update(work_dir=str(tmp_path), launcher="none", custom_hooks=[dict(type="ConditioningGuardHook")])
+    (hook,) = (one for one in build_runner(cfg, True).hooks if isinstance(one, ConditioningGuardHook))
+    assert hook.allow_other

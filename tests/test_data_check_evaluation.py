@@ -86,6 +86,16 @@ def test_categories_in_another_order(coco):
     assert dataset.cat2label == {3: 0, 7: 1}
 
 
+def test_copies_of_one_file_for_different_classes(coco):
+    """The first one has another order of categories, and so other labels."""
+    coco.content["categories"] = [dict(id=9, name="horse"), *reversed(coco.content["categories"])]
+    coco.write()
+    for classes in (("cat", "dog"), ("dog", "horse", "cat")):
+        coco.cfg.train_dataloader.dataset.update(ann_file="annotations.json", metainfo=dict(classes=classes))
+        names = [category["name"] for category in coco.repaired()["categories"]]
+        assert names[: len(classes)] == list(classes)
+
+
 def test_ids_of_images_of_two_kinds(coco):
     coco.content["images"][0]["id"] = "a"
     coco.content["annotations"] = [one for one in coco.content["annotations"] if one["image_id"] != 1]

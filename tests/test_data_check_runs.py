@@ -247,3 +247,13 @@ def test_the_built_in_data(name, scenes, tmp_path):
         (entry,) = find(cfg, "train")
         assert expected in entry.findings.summary
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_not_there(label_maps, tmp_path):
+    """A class that reads its files alone is not expected to write them."""
+    dataset = label_maps.cfg.train_dataloader.dataset
+    del dataset["data_prefix"]
+    dataset.data_root = str(tmp_path / "nowhere")
+    (entry,) = find(label_maps.cfg, "train")
+    (error,) = entry.findings.errors
+    assert str(tmp_path / "nowhere") in error

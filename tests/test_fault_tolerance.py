@@ -19,16 +19,19 @@ from torch import nn
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.fileio import BaseStorageBackend, FileClient, register_backend
+from mmengine.fileio import BaseStorageBackend, FileClient, LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 
 import condattn
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.hooks.atomic_checkpoint import AtomicFileBackend
+from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook, atomic_writes
 from condattn.openmmlab.hooks.finite_loss import find_trouble, weights_blamed
-from condattn.openmmlab.runner.checkpoints import find_resumable
+from condattn.openmmlab.runner import checkpoints, launch
+from condattn.openmmlab.runner.checkpoints import check_same_start, find_resumable
 from condattn.openmmlab.study.run import DIVERGED
 
 EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
@@ -197,8 +200,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        AtomicFileBackend().put(b"new content", tmp_path / "a.pth")
+    with pytest.raises(OSError, match="No space left"), atomic_writes():
+        LocalBackend().put(b"new content", tmp_path / "a.pth")
     assert (tmp_path / "a.pth").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
@@ -224,12 +227,8 @@ def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detecti
 
 
 def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypatch):
-    from mmengine.hooks import CheckpointHook
-
-    from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook
-
     hook, runner = AtomicCheckpointHook(interval=1), SimpleNamespace(epoch=1, iter=2)
-    hook.file_backend = AtomicFileBackend()
+    hook.file_backend = LocalBackend()
     (tmp_path / "best.pth").write_bytes(b"old")
     full = []
 
@@ -363,6 +362,24 @@ class Rising(BaseMetric):
         return {"score": Rising.score}
 
 
+def toy_runner(tmp_path, train_cfg, kind=Runner, **saving):
+    """A runner of a model with one layer and a score that rises, which saves the best checkpoint."""
+    loader = dict(dataset=[{"inputs": torch.ones(2)}] * 4, sampler=dict(type="DefaultSampler", shuffle=False))
+    checkpoint = dict(type="AtomicCheckpointHook", by_epoch=True, interval=1, save_best="score", rule="greater")
+    return kind(
+        model=Toy(),
+        work_dir=str(tmp_path / "run"),
+        train_dataloader=loader,
+        val_dataloader=loader,
+        train_cfg=train_cfg,
+        val_cfg={},
+        val_evaluator=Evaluator(Rising()),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        default_hooks=dict(checkpoint={**checkpoint, **saving}),
+        experiment_name=f"{tmp_path} {saving}",
+    )
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -379,23 +396,61 @@ def test_checkpoints_are_written_where_the_settings_say(settings, tmp_path, monk
     monkeypatch.setattr(Bucket, "content", {})
     register_backend("bucket", Bucket, force=True, prefixes="bucket")
     FileClient.register_backend("bucket", Bucket, force=True, prefixes="bucket")
-    loader = dict(dataset=[{"inputs": torch.ones(2)}] * 4, sampler=dict(type="DefaultSampler", shuffle=False))
-    saving = dict(interval=1, by_epoch=True, max_keep_ckpts=1, save_best="score", rule="greater", **settings)
-    runner = Runner(
-        model=Toy(),
-        work_dir=str(tmp_path / "run"),
-        train_dataloader=loader,
-        val_dataloader=loader,
-        train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=1),
-        val_cfg={},
-        val_evaluator=Evaluator(Rising()),
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-        default_hooks=dict(checkpoint=dict(type="AtomicCheckpointHook", **saving)),
-        experiment_name=f"store {settings}",
-    )
-    runner.train()
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=3, val_interval=1), max_keep_ckpts=1, **settings).train()
     names = ["best_score_epoch_3.pth", "epoch_3.pth"]
     remote = [f"bucket://here/run/{name}" for name in names] if "out_dir" in settings else []
     assert sorted(Bucket.content) == remote
     assert sorted(path.name for path in tmp_path.rglob("*.pth")) == ([] if remote else names)
     assert not (tmp_path / "bucket:").exists()
+
+
+def test_a_best_checkpoint_with_the_name_of_the_one_before_it_is_kept(tmp_path):
+    """In a training by iterations whose hook counts epochs, every one has this name."""
+    toy_runner(tmp_path, dict(by_epoch=False, max_iters=4, val_interval=1), interval=-1).train()
+    assert [path.name for path in (tmp_path / "run").glob("best_*.pth")] == ["best_score_epoch_0.pth"]
+    checkpoint = torch.load(tmp_path / "run" / "best_score_epoch_0.pth", weights_only=False)
+    assert checkpoint["meta"]["iter"] == 4
+
+
+def test_writes_of_the_flexible_runner_are_atomic(tmp_path, monkeypatch):
+    written, replace = [], Path.replace
+
+    def record(self, target):
+        written.append(Path(target).name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", record)
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=1, val_interval=1), FlexibleRunner).train()
+    assert {"epoch_1.pth", "best_score_epoch_1.pth"} <= set(written)
+
+
+def test_a_score_that_the_validation_does_not_report(tmp_path):
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=1, val_interval=1), save_best="other").train()
+    (log,) = (tmp_path / "run").glob("*/*.log")
+    assert "save_best names other, and the validation reports score" in log.read_text()
+    assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["epoch_1.pth"]
+
+
+def test_processes_that_find_different_checkpoints(monkeypatch):
+    cfg = Config(dict(resume=True, load_from="run/epoch_3.pth"))
+    check_same_start(cfg)
+    monkeypatch.setattr(checkpoints, "all_gather_object", lambda own: [own, "none", own])
+    with pytest.raises(UserError, match="epoch_3.pth by process 0, none by process 1"):
+        check_same_start(cfg)
+
+
+def test_a_training_over_an_earlier_one_warns(call, detection, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "epoch_1.pth").write_bytes(b"")
+    options = [*detection.options, "model.neck.out_chanels=3"]
+    _, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
+    assert "run has checkpoints of an earlier training (epoch_1.pth), which this one overwrites" in errors
+
+
+def test_a_configuration_without_checkpoint_hook_has_the_atomic_one(detection, tmp_path):
+    for hooks in (None, {}, dict(checkpoint=dict(type="CheckpointHook", interval=2))):
+        cfg = Config.fromfile(detection.config)
+        cfg.default_hooks = hooks
+        cfg.update(work_dir=str(tmp_path), launcher="none", experiment_name=f"hooks {hooks}")
+        (hook,) = (one for one in launch.build_runner(cfg).hooks if isinstance(one, CheckpointHook))
+        assert isinstance(hook, AtomicCheckpointHook) and hook.interval == (2 if hooks else -1)

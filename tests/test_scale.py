@@ -234,7 +234,6 @@ def test_corrected_weights_are_sharded_and_loaded(group, tmp_path, settings):
 @pytest.mark.parametrize(
     "settings, options, part",
     [
-        ("custom_hooks = [dict(type='mmengine.EMAHook')]", SHARDED, "EMAHook"),
         ("custom_hooks = [dict(type='CalibrationHook')]", SHARDED, "calibrate.py"),
         ("custom_hooks = [dict(type='SpectraHook')]", SHARDED, "tools/analysis/spectra.py"),
         ("find_unused_parameters = True", SHARDED, "find_unused_parameters"),
@@ -249,6 +248,12 @@ def test_what_a_sharded_training_cannot_have(refuse, tmp_path, settings, options
     (tmp_path / "config.py").write_text(f"{base}\n{settings}\n")
     parts = ("FSDP2Strategy", part)
     refuse("train", "config.py", "--launcher", "pytorch", "--cfg-options", *options, parts=parts)
+
+
+def test_moving_averages_need_another_runner(refuse):
+    options = ["runner_type=FlexibleRunner", "default_hooks.average.type=EMAHook"]
+    parts = ("FlexibleRunner loads checkpoints before EMAHook has its copy",)
+    refuse("train", DEMO / "upernet_swin_pc.py", "--cfg-options", *options, parts=parts)
 
 
 def test_single_numbers_cannot_be_sharded():

@@ -12,6 +12,7 @@ from runs import CONFIGS, DEMO, ROOT, TOOLS, run
 from torch import nn
 
 import condattn
+from condattn.openmmlab.models.loading import record_of
 from condattn.spectra import Measurement, measure
 from condattn.spectra.report import plot_entropy, write_report
 
@@ -256,3 +257,15 @@ def test_only_the_last_measurement_of_a_training_judges_the_preconditioner(monke
     for runner.iter in (0, 3, 7):
         spectra.SpectraHook(interval=4)._measure(runner, {"inputs": []})
     assert judged == [False, False, True]
+
+
+def test_weights_of_a_conditioned_model_of_timm(refuse, call, tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit")
+    condattn.condition(model, "sc")
+    torch.save({"state_dict": model.state_dict(), "meta": {"conditioning": record_of(model)}}, tmp_path / "sc.pth")
+    command = ["analysis/spectra", "test_vit", "sc.pth", "--out", "out"]
+    refuse(*command, parts=("sc.pth is of a model with conditioning='sc'", "--compare"))
+    for option in (["--compare", "none,sc"], ["--other-conditioning"]):
+        status, _, errors = call(*command, *option)
+        assert status is None, errors

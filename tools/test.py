@@ -5,14 +5,18 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.registry import HOOKS
 
 from condattn.openmmlab.data_check import check_data
+from condattn.openmmlab.data_check.settings import class_of
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.models.loading import check_conditioning
+from condattn.openmmlab.models.settings import class_name
 from condattn.openmmlab.processes import leave_processes, local_rank
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments, check_fit, drop_pretrained, read_checkpoint
 from condattn.openmmlab.runner.launch import (
@@ -23,6 +27,7 @@ from condattn.openmmlab.runner.launch import (
     build_runner,
     load_runner_config,
 )
+from condattn.openmmlab.runner.settings import check_loop
 from condattn.openmmlab.runner.sharding import is_sharded
 from condattn.openmmlab.runner.tta import add_tta
 from condattn.wording import some
@@ -64,8 +69,7 @@ def main() -> None:
     """Check configuration, data and checkpoint, then evaluate."""
     args = parse_args()
     cfg = load_runner_config(args)
-    if missing := [name for name in ("test_dataloader", "test_evaluator", "test_cfg") if cfg.get(name) is None]:
-        raise UserError(f"{args.config} has no {' and no '.join(missing)}, which an evaluation needs; add that")
+    check_loop(cfg, "test")
     detection = cfg.default_scope == "mmdet"
     if cfg.default_scope not in DRAWN and (args.out or args.show or args.show_dir or args.tta):
         raise UserError(
@@ -73,6 +77,10 @@ def main() -> None:
         )
     if args.out and detection:
         check_pickle(Path(args.out))
+        if isinstance(cfg.test_evaluator, dict) and class_name(cfg.test_evaluator) == "MultiDatasetsEvaluator":
+            raise UserError("--out expects metrics of one data set, found MultiDatasetsEvaluator; test one at a time")
+    if args.show and args.show_dir and cfg.default_scope == "mmseg":
+        raise UserError("mmseg either shows predictions or saves them; use --show or --show-dir, not both")
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
     if args.out and not detection:
@@ -107,6 +115,8 @@ def test(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> Non
         replaced: Keys of the weights that the checkpoint provides.
         given: The configuration before it was adapted to the data.
     """
+    for each in (cfg, given):  # the runner saves the configuration under this name, beside that of the training
+        object.__setattr__(each, "_filename", str(Path(cfg.filename).with_suffix("")) + "_test.py")
     runner = build_runner(cfg, args.other_conditioning, given)
     if args.show_dir or (args.out and cfg.default_scope != "mmdet"):
         check_names(runner.test_dataloader.dataset)
@@ -142,9 +152,13 @@ def check_names(dataset: BaseDataset) -> None:
 
 def draw_predictions(cfg: Config, args: Namespace) -> None:
     """Let the configuration's visualization hook draw every prediction."""
-    hook = cfg.get("default_hooks", {}).get("visualization")
-    if not hook:
-        raise UserError(f"--show and --show-dir expect default_hooks.visualization in {cfg.filename}")
+    hook = (cfg.get("default_hooks") or {}).get("visualization")
+    known = signature(class_of(hook, HOOKS)).parameters if hook else {}
+    if not {"draw", "interval", "show"} <= set(known) or not cfg.get("visualizer"):
+        raise UserError(
+            f"--show and --show-dir expect a visualizer and default_hooks.visualization, such as "
+            f"DetVisualizationHook or SegVisualizationHook, in {cfg.filename}"
+        )
     hook.update(draw=True, interval=1)
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)

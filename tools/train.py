@@ -1,7 +1,9 @@
 """Train a detector, a segmenter, a classifier or a model of sequences from a configuration file."""
 
 import copy
+import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -20,6 +22,7 @@ from condattn.openmmlab.runner.checkpoints import (
     check_initial_weights,
     check_pretrained,
     check_resumable,
+    check_same_start,
     drop_pretrained,
     find_resumable,
     read_checkpoint,
@@ -31,7 +34,9 @@ from condattn.openmmlab.runner.launch import (
     build_runner,
     load_runner_config,
 )
+from condattn.openmmlab.runner.settings import check_loop
 from condattn.openmmlab.runner.sharding import check_shardable, is_sharded
+from condattn.wording import some
 
 
 def parse_args() -> Namespace:
@@ -74,6 +79,8 @@ def main() -> None:
     """Check configuration, data and weights, then train."""
     args = parse_args()
     cfg = load_runner_config(args)
+    check_loop(cfg, "train")
+    check_loop(cfg, "val")
     if args.amp:
         enable_amp(cfg, args.amp)
     if args.auto_scale_lr:
@@ -89,6 +96,13 @@ def main() -> None:
     resume = args.resume or ("auto" if cfg.get("resume") and not cfg.get("load_from") else None)
     if checkpoint := find_resumable(cfg.work_dir, args.unsafe) if resume == "auto" else resume:
         cfg.resume, cfg.load_from = True, checkpoint
+    elif saved := sorted(Path(cfg.work_dir).glob("*.pth")):
+        print(
+            f"warning: {cfg.work_dir} has checkpoints of an earlier training ({some(path.name for path in saved)}), "
+            "which this one overwrites where names are equal; to go on with that one use --resume, to keep it another "
+            "--work-dir",
+            file=sys.stderr,
+        )
     given = copy.deepcopy(cfg)
     check_data(cfg, "train", "val")
     train(cfg, args, check_weights(cfg, args), given)
@@ -124,6 +138,7 @@ def train(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> No
         given: The configuration before it was adapted to the data.
     """
     runner = build_runner(cfg, args.other_conditioning, given)
+    check_same_start(cfg)
     drop_pretrained(runner.model, replaced)
     if args.compile:
         compiled_part(runner.model).compile(backend=args.compile)
@@ -153,7 +168,7 @@ def check_weights(cfg: Config, args: Namespace) -> set[str]:
         check_initial_weights(model, loaded)
     drop_pretrained(model, replaced=loaded)
     if first:
-        check_pretrained(model, cfg.model, args.unsafe)
+        check_pretrained(model, cfg.model, args.unsafe, args.other_conditioning)
     return loaded
 
 

@@ -18,6 +18,7 @@ from condattn.methods.parsing import split_names
 from condattn.openmmlab.config_files import is_config
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.models.loading import difference_from
 from condattn.openmmlab.models.settings import conditioned_parts
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
 from condattn.openmmlab.runner.inference import Predictor, find_images, is_readable
@@ -26,6 +27,7 @@ from condattn.spectra import QUANTITIES, Measurement, measure
 from condattn.spectra.advice import find_warnings
 from condattn.spectra.measure import spread
 from condattn.spectra.report import cell, check_folder, summary, title_of, write_report
+from condattn.weights.files import read_file
 from condattn.weights.load import load_pretrained, load_weights
 
 
@@ -152,6 +154,10 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
     if args.checkpoint:
         print(load_pretrained(model, args.checkpoint, unsafe=args.unsafe))
     condattn.condition(model, conditioning or "none")
+    if args.checkpoint and not args.other_conditioning and not conditioning:
+        problem = difference_from(read_file(args.checkpoint, args.unsafe), args.checkpoint, model)
+        if problem:
+            raise UserError(f"{problem}; name that with --compare, or measure without it with --other-conditioning")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     model.to(device)
     inputs = [transform(Image.open(path).convert("RGB"))[None].to(device) for path in paths]

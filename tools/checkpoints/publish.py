@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from condattn.openmmlab.errors import UserError, run_tool
+from condattn.openmmlab.hooks.atomic_checkpoint import VALIDATED
 from condattn.openmmlab.runner.checkpoints import add_unsafe_argument, read_checkpoint
 from condattn.weights.atomic import write_atomically
 
 KEPT = ("meta", "state_dict")
 """Entries of the published checkpoint."""
-LOCAL = ("cfg", "seed", "experiment_name", "time", "iter", "epoch")
+LOCAL = ("cfg", "seed", "experiment_name", "time", "iter", "epoch", VALIDATED)
 """Metadata of the training run, which are dropped; the configuration may contain local paths."""
 
 

@@ -148,7 +148,8 @@ def _check_barren(entries: list[Checked]) -> None:
 def _warn_of_training_data(cfg: Config, loader: str, entries: list[Checked]) -> None:
     """Warn if the files of an evaluation are those of the training."""
     trained = cfg.get("train_dataloader") if loader != "train" else None
-    known = [_files(leaf) for leaf in leaves(trained["dataset"])] if isinstance(trained, dict) else []
+    trained = trained.get("dataset") if isinstance(trained, dict) else None
+    known = [] if any(misshapen(trained, "")) else [_files(leaf) for leaf in leaves(trained)]
     for entry in entries:
         if (files := _files(entry.settings)) and files in known:
             entry.findings.warnings.append(
@@ -198,7 +199,7 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
         return Findings(summary=f"{name}, not checked, because it reads its files by methods of its own")
     if problems := list(slips(leaf)):
         return Findings(errors=problems)
-    if not any(named_paths(leaf)) and not _data_root(leaf).is_dir():
+    if _writes_itself(leaf) and not any(named_paths(leaf)) and not _data_root(leaf).is_dir():
         return Findings(summary=f"{name}, which writes its data to {_data_root(leaf)} when the run begins")
     try:
         dataset = DATASETS.build({**leaf, "pipeline": [], "lazy_init": True})
@@ -289,6 +290,17 @@ def _data_root(leaf: dict[str, Any]) -> Path:
     """The folder of a data set whose class defines its own files, as the built-in ones do."""
     parameter = signature(class_of(leaf, DATASETS)).parameters.get("data_root")
     return Path(leaf.get("data_root") or (parameter and parameter.default) or ".")
+
+
+def _writes_itself(leaf: dict[str, Any]) -> bool:
+    """Whether the class of a data set prepares its files before it reads them, as the built-in ones do."""
+    return not any(class_of(leaf, DATASETS).full_init is getattr(base, "full_init", None) for base in _readers())
+
+
+def _readers() -> list[type]:
+    """The classes of ``KINDS`` whose toolbox is in use."""
+    found = (getattr(sys.modules.get(module), name, None) for _, module, name, _ in KINDS)
+    return [base for base in found if base]
 
 
 def _kind(leaf: dict[str, Any]) -> str | None:

@@ -293,10 +293,9 @@ def repair(findings: Findings, path: str, content: dict[str, Any], repairs: list
     if not repairs:
         return []
     try:
-        stat = os.stat(path)
-        key = hashlib.sha256(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        name = f"annotations/{Path(path).stem[:80]}-{key}.json"
-        findings.ann_file = str(write_cached(name, lambda partial: partial.write_text(json.dumps(content))))
+        text = json.dumps(content)  # one file may need several copies, such as one for each order of classes
+        name = f"annotations/{Path(path).stem[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        findings.ann_file = str(write_cached(name, lambda partial: partial.write_text(text)))
     except OSError as error:
         findings.errors.append(
             f"{path}: {'; '.join(repairs)}, but the copy cannot be written ({error.strerror or error}); set "

@@ -1,10 +1,11 @@
 """Write checkpoints atomically: a file is complete, or it does not exist."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.dist import is_main_process
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -17,19 +18,23 @@ VALIDATED = "validated"
 """Entry of a checkpoint's ``meta``: whether it was saved after the validation of its position."""
 
 
-class AtomicFileBackend(LocalBackend):
-    """mmengine's backend for local files, with atomic writes: a file is complete, or it does not exist."""
+@contextmanager
+def atomic_writes() -> Iterator[None]:
+    """Let mmengine write local files atomically: a file is complete, or it does not exist.
 
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes to a file, atomically."""
-        write_atomically(filepath, lambda path: path.write_bytes(obj), overwrite=True)
+    mmengine's ``FlexibleRunner`` does not pass on the storage backend that ``CheckpointHook`` is given, so that no
+    backend of our own would be used there.
+    """
+    put = LocalBackend.put
+    LocalBackend.put = _put
+    try:
+        yield
+    finally:
+        LocalBackend.put = put
 
-    def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
-        """Write text to a file, atomically."""
-        self.put(obj.encode(encoding), filepath)
 
-
-register_backend("atomic_file", AtomicFileBackend, force=True)
+def _put(self: LocalBackend, obj: bytes, filepath: str | Path) -> None:
+    write_atomically(filepath, lambda path: path.write_bytes(obj), overwrite=True)
 
 
 @HOOKS.register_module()
@@ -43,9 +48,6 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        is_local = "://" not in str(self.out_dir)
-        if is_local and not self.backend_args and self.file_client_args is None:
-            self.backend_args = {"backend": "atomic_file"}
         self._meta: dict[str, int] = {}
         self._after_validation = False
 
@@ -77,17 +79,18 @@ class AtomicCheckpointHook(CheckpointHook):
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         outer, self._meta = self._meta, self._meta or dict(meta)
         try:
-            runner.save_checkpoint(
-                self.out_dir,
-                name,
-                self.file_client_args,
-                save_optimizer=self.save_optimizer,
-                save_param_scheduler=self.save_param_scheduler,
-                meta=meta,
-                by_epoch=self.by_epoch,
-                backend_args=self.backend_args,
-                **self.args,
-            )
+            with atomic_writes():
+                runner.save_checkpoint(
+                    self.out_dir,
+                    name,
+                    self.file_client_args,
+                    save_optimizer=self.save_optimizer,
+                    save_param_scheduler=self.save_param_scheduler,
+                    meta=meta,
+                    by_epoch=self.by_epoch,
+                    backend_args=self.backend_args,
+                    **self.args,
+                )
             if is_main_process():
                 last = Path(runner.work_dir, LAST)
                 write_atomically(last, lambda path: path.write_text(self.last_ckpt), overwrite=True)
@@ -105,6 +108,12 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoint; delete the previous best one only when the new one has been written."""
+        if absent := [name for name in getattr(self, "key_indicators", ()) if name not in (*metrics, "auto")]:
+            runner.logger.warning(
+                f"no best checkpoint is chosen: save_best names {', '.join(absent)}, and the validation reports "
+                f"{', '.join(metrics)}"
+            )
+            return
         surplus: list[tuple[Callable, str]] = []
         backend = self.file_backend
         deletions = {name: getattr(backend, name) for name in ("remove", "rmtree") if hasattr(backend, name)}
@@ -113,7 +122,8 @@ class AtomicCheckpointHook(CheckpointHook):
         for name, delete in deletions.items():
             setattr(backend, name, lambda path, delete=delete: surplus.append((delete, path)))
         try:
-            super()._save_best_checkpoint(runner, metrics)
+            with atomic_writes():
+                super()._save_best_checkpoint(runner, metrics)
         except OSError as error:
             kept = ", ".join(str(path) for _, path in surplus) or "none"
             raise UserError(
@@ -124,5 +134,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 delattr(backend, name)
             self._meta = {}
             self._after_validation = False
+        current = {getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()}
         for delete, path in surplus:
-            delete(path)
+            if path not in current:  # the new one may have the name of the previous one, which it has replaced
+                delete(path)

@@ -48,6 +48,13 @@ class ExactResumeHook(Hook):
         """Do the validation that the checkpoint was saved before."""
         loop = runner.train_loop
         in_epochs = isinstance(loop, EpochBasedTrainLoop)
+        if not in_epochs and not self._can_skip(runner):
+            runner.logger.info("a resumed run will see other batches than this one: the sampler cannot skip iterations")
+        if getattr(runner.optim_wrapper, "_accumulative_counts", 1) > 1:
+            runner.logger.info(
+                "gradients are accumulated; a run that resumes from a checkpoint between two updates loses those of "
+                "the iterations since the last update"
+            )
         position, last = (loop.epoch, loop.max_epochs) if in_epochs else (loop.iter, loop.max_iters)
         missing, self._validation_missing = self._validation_missing, False
         if not (self.validate and missing and position > 0 and runner.val_loop is not None):

@@ -89,8 +89,20 @@ def check_start(checkpoint: Any, path: str, model: nn.Module, load: str) -> None
             f"{path} was trained with corrected weights ({', '.join(found)}); load='effective' is for weights that "
             "were not"
         )
-    if problem := difference(_in_names_of(model, record, checkpoint), model, f"{path} is"):
+    if problem := difference_from(checkpoint, path, model):
         raise ValueError(f"{problem}, or load it all the same with other_conditioning=True in the init_cfg")
+
+
+def difference_from(checkpoint: Any, path: str, model: nn.Module) -> str:
+    """As :func:`difference`, from the record in a checkpoint, which may be of another library's model; '' without one.
+
+    Args:
+        checkpoint: The content of the checkpoint.
+        path: Where it was read from.
+        model: The model.
+    """
+    record = recorded(checkpoint)
+    return difference(_in_names_of(model, record, checkpoint), model, f"{path} is") if any(record.values()) else ""
 
 
 def guard_loading(module: nn.Module) -> None:

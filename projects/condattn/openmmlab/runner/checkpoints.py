@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import (
     get_deprecated_model_names,
@@ -20,6 +22,7 @@ from ...weights.files import BadFileError, describe_wrong_hash, read_file, weigh
 from ...wording import some
 from ..errors import UserError
 from ..models.base import pretrained_entry, refuse_initial_weights, without_pretrained
+from ..models.loading import difference_from
 from ..models.settings import setting_path
 from ..models.wrapping import unwrapped
 
@@ -167,6 +170,22 @@ def find_resumable(work_dir: str, unsafe: bool = False) -> str | None:
     return None
 
 
+def check_same_start(cfg: Config) -> None:
+    """Check that all processes of a distributed training start from the same checkpoint, or from none.
+
+    Raises:
+        UserError: If they do not; each machine looks for the checkpoint to resume from in its own file system.
+    """
+    name = Path(cfg.load_from).name if cfg.get("load_from") else "none"
+    names = all_gather_object(name)
+    if len(set(names)) > 1:
+        found = ", ".join(f"{name} by process {names.index(name)}" for name in dict.fromkeys(names))
+        raise UserError(
+            f"the processes found different checkpoints to resume from ({found}); let all machines share the work "
+            "directory, or copy the checkpoint to each and name it: --resume FILE"
+        )
+
+
 def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) -> set[str]:
     """Check that ``checkpoint``, which was read from ``path``, fits ``model``.
 
@@ -249,16 +268,19 @@ def _size(value: Any) -> str:
     )
 
 
-def check_pretrained(model: nn.Module, settings: dict, unsafe: bool = False) -> None:
+def check_pretrained(model: nn.Module, settings: dict, unsafe: bool = False, other_conditioning: bool = False) -> None:
     """Read (and so download, once) the pretrained weights that ``model`` will start from, and load them into it.
 
     Args:
         model: The model.
         settings: Its settings in the configuration.
         unsafe: Whether code in the files may be executed; this project's own backbones have a setting for that.
+        other_conditioning: Whether upstream's modules load weights that were trained with a conditioning; this
+            project's own backbones have a setting for that, too.
 
     Raises:
-        UserError: If they cannot be read, or fit no weight; the message says how to train without them.
+        UserError: If they cannot be read, fit no weight, or were trained with another conditioning; the message says
+            how to train without them.
     """
     for name, init_cfg in list(_pretrained(model)):
         module = model.get_submodule(name)
@@ -272,6 +294,8 @@ def check_pretrained(model: nn.Module, settings: dict, unsafe: bool = False) -> 
                 module.init_weights()
                 continue
             weights = read_checkpoint(init_cfg["checkpoint"], unsafe)
+            if not other_conditioning and (problem := difference_from(weights, init_cfg["checkpoint"], module)):
+                raise UserError(f"{problem}, or load it all the same with --other-conditioning")
             before = {key: value.detach().clone() for key, value in module.named_parameters()}
             module.init_weights()
             if all(value.equal(before[key]) for key, value in module.named_parameters()):

@@ -16,6 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
+from ...weights.atomic import write_atomically
 from ...wording import listed
 from ..data_check.images import walk
 from ..data_check.settings import class_of, leaves
@@ -165,8 +166,8 @@ def save_prediction(sample: BaseDataElement, out_file: Path) -> None:
         dtype = np.uint8 if labels.max() < 256 else np.uint16
         mmcv.imwrite(labels.astype(dtype), f"{out_file}.png")
     if "pred_instances" in sample:
-        with open(f"{out_file}.json", "w") as file:
-            json.dump(_instances(sample.pred_instances), file)
+        text = json.dumps(_instances(sample.pred_instances))
+        write_atomically(f"{out_file}.json", lambda path: path.write_text(text), overwrite=True)
 
 
 def _instances(instances: BaseDataElement) -> dict:
@@ -201,7 +202,7 @@ def _image_pipeline(cfg: Config) -> list[dict]:
 def _dataset_meta(dataset: dict) -> dict:
     """Class names and colours of a data set that need not exist: from its class, overridden by the configuration."""
     dataset = next(leaves(dataset))
-    return {**getattr(class_of(dataset, DATASETS), "METAINFO", {}), **dataset.get("metainfo", {})}
+    return {**getattr(class_of(dataset, DATASETS), "METAINFO", {}), **(dataset.get("metainfo") or {})}
 
 
 def _build_visualizer(cfg: Config, meta: dict):

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ from .sharding import check_sharding
 TOOLBOXES = ("mmdet", "mmseg", "mmpretrain", "mmengine")
 DRAWN = ("mmdet", "mmseg")
 """Toolboxes whose predictions are drawn and written; those of the others are scored alone."""
+BAD_SETTINGS = ("is not in the", 'must contain the key "type"', "unexpected keyword argument", "missing 1 required")
+"""In messages of Python's and mmengine's errors: a setting that is unknown or missing."""
 UNSET = re.compile(r"`(\w+)` cannot be found in `os\.environ`")
 """In mmengine's message: an environment variable that a configuration refers to and that has no value."""
 
@@ -52,6 +55,21 @@ warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")
 
 class ConfigOptions(DictAction):
     """mmengine's ``DictAction``, which also accepts a conditioning with settings: sc(strength=3.0,relative=True)."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[str], option_string=None) -> None:
+        """Add the options to ``namespace``.
+
+        Raises:
+            UserError: If one of them is not KEY=VALUE, or its brackets are unbalanced.
+        """
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (ValueError, AssertionError) as error:
+                raise UserError(
+                    f"--cfg-options: expected KEY=VALUE without spaces, found {value}; put other arguments before "
+                    'this option, and lists in quotation marks, as in key="[a,b]"'
+                ) from error
 
     @staticmethod
     def _parse_iterable(val: str):
@@ -189,13 +207,17 @@ def build_model(cfg: Config) -> nn.Module:
         settings.setdefault("data_preprocessor", cfg.data_preprocessor)
     try:
         return MODELS.build(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        message = str(error.args[0]) if error.args else ""
-        if isinstance(error, KeyError) and "is not in the" not in message:
-            raise
-        if isinstance(error, TypeError) and "unexpected keyword argument" not in message:
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        message = str(error.args[0]) if error.args else _failed_line(error)
+        if isinstance(error, KeyError | TypeError) and not any(text in message for text in BAD_SETTINGS):
             raise
         raise UserError(f"the model of {cfg.filename} cannot be built: {message}{_hint(settings, message)}") from error
+
+
+def _failed_line(error: Exception) -> str:
+    """The line of code that raised an error without a message, such as an assertion."""
+    last = extract_tb(error.__traceback__)[-1]
+    return f"{last.line} ({last.filename}, line {last.lineno})"
 
 
 def _hint(settings: Any, message: str) -> str:
@@ -223,9 +245,10 @@ def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | 
     """
     given = given or copy.deepcopy(cfg)
     start_processes(cfg)
-    checkpoints = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    if class_name(checkpoints) == "CheckpointHook":
-        checkpoints.type = "AtomicCheckpointHook"
+    cfg.default_hooks = {"checkpoint": {"type": "CheckpointHook"}, **(cfg.get("default_hooks") or {})}
+    for settings in (cfg.default_hooks.checkpoint, *(cfg.get("custom_hooks") or ())):
+        if isinstance(settings, dict) and class_name(settings) == "CheckpointHook":
+            settings["type"] = "AtomicCheckpointHook"
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if isinstance(runner.model, dict):  # FlexibleRunner builds its model only when the run begins
         runner.model = runner.strategy.build_model(runner.model)
@@ -238,6 +261,9 @@ def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | 
     for hook in own_hooks:
         if not any(isinstance(own, type(hook)) for own in runner.hooks):
             runner.register_hook(hook)
+    for hook in runner.hooks:
+        if isinstance(hook, ConditioningGuardHook):  # the configuration may have one of its own
+            hook.allow_other |= other_conditioning
     return runner
 
 

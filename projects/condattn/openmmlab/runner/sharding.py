@@ -113,20 +113,22 @@ def check_sharding(cfg: Config) -> None:
     Raises:
         UserError: If it does not.
     """
+    hooks = [*(cfg.get("default_hooks") or {}).values(), *(cfg.get("custom_hooks") or ())]
+    names = [class_name(hook) for hook in hooks if isinstance(hook, dict)]
+    if "EMAHook" in names and cfg.get("runner_type") == "FlexibleRunner":
+        raise UserError("FlexibleRunner loads checkpoints before EMAHook has its copy of the model; remove that hook")
     if not is_sharded(cfg):
         return
     if cfg.get("runner_type") != "FlexibleRunner":
         raise UserError(f"FSDP2Strategy expects runner_type='FlexibleRunner', found {cfg.get('runner_type')}")
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         raise UserError(f"FSDP2Strategy expects torch 2.6 or newer, found {torch.__version__}")
-    hooks = [class_name(hook) for hook in cfg.get("custom_hooks") or [] if isinstance(hook, dict)]
     for hook, why in (
-        ("EMAHook", "it copies the model, which a sharded one does not allow"),
         ("SpectraHook", "it measures whole weights; use tools/analysis/spectra.py on a checkpoint"),
         ("CalibrationHook", "use tools/checkpoints/calibrate.py, and start from what it writes"),
     ):
-        if hook in hooks:
-            raise UserError(f"FSDP2Strategy expects custom_hooks without {hook}: {why}")
+        if hook in names:
+            raise UserError(f"FSDP2Strategy expects hooks without {hook}: {why}")
     if cfg.get("find_unused_parameters"):
         raise UserError("FSDP2Strategy expects every process to use every parameter, found find_unused_parameters=True")
     if (inner_settings(cfg.model).get("test_cfg") or {}).get("mode") == "slide":

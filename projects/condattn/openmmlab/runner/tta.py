@@ -47,7 +47,7 @@ def add_tta(cfg: Config, model: nn.Module) -> None:
     pipelines = [cfg.get("tta_pipeline") or _flip_pipeline(dataset.pipeline) for dataset in datasets]
     for dataset, pipeline in zip(datasets, pipelines, strict=True):
         dataset.pipeline = pipeline
-    cfg.model = ConfigDict(**cfg.get("tta_model", _MODELS[cfg.default_scope]), module=cfg.model)
+    cfg.model = ConfigDict(**(cfg.get("tta_model") or _MODELS[cfg.default_scope]), module=cfg.model)
 
 
 def _flip_pipeline(pipeline: list) -> list:
