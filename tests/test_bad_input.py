@@ -202,9 +202,12 @@ def test_models_that_cannot_be_built(refuse, config, option, parts):
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
-        ("optim_wrapper=None", ("has no optim_wrapper, which a training needs",)),
-        ("train_cfg=None", ("has no train_cfg, which a training needs",)),
-        ("val_dataloader=None", ("has no val_dataloader, which a validation needs", "set all three to None")),
+        ("optim_wrapper=None", ("settings that a training needs are missing: optim_wrapper",)),
+        ("train_cfg=None", ("settings that a training needs are missing: train_cfg; add them",)),
+        (
+            "val_dataloader=None",
+            ("settings that a validation needs are missing: val_dataloader", "set all three to None"),
+        ),
         ("train_cfg.type=EpochTrainLoop", ("train_cfg.type", "did you mean 'EpochBasedTrainLoop'?")),
         ("optim_wrapper.type=OptimWraper", ("did you mean 'OptimWrapper'?",)),
         ("optim_wrapper.optimizer.type=Adamw", ("optim_wrapper.optimizer.type", "did you mean 'AdamW'?")),

@@ -195,7 +195,7 @@ def test_data_without_image_files(refuse, tmp_path):
 
 @pytest.mark.parametrize("name", ["test_dataloader", "test_evaluator", "test_cfg"])
 def test_an_evaluation_of_a_configuration_without_it(name, refuse, detection):
-    parts = (f"has no {name}, which an evaluation needs",)
+    parts = (f"settings that an evaluation needs are missing: {name}",)
     refuse("test", detection.config, detection.checkpoint, "--cfg-options", f"{name}=None", parts=parts)
 
 

@@ -43,8 +43,10 @@ def check_loop(cfg: Config, loop: str) -> None:
     """
     missing = [name for name in NEEDED[loop] if cfg.get(name) is None]
     if missing and not (loop == "val" and len(missing) == len(NEEDED[loop])):
-        advice = "; add that" + (", or set all three to None" if loop == "val" else "")
-        raise UserError(f"{cfg.filename} has no {' and no '.join(missing)}, which {WORDS[loop]} needs{advice}")
+        advice = ", or set all three to None" if loop == "val" else ""
+        raise UserError(
+            f"{cfg.filename}: settings that {WORDS[loop]} needs are missing: {', '.join(missing)}; add them{advice}"
+        )
     for path, settings, registries in _typed(cfg, loop):
         if not isinstance(settings, dict) or not isinstance(settings.get("type"), str):
             continue
