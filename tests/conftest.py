@@ -1,6 +1,7 @@
 """Fixtures of the whole test suite; the demo models are trained once and shared by all tests."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -35,8 +36,11 @@ def environment():
     names = ("CAMVID", "NUCLEI", "FASHION_MNIST", "LRA_DATA", "LISTOPS_SMALL", "IMAGE_FOLDER", "LANGUAGE_MODEL_TEXT")
     with pytest.MonkeyPatch.context() as monkeypatch:
         launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK")
-        for name in (*names, *launchers, "GPUS_PER_NODE", "CPUS_PER_TASK", "FORCE_COLOR"):
+        git = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")  # which git sets for its hooks
+        for name in (*names, *launchers, *git, "GPUS", "GPUS_PER_NODE", "CPUS_PER_TASK", "SRUN_ARGS", "FORCE_COLOR"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+        monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         yield
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from urllib.error import URLError
@@ -251,13 +252,15 @@ def test_a_whole_model_is_more_than_weights(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
 def test_good_files(suffix, tmp_path):
-    source, target = vit(), vit()
-    content = safetensors(source.state_dict()) if suffix == ".safetensors" else WHOLE
+    weights = vit().state_dict()
+    content = safetensors(weights) if suffix == ".safetensors" else saved(weights)
     (tmp_path / f"good{suffix}").write_bytes(content)
-    report = load_pretrained(target, tmp_path / f"good{suffix}")
-    assert (report.missing, report.left_out) == ([], [])
-    (tmp_path / "old.pth").write_bytes(OLD)
-    load_pretrained(target, tmp_path / "old.pth")
+    (tmp_path / "old.pth").write_bytes(saved(weights, _use_new_zipfile_serialization=False))
+    for name in (f"good{suffix}", "old.pth"):
+        target = vit()
+        report = load_pretrained(target, tmp_path / name)
+        assert (report.missing, report.left_out) == ([], [])
+        assert all(torch.equal(value, weights[key]) for key, value in target.state_dict().items())
 
 
 def test_tensors_beside_the_weights(tmp_path):
@@ -300,3 +303,11 @@ def _umask():
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def test_safetensors_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BadFileError, match="needs the package safetensors: pip install safetensors"):
+        read_file(tmp_path / "a.safetensors")

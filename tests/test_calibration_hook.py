@@ -26,6 +26,7 @@ from whole_models import NAMES, small
 
 import condattn
 import condattn.registry
+from condattn.openmmlab.hooks import calibration
 from condattn.openmmlab.hooks.calibration import CalibrationHook
 from condattn.openmmlab.hooks.spectra import SpectraHook
 from condattn.openmmlab.models.forward import forward
@@ -257,9 +258,10 @@ class Classifier(BaseModel):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("sampler", ["InfiniteSampler", "DefaultSampler"])
-def test_the_training_sees_the_same_batches(sampler, exact, workers, tmp_path):
+def test_the_training_sees_the_same_batches(sampler, exact, workers, tmp_path, monkeypatch):
     """As many iterations as without the hook, with the same images and augmentations."""
-    trained = []
+    trained, calls, real = [], [], calibration.calibrate
+    monkeypatch.setattr(calibration, "calibrate", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     for hooks in ([], [dict(type="CalibrationHook", batches=3)]):
         in_epochs = (
             dict(by_epoch=True, max_epochs=2) if sampler == "DefaultSampler" else dict(by_epoch=False, max_iters=8)
@@ -284,3 +286,9 @@ def test_the_training_sees_the_same_batches(sampler, exact, workers, tmp_path):
         trained.append(torch.stack(model.batches))
     assert trained[0].shape == (10 if sampler == "DefaultSampler" else 8, 4, 3)
     assert torch.equal(*trained)
+    assert len(calls) == 1
+
+
+def test_a_calibration_on_no_batch():
+    with pytest.raises(ValueError, match="CalibrationHook: batches is 0; expected at least 1"):
+        CalibrationHook(batches=0)

@@ -212,6 +212,9 @@ def test_calibrate_spectral_correction_then_fold_gives_the_same_weights_back(cal
     status, output, _ = call(*command)
     assert not status and "W - C in place of W" in output
     fold = ["checkpoints/fold", SWIN, "sc.pth", "--images", images, "--out", "plain.pth", "--config-out", "plain.py"]
+    status, _, errors = call(*fold, *options, TOLERANCE=-1.0)
+    assert status == 2 and "the attention of the folded model differs by" in errors
+    assert not (tmp_path / "plain.pth").exists()
     status, output, _ = call(*fold, *options)
     assert not status and re.search(r"agrees to [\d.e+-]+ of its size on 4 images", output)
     assert "plain.py: needs condattn, for 'DigitScenesDetection', 'SpectraHook'" in output

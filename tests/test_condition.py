@@ -330,6 +330,10 @@ def test_a_user_method_is_one_class(request):
     assert condattn.conditioning_of(model)[SITES[0]][1] == dict(type="Halve", factor=0.5)
     with pytest.raises(ValueError, match="the conditioning method name 'Halve' is taken"):
         condattn.register_method(Halve)
+    before = condattn.conditioning_of(model)
+    with pytest.raises(NotImplementedError, match="Halve cannot be removed: the class does not define remove"):
+        condattn.remove(model)
+    assert condattn.conditioning_of(model) == before
 
 
 def test_the_model_itself_may_be_the_site():

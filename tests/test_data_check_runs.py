@@ -257,3 +257,13 @@ def test_a_folder_that_is_not_there(label_maps, tmp_path):
     (entry,) = find(label_maps.cfg, "train")
     (error,) = entry.findings.errors
     assert str(tmp_path / "nowhere") in error
+
+
+def test_images_that_the_tool_reads(coco, tmp_path, call, monkeypatch):
+    """A sample, or with --images every one."""
+    monkeypatch.setattr(sample, "__defaults__", (2,))  # the first and the last
+    (coco.folder / "images" / "3.jpg").write_bytes(b"")
+    (tmp_path / "config.py").write_text(coco.cfg.pretty_text)
+    assert call("dataset/check", "config.py")[0] is None
+    status, _, errors = call("dataset/check", "config.py", "--images")
+    assert status == 2 and "3.jpg is empty" in errors

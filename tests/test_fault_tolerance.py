@@ -29,6 +29,7 @@ from mmengine.runner import FlexibleRunner, Runner
 import condattn
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook, atomic_writes
+from condattn.openmmlab.hooks.exact_resume import ExactResumeHook
 from condattn.openmmlab.hooks.finite_loss import find_trouble, weights_blamed
 from condattn.openmmlab.runner import checkpoints, launch
 from condattn.openmmlab.runner.checkpoints import check_same_start, find_resumable
@@ -454,3 +455,22 @@ def test_a_configuration_without_checkpoint_hook_has_the_atomic_one(detection, t
         cfg.update(work_dir=str(tmp_path), launcher="none", experiment_name=f"hooks {hooks}")
         (hook,) = (one for one in launch.build_runner(cfg).hooks if isinstance(one, CheckpointHook))
         assert isinstance(hook, AtomicCheckpointHook) and hook.interval == (2 if hooks else -1)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_the_validation_that_is_made_up_for_can_be_turned_off(validate):
+    """The log of such a run says what is not exact."""
+    ran, lines = [], []
+    loop = SimpleNamespace(iter=4, max_iters=8, val_begin=1, dynamic_milestones=[0], dynamic_intervals=[2])
+    runner = SimpleNamespace(
+        _resume=True,
+        train_loop=loop,
+        optim_wrapper=SimpleNamespace(_accumulative_counts=2),
+        val_loop=SimpleNamespace(run=lambda: ran.append(1)),
+        logger=SimpleNamespace(info=lines.append),
+    )
+    hook = ExactResumeHook(validate=validate)
+    hook.after_load_checkpoint(runner, {"meta": {}})
+    hook.before_train(runner)
+    assert bool(ran) == validate
+    assert "will see other batches" in lines[0] and "gradients are accumulated" in lines[1]

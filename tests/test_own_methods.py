@@ -107,6 +107,8 @@ def test_initial_weights():
         ("sc", "scaled", r"its q is corrected already, by sc; two methods cannot correct one weight"),
         ("pc", "shrunk", r"head outputs are conditioned already, by pc; two methods cannot transform them"),
         ("shrunk", "pc", r"head outputs are conditioned already, by shrunk"),
+        ("orthogonal", "ci", r"initial weights are set already, by orthogonal"),
+        ("ci", "orthogonal", r"initial weights are set already, by ci"),
         ("scaled", "scaled(factor=2.0)", "Scaled more than once"),
         ("centred", "centred", "Centred more than once"),
     ],

@@ -20,7 +20,7 @@ pytest.importorskip("timm")
 
 import mmpretrain
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 
 import condattn
@@ -431,3 +431,21 @@ def test_missing_data_are_refused_before_anything_is_written(call, tmp_path, mon
     for split, line in zip(("train", "val"), error_lines(errors), strict=True):
         assert f"data/imagenet/{split}" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\0\0\x0d\x01" + bytes(8), "expected an IDX file of bytes with 1 dimensions"),
+        (bytes([0, 0, 8, 1, 0, 0, 0, 8]) + bytes(7), "expected 8 values, got 7"),
+        (bytes([0, 0, 8, 1, 0, 0, 0, 7]) + bytes(7), "8 images and 7 labels of test"),
+    ],
+)
+def test_idx_files_that_are_wrong(fashion, tmp_path, content, message):
+    folder = shutil.copytree(fashion, tmp_path / "data")
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
+    dataset = dict(type="IdxImages", data_root=str(folder), split="test")
+    with pytest.raises(ValueError, match=message):
+        DATASETS.build(dataset)
+    with pytest.raises(ValueError, match="split: expected one of training, test, got 'train'"):
+        DATASETS.build(dict(dataset, split="train"))

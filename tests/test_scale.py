@@ -14,9 +14,11 @@ from torch import nn
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 import condattn.registry  # noqa: F401
+from condattn.openmmlab import processes
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.sharding import FSDP2Strategy, check_shardable, transformer_blocks
 
@@ -254,6 +256,37 @@ def test_moving_averages_need_another_runner(refuse):
     options = ["runner_type=FlexibleRunner", "default_hooks.average.type=EMAHook"]
     parts = ("FlexibleRunner loads checkpoints before EMAHook has its copy",)
     refuse("train", DEMO / "upernet_swin_pc.py", "--cfg-options", *options, parts=parts)
+
+
+@sharding
+def test_a_sharded_model_is_not_tested_with_augmentation(refuse):
+    command = ["test", DEMO / "upernet_swin_pc.py", "x.pth", "--tta", "--launcher", "pytorch", "--cfg-options"]
+    refuse(*command, *SHARDED, "custom_hooks=[]", parts=("--tta expects a model that is not sharded",))
+
+
+@sharding
+def test_blocks_may_stay_gathered(group, tmp_path, monkeypatch):
+    asked, shard = [], torch.distributed.fsdp.fully_shard
+
+    def record(module, **settings):
+        asked.append(settings)
+        return shard(module, **settings)
+
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", record)
+    model = timm.create_model("test_vit")
+    FSDP2Strategy(work_dir=str(tmp_path), reshard_after_forward=False)._wrap_model(model)
+    assert asked == [dict(reshard_after_forward=False)] * len(model.blocks) + [{}]
+
+
+@pytest.mark.parametrize("device, message", [("cuda", "shows 1 GPUs, but 2 or more"), ("cpu", "set MASTER_ADDR to")])
+def test_processes_that_cannot_be_joined(device, message, monkeypatch):
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(processes, "get_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=message):
+        processes.start_processes(Config(dict(launcher="pytorch")))
 
 
 def test_single_numbers_cannot_be_sharded():

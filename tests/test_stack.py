@@ -104,3 +104,9 @@ def test_operators_need_a_stack(tmp_path):
 
 def test_this_environment():
     stack.check_stack()
+
+
+def test_the_command_of_the_readme(tmp_path):
+    command = [sys.executable, "-m", "condattn.stack"]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "torch " in output and "mmcv's operators: " in output

@@ -95,3 +95,8 @@ def test_a_learned_gain_is_trained():
 def test_an_unknown_gain():
     with pytest.raises(ValueError, match="gain is 'twice'; expected one of sqrt, initial, learned"):
         GainedRowPreconditioner(gain="twice")
+
+
+def test_a_gain_needs_a_linear_layer():
+    with pytest.raises(ValueError, match="a gain needs nn.Linear behind the heads"):
+        condattn.condition(torch.nn.MultiheadAttention(8, 2), "pc_gain")

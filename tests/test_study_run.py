@@ -341,3 +341,21 @@ with run._alone(Path("."), RunId("tuning", "pc", 5, 1e-3)) as lock:
         except RunError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+def test_a_final_evaluation_that_fails(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "last_checkpoint").write_text("iter_4.pth")
+    arguments = (tmp_path, tmp_path, None, tmp_path, "coco/segm_mAP")
+    monkeypatch.setattr(run_module, "_call", lambda *_: "out of memory")
+    with pytest.raises(run_module.RunError, match="out of memory; the log is .*test.log"):
+        run_module._evaluate(*arguments)
+
+    def other(code, root, lock, log, tool, config, checkpoint, option, work):
+        (work / "1").mkdir(parents=True)
+        (work / "1" / "1.json").write_text('{"coco/bbox_mAP": 0.5}')
+        return ""
+
+    monkeypatch.setattr(run_module, "_call", other)
+    with pytest.raises(run_module.RunError, match="no coco/segm_mAP in what .*test.log reports"):
+        run_module._evaluate(*arguments)

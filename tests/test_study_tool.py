@@ -45,8 +45,8 @@ def study(call, tmp_path, monkeypatch):
             results.add(record)
         return record
 
-    def study(*arguments: str, status: int = 0) -> str:
-        found, output, errors = call("study", path, *arguments, ROOT=root, execute=execute)
+    def study(*arguments: str, status: int = 0, **replaced) -> str:
+        found, output, errors = call("study", path, *arguments, ROOT=root, execute=execute, **replaced)
         assert found == status, errors
         return error_lines(errors)[0] if status else output
 
@@ -182,3 +182,32 @@ def test_a_broken_study_does_not_spoil_the_report_of_another(study):
     (study.root / "docs" / "results.md").write_text("<!-- begin tiny -->\n<!-- end tiny -->\n")
     assert "docs/results.md" in study("--report-only")
     assert "Incomplete: 0 of 12" in (study.root / "docs" / "results.md").read_text()
+
+
+def test_runs_that_were_not_finished(study):
+    seen = []
+
+    class Pool:
+        def __init__(self, *arguments):
+            seen.append(arguments)
+
+        def work(self):
+            return {RUN: "no such thing"}
+
+    error = study("--only", "none", "--jobs", "2", status=1, Pool=Pool)
+    assert error == f"error: {RUN} is not finished: no such thing"
+    _, _, command, jobs, only, runs = seen[0]
+    assert (jobs, only, runs) == (2, ["none"], None) and command[-2:] == ["--data-checked", "--run"]
+    assert (study.results.folder / "report.md").exists()
+
+
+def test_some_variants_alone(study):
+    listed = study("--list", "--only", "pc")
+    assert listed.count("--run tuning/pc/") == 4 and "tuning/none" not in listed
+
+
+def test_a_copy_of_the_code_that_was_changed(study):
+    study("--list")
+    copy = study.root / "work_dirs" / "studies" / "code" / study.first
+    (copy / "configs" / "note.txt").write_text("changed")
+    assert "is changed (M configs/note.txt); remove it" in study("--list", status=2)

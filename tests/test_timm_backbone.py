@@ -251,3 +251,9 @@ def test_pyramid_normalises_the_channels_of_each_pixel():
 def test_bad_pyramid(settings, part):
     with pytest.raises(ValueError, match=part):
         SimpleFeaturePyramid(8, **settings)
+
+
+def test_settings_of_weights_of_timm():
+    backbone = build("test_vit", init_cfg=dict(type="Pretrained", checkpoint="timm:test_vit", unsafe=True))
+    with pytest.raises(ValueError, match="init_cfg has unsafe; with weights of timm its settings are checkpoint and"):
+        backbone.init_weights()

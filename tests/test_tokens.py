@@ -386,3 +386,9 @@ def test_rules_for_classes_that_are_not_named_fully():
 def test_settings_that_are_none(settings):
     with pytest.raises(ValueError, match="EmbeddedTokens: (form|iterations|detach) is .*; expected"):
         EmbeddedTokens(**settings)
+
+
+def test_patterns_that_leave_no_model_with_tokens():
+    model = nn.ModuleDict({"vit": MODELS["vit"](), "other": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ValueError, match="include and exclude leave no model whose embedded tokens"):
+        condattn.condition(model, "ct", include="other")
