@@ -53,3 +53,12 @@ def test_a_warning_is_of_all_sizes(last):
     calls = [dict(query=x, key=x, value=x) for x in (many, few)]
     measured = measure(model, calls if last else calls[::-1], ["outputs"])
     assert any(line.startswith("the preconditioner raises") for line in find_warnings({"": measured}))
+
+
+def test_jacobians_in_the_log():
+    pytest.importorskip("mmengine")
+    from condattn.openmmlab.hooks.spectra import scalars
+
+    model, x = attention(), torch.randn(1, 5, 12).double()
+    found = scalars(measure(model, lambda: model(x, x, x), ["jacobian"], max_heads=1))
+    assert found.keys() == {f"/kappa_dAX_dW_{name}" for name in "QKV"}

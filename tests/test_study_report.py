@@ -14,6 +14,7 @@ pytest.importorskip("mmpretrain")
 from tiny_study import a_record, finish
 
 from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.study import figures
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study
 from condattn.openmmlab.study.report import begun_studies, report_pilot, write_documents, write_report
 from condattn.openmmlab.study.results import FAILED, Record, Results
@@ -166,8 +167,9 @@ def is_under_way() -> bool:
     return "runs.jsonl" in subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def test_the_results_in_this_repository(tmp_path):
+def test_the_results_in_this_repository(tmp_path, monkeypatch):
     """Tables equal those made from the data, byte for byte; figures depend on the version of Matplotlib."""
+    monkeypatch.setattr(figures, "_svg", lambda figure: "<svg/>")
     folders = ("configs", "results", "docs")
     if is_under_way():
         archive = subprocess.run(["git", "-C", str(ROOT), "archive", "HEAD", *folders], capture_output=True, check=True)

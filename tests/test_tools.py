@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +352,40 @@ def test_slurm_scripts_start_a_task_a_gpu(tool, inputs, tmp_path):
     script = next(index for index, line in enumerate(lines) if line.endswith(f"{tool}.py"))
     assert Path(lines[script]).is_file()
     assert lines[script + 1 :] == [*inputs, "--launcher", "slurm", "--work-dir", "a b"]
+
+
+def test_predictions_in_a_window(call, detection, monkeypatch):
+    asked = []
+
+    def build(cfg, *_):
+        asked.append(cfg.default_hooks.visualization)
+        sys.exit(7)
+
+    command = ["test", detection.config, detection.checkpoint, "--show", "--wait-time", 5]
+    status, _, errors = call(*command, "--cfg-options", *detection.options, build_runner=build)
+    assert status == 7, errors
+    assert (asked[0].draw, asked[0].show, asked[0].wait_time) == (True, True, 5.0)
+
+
+def test_instances_below_the_threshold_are_not_drawn(call, detection, scenes, tmp_path):
+    Image.open(min((scenes / "images" / "validation").glob("*.jpg"))).save(tmp_path / "a.png")
+    changed = []
+    for threshold in (0, 1.1):
+        command = ["predict", "a.png", detection.config, detection.checkpoint, "--out-dir", f"out{threshold}"]
+        status, _, errors = call(*command, "--score-thr", threshold)
+        assert not status, errors
+        before, after = (
+            np.asarray(Image.open(tmp_path / one), float) for one in ("a.png", f"out{threshold}/vis/a.png")
+        )
+        changed.append(np.abs(before - after).mean())
+    assert changed[0] > 1 > 2 * changed[1]
+
+
+def test_a_prediction_of_another_kind(tmp_path):
+    from mmengine.structures import BaseDataElement
+
+    from condattn.openmmlab.errors import UserError
+    from condattn.openmmlab.runner.inference import save_prediction
+
+    with pytest.raises(UserError, match="predicts instances or a label map, found gt_label"):
+        save_prediction(BaseDataElement(gt_label=1), tmp_path / "a")
