@@ -315,6 +315,10 @@ def test_convert(call, refuse, suffix, tmp_path):
     refuse(
         "checkpoints/convert", "conv.pth", "x.pth", "--to", "mmseg", parts=("no known format (conv.weight)", "DaViT")
     )
+    scaled = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=3, init_values=1e-5)
+    torch.save(scaled.state_dict(), "scaled.pth")
+    parts = ("scaled.pth has weights for which ViT of mmseg has no names: blocks.0.ls1.gamma",)
+    refuse("checkpoints/convert", "scaled.pth", "x.pth", "--to", "mmseg", parts=parts)
     assert os.listdir(tmp_path) == [name for name in os.listdir(tmp_path) if not name.startswith(".")]
 
 

@@ -230,7 +230,7 @@ def test_a_convolution_that_is_no_projection():
 
     name = f"{__name__}.{Convolved.__qualname__}"
     condattn.register_rule(name, lambda m: dict(num_heads=2, out=into(m.proj), **thirds(m.qkv)))
-    with pytest.raises(ValueError, match="its q is no 1 x 1 convolution of all channels"):
+    with pytest.raises(ValueError, match="its q is no convolution of size 1 and of all channels"):
         condattn.condition(Convolved(), "sc")
 
 

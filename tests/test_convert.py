@@ -402,6 +402,17 @@ def test_weights_of_another_model(damage, message):
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "settings, names",
+    [(dict(init_values=1e-5), r"blocks\.0\.ls1\.gamma"), (dict(qk_norm=True), r"blocks\.0\.attn\.q_norm\.weight")],
+)
+def test_weights_in_blocks_that_the_model_has_no_place_for(settings, names):
+    """Without them, the blocks compute something else."""
+    weights = timm.create_model("vit_tiny_patch16_224", **TIMM_VIT, **settings).state_dict()
+    with pytest.raises(ConversionError, match=rf"of another model: the model has no {names}"):
+        load_weights(mmseg_vit(), weights, "w.pth")
+
+
 def test_half_precision_is_loaded_as_it_is():
     source, target = timm_swin(), mm_swin("mmdet")
     fitted, _ = fit({name: value.half() for name, value in source.state_dict().items()}, target, "swin.pth")

@@ -268,7 +268,7 @@ def test_convolutions_over_several_pixels_or_parts_of_channels_are_refused(setti
         condattn.register_rule(f"{Convolutional.__module__}.{Convolutional.__qualname__}", rule)
         model = nn.Sequential(Convolutional())
         before = model[0].qkv.weight.clone()
-        with pytest.raises(ValueError, match="its q is no 1 x 1 convolution of all channels"):
+        with pytest.raises(ValueError, match="its q is no convolution of size 1 and of all channels"):
             condattn.condition(model, conditioning)
         assert torch.equal(model[0].qkv.weight, before)
 

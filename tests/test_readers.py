@@ -118,3 +118,16 @@ def test_hooks_see_the_output_of_the_whole_forward(conditioning):
     attention.register_forward_hook(look)
     model(torch.randn(1, 3, 32, 32))
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("conditioning", ["sc", "pc"])
+def test_a_layer_that_is_parametrized_later(conditioning):
+    model, images = swin(conditioning), torch.randn(1, 3, 32, 32)
+    want = model(images)
+    name = {"sc": "qkv", "pc": "proj"}[conditioning]
+    layer = getattr(model.features[1][0].attn, name)
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(RuntimeError, match=f"{name} of a ShiftedWindowAttention was parametrized.*remove_param"):
+        model(images)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    torch.testing.assert_close(model(images), want)

@@ -31,6 +31,17 @@ def test_unknown_attention_is_named_with_the_rule_to_add():
         condattn.condition(model, "sc")
 
 
+@pytest.mark.parametrize("name", ["MHA", "GroupedMHA", "MHSA", "CrossAttn", "WindowMSA", "SelfAtten"])
+def test_names_that_look_like_attention(name):
+    model = type(name, (StrangeAttention,), {})()
+    assert [one.module for one in sites.find_unsupported(model)] == [model]
+
+
+@pytest.mark.parametrize("name", ["Alpha", "Norm", "MLP", "Mixer"])
+def test_names_that_do_not(name):
+    assert sites.find_unsupported(type(name, (nn.Linear,), {})(2, 2)) == []
+
+
 @pytest.mark.usefixtures("registrations")
 def test_the_advice_about_a_site_that_cannot_be_conditioned():
     """A site in a model can be left out; a model that is the only site cannot."""
@@ -105,6 +116,8 @@ def test_the_nearest_class_decides_between_rules_and_exceptions(attends):
         assert found() == (["base"], [] if attends else ["derived"])
         with pytest.raises(ValueError, match="StrangeAttention has a rule, which an exception does not replace"):
             condattn.register_exception(base, "it is a test")
+        with pytest.raises(ValueError, match="expected the module and name of a class as text, .* got 'Attention'"):
+            condattn.register_exception("Attention", "it is a test")
 
 
 class Separate(nn.Module):

@@ -107,10 +107,10 @@ def prompt():
     return PromptMultiheadAttention(24, 3)
 
 
-def non_local(**settings):
-    from mmcv.cnn import NonLocal2d
+def non_local(dimensions=2, **settings):
+    import mmcv.cnn
 
-    return NonLocal2d(24, reduction=2, zeros_init=False, **settings)
+    return getattr(mmcv.cnn, f"NonLocal{dimensions}d")(24, reduction=2, zeros_init=False, **settings)
 
 
 def disentangled():
@@ -157,6 +157,8 @@ LAYERS = {
     "mmcv MultiScaleDeformableAttention": (Deformable, lambda m, x: m(x)),
     "mmdet ConditionalAttention": (conditional, lambda m, x: m(x, x, query_pos=x.flip(1), key_pos=x.flip(1))),
     "mmcv NonLocal2d": (non_local, on_map),
+    "mmcv NonLocal1d": (functools.partial(non_local, 1), lambda m, x: m(x.mT).flatten(1)),
+    "mmcv NonLocal3d": (functools.partial(non_local, 3), lambda m, x: m(as_map(x)[:, :, None]).flatten(1)),
     "mmcv NonLocal2d, gaussian": (functools.partial(non_local, mode="gaussian", sub_sample=True), on_map),
     "mmseg DNL": (disentangled, on_map),
     "mmseg ISA": (interlaced, on_map),

@@ -101,6 +101,7 @@ FAMILIES = {
 # Layers that no model has by default: module of timm, class, its arguments, shape of the input.
 LAYERS = {
     "Attention2d": ("layers.attention2d", (48,), dict(num_heads=3), (2, 48, 4, 4)),
+    "head first Attention2d": ("layers.attention2d", (48,), dict(num_heads=3, head_first=True), (2, 48, 4, 4)),
     "AttentionPoolPrr": ("layers.attention_pool", (48,), dict(num_heads=3, pool_type="avg"), (2, 9, 48)),
     "RotAttentionPool2d": ("layers.attention_pool2d", (48,), dict(ref_feat_size=4, num_heads=3), (2, 48, 4, 4)),
     "BottleneckAttn": ("layers.bottleneck_attn", (48,), dict(feat_size=(4, 4), num_heads=3), (2, 48, 4, 4)),

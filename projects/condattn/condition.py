@@ -19,6 +19,7 @@ from .layers.adapted import check_adapter, follow_all
 from .layers.class_swap import check_can_restore
 from .layers.correction import check_weights_of, corrected_modules
 from .layers.first_forward import FirstForward
+from .layers.fusion import allow_fusion
 from .layers.overrides import CorrectedWeightOverride
 from .methods.base import Method, registered_methods
 from .methods.initial_weights import InitialWeightsMethod, random_numbers_apart
@@ -139,6 +140,7 @@ def fold(model: nn.Module) -> int:
     check_weights_of(model, foldable)
     for module in foldable:
         module.fold()
+    allow_fusion(model)
     for reader in model.modules():
         CorrectedWeightOverride.detach(reader)
     follow_all(model)

@@ -10,7 +10,7 @@ from condattn.openmmlab.models.loading import ENTRY, Record, recorded, renamed_r
 from condattn.openmmlab.runner.checkpoints import add_unsafe_argument
 from condattn.weights.atomic import write_atomically
 from condattn.weights.files import BadFileError, read_file, weights_of
-from condattn.weights.load import some
+from condattn.weights.load import block_weights, some
 from condattn.weights.names import FORMATS, recognize, translate
 
 TARGETS = ("mmdet", "mmseg", "timm", "official")
@@ -43,6 +43,8 @@ def main() -> None:
         takers = ", ".join(name for one in FORMATS if one.family == source.family for name in one.names)
         raise UserError(f"{args.source} is a {source}, for which {args.to} has no names; these have: {takers}")
     converted, left_out = translate(weights, source, target)
+    if strange := block_weights(left_out):
+        raise UserError(f"{args.source} has weights for which {target} has no names: {some(strange)}")
     named = {target.prefix + name: value.contiguous() for name, value in converted.items()}
     record = renamed_record(recorded(content), weights, source, target)
     record = {target.prefix + name: methods for name, methods in record.items()}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from .adapters import inner
-from .site import HeadOutputs, Projection, is_transposed
+from .site import HeadOutputs, Projection, is_convolution, is_transposed
 
 
 def whole(owner: nn.Module, parameter: str = "weight", num_heads: int | None = None) -> Projection:
@@ -58,12 +58,12 @@ def read_by(module: nn.Module, projections: Mapping[str, Projection]) -> dict[st
 def into(owner: nn.Module, projection: nn.Module | None = None, axis: int | None = None, **settings) -> HeadOutputs:
     """Describe head outputs that are the input of ``owner``.
 
-    ``projection`` is the output projection, by default ``owner`` itself. ``axis`` is by default 1 for a two-dimensional
-    convolution, and the last axis otherwise. ``settings`` are the other fields of :class:`HeadOutputs`.
+    ``projection`` is the output projection, by default ``owner`` itself. ``axis`` is by default 1 for a convolution,
+    and the last axis otherwise. ``settings`` are the other fields of :class:`HeadOutputs`.
     """
     projection = inner(owner if projection is None else projection)
     if axis is None:
-        axis = 1 if isinstance(projection, nn.Conv2d | nn.ConvTranspose2d) else -1
+        axis = 1 if is_convolution(projection) else -1
     return HeadOutputs(owner, projection, axis, **settings)
 
 

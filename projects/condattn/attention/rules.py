@@ -47,8 +47,9 @@ def register_exception(class_name: str, reason: str, attends: bool = False) -> N
             :func:`condattn.condition` warns that it is left out.
 
     Raises:
-        ValueError: If the class has a rule.
+        ValueError: If the class has a rule, or is not named by its module and name.
     """
+    check_qualified(class_name)
     if class_name in _RULES:
         raise ValueError(f"{class_name} has a rule, which an exception does not replace; use exclude to leave it out")
     _EXCEPTIONS[class_name] = reason
@@ -119,7 +120,7 @@ def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
         if reason:
             found = _attends(cls)
         else:
-            calls_itself = re.search("atte?n|mh?sa$", cls.__name__, re.IGNORECASE) is not None
+            calls_itself = re.search("atte?n|mhs?a$|msa$", cls.__name__, re.IGNORECASE) is not None
             weights = any(parameter.ndim > 1 for parameter in module.parameters())
             found = calls_itself and weights and not any(is_within(s, name) or is_within(name, s) for s in sites)
         if found:

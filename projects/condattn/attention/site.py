@@ -14,7 +14,7 @@ class Projection:
     """One linear map of a site: some rows of a weight matrix.
 
     Attributes:
-        owner: The module that evaluates the map: an ``nn.Linear``, a 1 x 1 ``nn.Conv2d``, or the attention module
+        owner: The module that evaluates the map: an ``nn.Linear``, a convolution of size 1, or the attention module
             itself if it calls its projections functionally, as ``nn.MultiheadAttention`` does. If adapters wrap a
             layer, it is the wrapped layer.
         parameter: Name of the weight in ``owner``.
@@ -120,6 +120,12 @@ class AttentionSite(Place):
     cross_covariance: bool = False
     obstacle: str = ""
 
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """The projections of queries, keys and values that the site has, by their names 'q', 'k' and 'v'."""
+        named = {"q": self.q, "k": self.k, "v": self.v}
+        return {name: projection for name, projection in named.items() if projection is not None}
+
     def heads_of(self, part: Projection | HeadOutputs) -> int:
         """Return the number of heads of one of the site's projections, or of its head outputs."""
         return part.num_heads or self.num_heads
@@ -133,6 +139,11 @@ def indices(rows: tuple[slice, ...]) -> list[int]:
 def is_transposed(owner: nn.Module) -> bool:
     """Return whether ``owner`` stores its weight as (in features, out features): transformers' ``Conv1D`` (GPT-2)."""
     return any(qualified_name(cls) == "transformers.pytorch_utils.Conv1D" for cls in type(owner).__mro__)
+
+
+def is_convolution(owner: nn.Module) -> bool:
+    """Return whether ``owner`` is a convolution in any number of dimensions; its channels lie along axis 1."""
+    return isinstance(owner, nn.modules.conv._ConvNd)
 
 
 def as_matrix(owner: nn.Module, weight: Tensor) -> Tensor:

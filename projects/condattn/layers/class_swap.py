@@ -14,7 +14,7 @@ from ..kernels.private import override_parameter
 from .turns import end_turn, take_turn
 
 # Wrappers that behave differently from the class that they wrap only in torch before 1.5.
-SAME = ("mmcv.cnn.bricks.wrappers.Linear", "mmcv.cnn.bricks.wrappers.Conv2d")
+SAME = tuple(f"mmcv.cnn.bricks.wrappers.{name}" for name in ("Linear", "Conv2d", "Conv3d"))
 
 
 def check_can_swap(owner: nn.Module, layer: type[ConditionedLayer], site: AttentionSite) -> None:

@@ -39,9 +39,18 @@ class ParameterOverride(PickledHook, ABC):
         """Return the replacements of parameters of ``owner``; ``layer`` is the owner, or an adapter around it."""
 
     def begin(self, reader: nn.Module, args: tuple) -> None:
-        """Replace the parameters; a forward pre-hook of the reader. Other threads wait until they are restored."""
+        """Replace the parameters; a forward pre-hook of the reader. Other threads wait until they are restored.
+
+        Raises:
+            RuntimeError: If the layer is parametrized, so that its parameters are computed.
+        """
         layer = reader.get_submodule(self.path)
         owner: Any = inner(layer)
+        if nn.utils.parametrize.is_parametrized(owner):
+            raise RuntimeError(
+                f"{self.path} of a {type(reader).__name__} was parametrized after it was conditioned; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
         if not is_compiling() and take_turn(owner, self):
             restore_parameters(owner)  # an interrupted forward has not done so
         others = self.parameters(layer, owner)
@@ -55,8 +64,8 @@ class ParameterOverride(PickledHook, ABC):
     def end(self, reader: nn.Module, args: tuple, output: Any) -> Any:
         """Restore the parameters; a forward hook of the reader."""
         owner: Any = inner(reader.get_submodule(self.path))
-        restore_parameters(owner)
         try:
+            restore_parameters(owner)
             return self.finish(reader, output)
         finally:
             if not is_compiling():

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention.site import AttentionSite, Projection
+from ..attention.site import AttentionSite
 from ..attention.stored import check_stored
 from ..layers.class_swap import leave_out
 from .base import Method, register_method
@@ -47,9 +47,9 @@ class ConditionedInitialization(InitialWeightsMethod):
     def check(self, site: AttentionSite) -> None:
         """Raise unless ``site`` has projections whose weights are stored, and whose rows its heads divide."""
         super().check(site)
-        if not _projections(site):
+        if not site.projections:
             raise ValueError(f"{site}: has no projection of its own to initialise: {site.obstacle}; {leave_out(site)}")
-        for name, projection in _projections(site).items():
+        for name, projection in site.projections.items():
             check_stored(projection.owner, projection.parameter, str(site))
             rows, heads = len(projection.weight), site.heads_of(projection)
             check_is_matrix(projection.owner, name, site)
@@ -69,7 +69,7 @@ class ConditionedInitialization(InitialWeightsMethod):
 
     def set_weights(self, site: AttentionSite) -> None:
         """Write the weights of ``site``."""
-        for name, projection in _projections(site).items():
+        for name, projection in site.projections.items():
             weight = projection.weight
             heads = weight.unflatten(0, (site.heads_of(projection), -1))
             if name != "v":
@@ -85,7 +85,3 @@ def semi_orthogonal(like: Tensor) -> Tensor:
     """U V^T of a Gaussian matrix of the shape, dtype and device of ``like``; its singular values are all 1."""
     u, _, vh = torch.linalg.svd(torch.randn(like.shape, dtype=torch.float64, device="cpu"), full_matrices=False)
     return (u @ vh).to(like)
-
-
-def _projections(site: AttentionSite) -> dict[str, Projection]:
-    return {name: getattr(site, name) for name in "qkv" if getattr(site, name) is not None}

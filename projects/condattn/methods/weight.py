@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention.site import AttentionSite, Projection, indices, is_transposed
+from ..attention.site import AttentionSite, Projection, indices, is_convolution, is_transposed
 from ..layers.class_swap import ConditionedLayer, check_can_swap, leave_out, swap_class
-from ..layers.corrected import CorrectedConv2d, CorrectedLinear
+from ..layers.corrected import CONVOLUTIONS, CorrectedLinear
 from ..layers.correction import CorrectedModule, Correction, corrections_of
+from ..layers.fusion import allow_fusion, forbid_fusion
 from ..layers.multihead import ConditionedMultiheadAttention, swap_to_conditioned
 from ..layers.overrides import CorrectedWeightOverride, path_in
 from .base import Method
@@ -21,8 +22,8 @@ from .base import Method
 
 def check_is_matrix(owner: nn.Module, target: str, site: AttentionSite) -> None:
     """Raise a ``ValueError`` if ``owner``, the projection ``target`` of ``site``, maps more than single tokens."""
-    if isinstance(owner, nn.Conv2d) and (owner.kernel_size != (1, 1) or owner.groups > 1):
-        raise ValueError(f"{site}: its {target} is no 1 x 1 convolution of all channels; {leave_out(site)}")
+    if is_convolution(owner) and (set(owner.kernel_size) != {1} or owner.groups > 1):
+        raise ValueError(f"{site}: its {target} is no convolution of size 1 and of all channels; {leave_out(site)}")
 
 
 class WeightMethod(Method):
@@ -88,6 +89,7 @@ class WeightMethod(Method):
             else:
                 layer = swap_class(owner, _layer(owner))
             layer.add_correction(parameter, correction)
+        forbid_fusion(site.module, {owner for owner, _ in by_weight})
         readers = {(p.owner, p.parameter): p.reader for p in self._projections(site).values() if p.reader}
         for (owner, parameter), reader in readers.items():
             # Another method may have registered the same override.
@@ -97,7 +99,7 @@ class WeightMethod(Method):
     @classmethod
     def applied_to(cls, site: AttentionSite) -> WeightMethod | None:
         """Return the method of this class that corrects weights of ``site``, or None."""
-        methods = (correction.method for p in _projections(site) for correction in corrections_of(p))
+        methods = (correction.method for p in site.projections.values() for correction in corrections_of(p))
         return next((method for method in methods if type(method) is cls), None)
 
     def layers(self, site: AttentionSite) -> list[nn.Module]:
@@ -111,7 +113,8 @@ class WeightMethod(Method):
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
         """Remove C from the projections of ``site``, and restore the classes of the layers; W stays."""
-        for projection in _projections(site):
+        allow_fusion(site.module)
+        for projection in site.projections.values():
             owner: Any = projection.owner
             if isinstance(owner, CorrectedModule):
                 owner.drop_corrections(cls)
@@ -121,7 +124,7 @@ class WeightMethod(Method):
 
     def _projections(self, site: AttentionSite) -> dict[str, Projection]:
         """Return the projections of ``site`` that are targets, without those that the site does not have."""
-        return {name: getattr(site, name) for name in self.targets if getattr(site, name) is not None}
+        return {name: site.projections[name] for name in self.targets if name in site.projections}
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,9 @@ class RowsCorrection(Correction):
         return constant.to(weight.dtype)
 
 
-def _projections(site: AttentionSite) -> list[Projection]:
-    return [projection for projection in (site.q, site.k, site.v) if projection is not None]
-
-
 def _layer(owner: nn.Module) -> type[ConditionedLayer]:
     if isinstance(owner, nn.MultiheadAttention):
         return ConditionedMultiheadAttention
     if is_transposed(owner):
         return import_module("..layers.conv1d", __package__).CorrectedConv1D
-    return CorrectedConv2d if isinstance(owner, nn.Conv2d) else CorrectedLinear
+    return next((layer for layer in CONVOLUTIONS if isinstance(owner, layer.host)), CorrectedLinear)

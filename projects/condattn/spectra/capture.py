@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from ..attention.site import AttentionSite
+from ..attention.site import AttentionSite, is_convolution
 from ..layers.head_norm import HeadNorm
 from ..layers.head_transform import head_transform_of
 from .weights import name_of
@@ -183,7 +183,7 @@ class _Call:
         """Return the input of a projection as (samples, tokens, channels); None if the number of tokens differs."""
         if isinstance(self.site.module, nn.MultiheadAttention):
             x = x.transpose(0, 1) if x.dim() == 3 and not self.site.module.batch_first else x
-        elif isinstance(getattr(self.site, name).owner, nn.Conv2d):
+        elif is_convolution(getattr(self.site, name).owner):
             x = x.flatten(2).mT
         return x.reshape(samples, count, -1) if x.numel() == samples * count * x.shape[-1] else None
 

@@ -284,7 +284,7 @@ def page(measurements: Measurements, pictures: Mapping[str, bytes], title: str, 
         title=title,
         warnings=find_warnings(measurements, trained),
         figures=figures,
-        header=[title_of(name) for name in lines[0]],
+        header=[title_of(name) for name in lines[0]] if lines else [],
         rows=[[cell(value) for value in row.values()] for row in lines],
         left_out=left_out,
     )

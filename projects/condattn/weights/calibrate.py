@@ -16,10 +16,13 @@ from torch.nn import functional as F
 
 from ..attention.adapters import inner, is_at_work
 from ..attention.rules import find_sites
-from ..attention.site import AttentionSite, as_matrix, is_transposed
+from ..attention.site import AttentionSite, as_matrix, is_convolution, is_transposed
 from ..attention.stored import check_writable
 from ..kernels.switch import plain
 from ..layers.head_transform import HeadTransform, HeadTransformLinear, head_transform_of
+
+TRANSPARENT = nn.Identity | nn.Dropout | nn.Upsample
+"""Modules before the output projection that do not change the scale of single heads, except at random."""
 
 
 @dataclass
@@ -164,12 +167,12 @@ class _Probe:
         if isinstance(inner(owner), HeadTransformLinear) and type(inner(owner)) is not HeadTransformLinear:
             return f"because a {type(inner(owner)).__name__} does more to its head outputs than transform them"
         gated = getattr(self.site.module, "gate", None) is not None
-        direct = inner(owner) is projection or isinstance(owner, nn.MultiheadAttention | nn.Identity)
+        direct = inner(owner) is projection or isinstance(owner, nn.MultiheadAttention | TRANSPARENT)
         if gated and inner(owner) is not projection:
             return "because a gate stands between its heads and the output projection"
         if not direct:
             return f"because a {type(owner).__name__} stands between its heads and the output projection"
-        pointwise = isinstance(projection, nn.Conv2d) and projection.kernel_size == (1, 1) and projection.groups == 1
+        pointwise = is_convolution(projection) and set(projection.kernel_size) == {1} and projection.groups == 1
         if not (isinstance(projection, nn.Linear) or pointwise or is_transposed(projection)):
             return f"because its output projection is a {type(projection).__name__}"
         return ""
@@ -192,4 +195,5 @@ class _Probe:
         projection = self.site.out.projection
         weight = projection.weight.double()
         bias = projection.bias.double() if projection.bias is not None else None
-        return F.conv2d(x, weight, bias) if weight.dim() == 4 else F.linear(x, as_matrix(projection, weight), bias)
+        axis = self.transform.axis
+        return F.linear(x.movedim(axis, -1), as_matrix(projection, weight), bias).movedim(-1, axis)

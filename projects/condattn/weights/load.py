@@ -1,7 +1,7 @@
 """Load pretrained weights in any known naming scheme into a model, and report what happened to each weight."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def fit(
     translated, unplaced = dict(weights), []
     if source and target and source.family == target.family:
         translated, unplaced = translate(weights, source, target)
-    report = LoadReport(path, str(source) if source else "the model's own names", left_out=unplaced)
+    report = LoadReport(path, str(source) if source else "the model's own names")
     places = {name for name in translated if name in expected}
     if not places:
         raise ConversionError(
@@ -133,14 +133,22 @@ def fit(
             fitted[name] = _fit_one(translated[name], expected[name], name, model, path, report)
     report.loaded = list(fitted)
     report.missing = [name for name in parameters if name not in fitted]
-    if gaps := [name for name in report.missing if BLOCK.search(name)]:
-        blocks = [name for name in weights if BLOCK.search(name)] or list(weights)
+    if gaps := block_weights(report.missing):
+        blocks = block_weights(weights) or list(weights)
         raise ConversionError(f"{path} is of another model: it has no {some(gaps)}; it has {some(blocks)}")
-    surplus = [name for name in translated if name not in expected and not _is_computed(name)]
-    if strange := [name for name in surplus if BLOCK.search(name) and name not in known]:
+    report.left_out = [name for name in (*unplaced, *translated) if name not in expected and name not in known]
+    if strange := block_weights(report.left_out):
         raise ConversionError(f"{path} is of another model: the model has no {some(strange)}")
-    report.left_out += [name for name in surplus if name not in known]
+    report.left_out = [name for name in report.left_out if not _is_computed(name)]
     return fitted, report
+
+
+def block_weights(names: Iterable[str]) -> list[str]:
+    """Return those names that are of weights in transformer blocks or between stages, without which these do not work.
+
+    Buffers that a model computes itself are none.
+    """
+    return [name for name in names if BLOCK.search(name) and not _is_computed(name)]
 
 
 def _is_computed(name: str) -> bool:

@@ -2,7 +2,14 @@
 
 from typing import Any
 
+from torch import nn
+
 from ..builders import halves, into, thirds, whole
+
+
+def linear(layer: Any) -> nn.Module:
+    """Return the linear layer of a pair of a linear layer and a batch norm (LeViT), which may be fused into one."""
+    return getattr(layer, "linear", layer)
 
 
 def fused(module: Any) -> dict[str, Any]:

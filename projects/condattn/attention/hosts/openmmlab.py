@@ -10,7 +10,7 @@ from torch import nn
 
 from ..builders import into, read_by, split_each_head, whole
 from ..rules import register_exception, register_rule
-from .common import cross_covariance, davit_channels, fused, q_and_kv, separate
+from .common import cross_covariance, davit_channels, fused, linear, q_and_kv, separate
 
 for name in (
     *("mmdet.models.backbones.swin.WindowMSA", "mmseg.models.backbones.swin.WindowMSA"),
@@ -55,20 +55,19 @@ register_rule("mmpretrain.models.backbones.davit.ChannelAttention", davit_channe
 
 def _sized_heads(module: Any) -> dict[str, Any]:
     """Describe LeViT and its relatives: a head's rows of q, k and v are adjacent, and values are wider than keys."""
-    linear = getattr(module.qkv, "linear", module.qkv)
-    each = split_each_head(linear, module.num_heads, q=module.key_dim, k=module.key_dim, v=module.d)
+    each = split_each_head(linear(module.qkv), module.num_heads, q=module.key_dim, k=module.key_dim, v=module.d)
     return dict(num_heads=module.num_heads, out=_levit_out(module), **each)
 
 
 def _levit_downsample(module: Any) -> dict[str, Any]:
-    each = split_each_head(module.kv.linear, module.num_heads, k=module.key_dim, v=module.d)
-    return dict(num_heads=module.num_heads, out=_levit_out(module), q=whole(module.q[1].linear), **each)
+    each = split_each_head(linear(module.kv), module.num_heads, k=module.key_dim, v=module.d)
+    return dict(num_heads=module.num_heads, out=_levit_out(module), q=whole(linear(module.q[1])), **each)
 
 
 def _levit_out(module: Any):
     """Describe the head outputs of LeViT, whose output projection may follow an activation."""
     projection = module.proj
-    return into(projection, module.proj[1].linear if isinstance(projection, nn.Sequential) else None)
+    return into(projection, linear(projection[1]) if isinstance(projection, nn.Sequential) else None)
 
 
 register_rule("mmpretrain.models.backbones.levit.Attention", _sized_heads)

@@ -12,15 +12,10 @@ from torch import nn
 
 from ..builders import halves, into, read_by, split, split_each_head, thirds, whole
 from ..rules import register_exception, register_rule
-from .common import cross_covariance, davit_channels, fused, q_and_kv, separate
+from .common import cross_covariance, davit_channels, fused, linear, q_and_kv, separate
 
 for name in (
-    *(
-        "layers.attention2d.Attention2d",
-        "models.convit.MHSA",
-        "models.fastvit.Attention",
-        "models.metaformer.Attention",
-    ),
+    *("models.convit.MHSA", "models.fastvit.Attention", "models.metaformer.Attention"),
     *("models.hieradet_sam2.MultiScaleAttention", "models.mvitv2.MultiScaleAttention", "models.volo.Attention"),
     *("models.vision_transformer_relpos.RelPosAttention", "models.vision_transformer_sam.Attention"),
     "models.vision_transformer.Attention",  # up to timm 1.0.15
@@ -140,14 +135,14 @@ def _sized_heads(module: Any) -> dict[str, Any]:
 
 def _levit(module: Any) -> dict[str, Any]:
     sizes = dict(q=module.key_dim, k=module.key_dim, v=module.val_dim)
-    projections = split_each_head(module.qkv.linear, module.num_heads, **sizes)
-    return dict(num_heads=module.num_heads, out=into(module.proj, module.proj.ln.linear), **projections)
+    projections = split_each_head(linear(module.qkv), module.num_heads, **sizes)
+    return dict(num_heads=module.num_heads, out=into(module.proj, linear(module.proj.ln)), **projections)
 
 
 def _levit_downsample(module: Any) -> dict[str, Any]:
-    kv = split_each_head(module.kv.linear, module.num_heads, k=module.key_dim, v=module.val_dim)
-    out = into(module.proj, module.proj.ln.linear)
-    return dict(num_heads=module.num_heads, out=out, q=whole(module.q.ln.linear), **kv)
+    kv = split_each_head(linear(module.kv), module.num_heads, k=module.key_dim, v=module.val_dim)
+    out = into(module.proj, linear(module.proj.ln))
+    return dict(num_heads=module.num_heads, out=out, q=whole(linear(module.q.ln)), **kv)
 
 
 register_rule("timm.models.efficientformer.Attention", _sized_heads)
@@ -156,14 +151,14 @@ register_rule("timm.models.levit.Attention", _levit)
 register_rule("timm.models.levit.AttentionDownsample", _levit_downsample)
 
 
-def _maxvit(module: Any) -> dict[str, Any]:
+def _head_first(module: Any) -> dict[str, Any]:
     sizes = dict.fromkeys("qkv", module.dim_head)
     each = split_each_head(module.qkv, module.num_heads, **sizes) if module.head_first else thirds(module.qkv)
     return dict(num_heads=module.num_heads, out=into(module.proj), **each)
 
 
-register_rule("timm.models.maxxvit.AttentionCl", _maxvit)
-register_rule("timm.models.maxxvit.Attention2d", _maxvit)
+for name in ("layers.attention2d.Attention2d", "models.maxxvit.AttentionCl", "models.maxxvit.Attention2d"):
+    register_rule(f"timm.{name}", _head_first)
 
 
 def _conv_attention(module: Any) -> dict[str, Any]:
@@ -189,7 +184,7 @@ register_rule("timm.models.efficientformer_v2.Attention2dDownsample", _efficient
 
 def _multi_query(module: Any) -> dict[str, Any]:
     k, v = (whole(layer.proj, num_heads=1) for layer in (module.key, module.value))
-    out = into(module.output, module.output.proj)
+    out = into(module.output[0], module.output.proj)
     return dict(num_heads=module.num_heads, out=out, q=whole(module.query.proj), k=k, v=v)
 
 
