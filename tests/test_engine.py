@@ -72,6 +72,54 @@ def test_a_checkpoint_that_fits_in_part_is_named(capsys):
     assert "1 are only in it and are ignored (2.bias)" in line
 
 
+class Renaming(nn.Module):
+    """Renames and resizes weights that it loads, as mmdet's semi-supervised detectors and mmpretrain's backbones do."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.positions = nn.Linear(2, 2), nn.Parameter(torch.zeros(6))
+        self._register_load_state_dict_pre_hook(self.resize)
+
+    def resize(self, state_dict, *args):
+        if len(state_dict["positions"]) != 6:
+            state_dict["positions"] = state_dict["positions"].repeat(2)
+
+    def _load_from_state_dict(self, state_dict, *args):
+        for name in ("weight", "bias"):
+            if name in state_dict:
+                state_dict[f"student.{name}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, *args)
+
+
+def test_a_checkpoint_that_the_model_adapts_fits(capsys):
+    model = Renaming()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "positions": torch.arange(3.0)}
+    loaded = check_fit({"state_dict": weights}, "some.pth", model)
+    assert not capsys.readouterr().err
+    torch.testing.assert_close(model.state_dict(), before)  # the model is as it was
+    wanted = {"student.weight": torch.ones(2, 2), "student.bias": torch.ones(2)}
+    torch.testing.assert_close(loaded, {"positions": torch.arange(3.0).repeat(2), **wanted})
+    model.load_state_dict(loaded)
+    torch.testing.assert_close(model.state_dict(), loaded)
+
+
+def test_a_plain_detector_starts_a_semi_supervised_one(capsys):
+    """And a region proposal network a two-stage detector."""
+    from mmdet.registry import MODELS
+
+    detector = launch.load_config(str(CONFIGS / "demo/mask_rcnn_swin_pc.py")).model
+    plain = MODELS.build(detector)
+    teacher = MODELS.build(dict(type="SemiBaseDetector", detector=detector, semi_train_cfg={}))
+    loaded = check_fit({"state_dict": plain.state_dict()}, "plain.pth", teacher)
+    assert set(loaded) == {f"{part}.{name}" for part in ("student", "teacher") for name in plain.state_dict()}
+    assert not capsys.readouterr().err
+    parts = {name: value for name, value in plain.state_dict().items() if not name.startswith("roi_head.")}
+    proposals = {name.replace("rpn_head.", "bbox_head."): value for name, value in parts.items()}
+    loaded = check_fit({"state_dict": proposals}, "rpn.pth", plain)
+    assert set(loaded) == set(parts)
+
+
 def test_pretrained_weights_are_not_read_when_a_checkpoint_replaces_them(tmp_path):
     from mmengine.model import BaseModule
 

@@ -93,7 +93,7 @@ def main() -> None:
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     model = build_model(cfg)
     first = local_rank(cfg.launcher) == 0
-    loaded = check_fit(checkpoint, args.checkpoint, model, warn=first)
+    loaded = set(check_fit(checkpoint, args.checkpoint, model, warn=first))
     if not args.other_conditioning:
         check_conditioning(checkpoint, args.checkpoint, model)
     if first and cfg.launcher != "none" and (args.show or args.show_dir):

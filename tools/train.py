@@ -161,7 +161,7 @@ def check_weights(cfg: Config, args: Namespace) -> set[str]:
     first = local_rank(cfg.launcher) == 0
     loaded = set()
     if checkpoint:
-        loaded = check_fit(checkpoint, path, model, warn=first)
+        loaded = set(check_fit(checkpoint, path, model, warn=first))
         if not args.other_conditioning:
             check_conditioning(checkpoint, path, model)
     if not resuming:

@@ -1,5 +1,6 @@
 """Read checkpoints, and refuse missing, unreadable or unfitting ones before a run starts."""
 
+import copy
 import re
 import sys
 from argparse import ArgumentParser
@@ -186,8 +187,12 @@ def check_same_start(cfg: Config) -> None:
         )
 
 
-def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) -> set[str]:
-    """Check that ``checkpoint``, which was read from ``path``, fits ``model``.
+def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) -> dict[str, Tensor]:
+    """Check that ``checkpoint``, which was read from ``path``, fits ``model``, which stays as it is.
+
+    What the model's own loading changes is taken into account: mmdet's detectors rename weights (a semi-supervised one
+    those of a plain detector, a two-stage one those of a region proposal network), and backbones of mmpretrain resize
+    tables of positions.
 
     Args:
         checkpoint: The content of the checkpoint.
@@ -196,16 +201,14 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
         warn: Print a warning if it fits only in part, or does not match the hash in its name.
 
     Returns:
-        The keys of the weights that the model will load from it.
+        The weights that the model will load from it, by their keys in the model.
 
     Raises:
         UserError: If it fits no weight of the model, or has values that are not finite.
     """
     weights = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
     expected = model.state_dict()
-    common = [key for key in expected if key in weights]
-    fitting = {key for key in common if getattr(weights[key], "shape", None) == expected[key].shape}
-    misshapen = [key for key in common if key not in fitting]
+    fitting, misshapen, missing, unexpected = _as_loaded(weights, model)
     if not any(expected[key].dim() for key in fitting):  # scalars, such as counters, fit every model
         if misshapen:
             one = misshapen[0]
@@ -217,13 +220,11 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
             f"no weight of the checkpoint {path} fits the model: {reason}; use the configuration that the checkpoint "
             "was trained with"
         )
-    if damaged := [key for key in common if key in fitting and _is_damaged(weights[key], expected[key])]:
+    if damaged := [key for key, value in fitting.items() if _is_damaged(value, expected[key])]:
         raise UserError(
             f"{path} is damaged, or its training diverged: {len(damaged)} weights have values that are not finite "
             f"({some(damaged)}); use an earlier checkpoint"
         )
-    missing = [key for key in expected if key not in weights]
-    unexpected = [key for key in weights if key not in expected]
     if warn and (missing or unexpected or misshapen):
         parts = [
             f"{len(keys)} {what} ({some(names)})"
@@ -242,6 +243,25 @@ def check_fit(checkpoint: dict, path: str, model: nn.Module, warn: bool = True) 
     if warn and (wrong := describe_wrong_hash(_address(path))):
         print(f"warning: {wrong}", file=sys.stderr)
     return fitting
+
+
+def _as_loaded(weights: dict[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], list[str], list[str], list[str]]:
+    """Load weights into a copy of ``model`` on the meta device, whose tensors they replace.
+
+    Returns:
+        The weights that were loaded, by their keys in the model; the keys of those of another shape, of those that the
+        model misses, and of those that it does not know.
+    """
+    probe = copy.deepcopy(model).to("meta")
+    misshapen: list[str] = []
+    try:
+        missing, unexpected = probe.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError:  # some have another shape; the others are loaded
+        misshapen = [key for key, value in probe.state_dict().items() if value.is_meta and key in weights]
+        rest = {key: value for key, value in weights.items() if key not in misshapen}
+        missing, unexpected = probe.load_state_dict(rest, strict=False, assign=True)
+    loaded = {key: value for key, value in probe.state_dict().items() if not value.is_meta}
+    return loaded, misshapen, [key for key in missing if key not in misshapen], unexpected
 
 
 def _is_damaged(value: Tensor, own: Tensor) -> bool:

@@ -101,11 +101,10 @@ class Predictor:
             model.init_weights()
         else:
             state = read_checkpoint(checkpoint, unsafe)
-            fitting = check_fit(state, checkpoint, model)
+            weights = check_fit(state, checkpoint, model)
             if not other_conditioning:
                 check_conditioning(state, checkpoint, model)
-            weights = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
-            model.load_state_dict({name: weights[name] for name in fitting}, strict=False)
+            model.load_state_dict(weights, strict=False)
         meta = state.get("meta", {}).get("dataset_meta")
         self.model = revert_sync_batchnorm(model).to(device).eval()
         self._segments = cfg.default_scope == "mmseg"
