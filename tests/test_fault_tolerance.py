@@ -1,4 +1,4 @@
-"""Resumed runs end with the same weights as uninterrupted ones; bad files and non-finite losses stop a run."""
+"""Resumed runs end with the same weights as uninterrupted ones, and start from checkpoints that can be read."""
 
 import json
 import os
@@ -9,31 +9,23 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 from runs import DEMO, TOOLS, error_lines, first_iteration, forwarded, run
-from torch import nn
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.fileio import BaseStorageBackend, FileClient, LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook
-from mmengine.model import BaseModel
-from mmengine.runner import FlexibleRunner, Runner
 
-import condattn
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook, atomic_writes
 from condattn.openmmlab.hooks.exact_resume import ExactResumeHook
-from condattn.openmmlab.hooks.finite_loss import find_trouble, weights_blamed
-from condattn.openmmlab.runner import checkpoints, launch
+from condattn.openmmlab.runner import checkpoints
+from condattn.openmmlab.runner import work_dir as work_dir_module
 from condattn.openmmlab.runner.checkpoints import check_same_start, find_resumable
-from condattn.openmmlab.study.run import DIVERGED
+from condattn.openmmlab.runner.work_dir import reserved
 
 EMA = "custom_hooks = [dict(type='EMAHook', momentum=0.1)]\nrandomness = dict(seed=3)\n"
 # The demo detector has random augmentation and sampling; these settings add randomness to the segmenter's workers and
@@ -192,246 +184,6 @@ def test_the_newest_checkpoint_that_can_be_read(detection, tmp_path, capsys):
         find_resumable(tmp_path)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    (tmp_path / "a.pth").write_bytes(b"old")
-
-    def full(self, data):
-        with open(self, "wb") as file:
-            file.write(data[:2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"), atomic_writes():
-        LocalBackend().put(b"new content", tmp_path / "a.pth")
-    assert (tmp_path / "a.pth").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
-
-
-def test_a_training_on_a_full_disk_names_the_last_whole_checkpoint(call, detection, tmp_path, monkeypatch):
-    from condattn.openmmlab.hooks import atomic_checkpoint
-
-    write, count = atomic_checkpoint.write_atomically, []
-
-    def full_at_the_second(path, *args, **kwargs):
-        count.append(path)
-        if Path(path).name == "epoch_2.pth":
-            raise OSError(28, "No space left on device")
-        write(path, *args, **kwargs)
-
-    monkeypatch.setattr(atomic_checkpoint, "write_atomically", full_at_the_second)
-    options = [*detection.options, "train_cfg.max_epochs=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
-    status, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
-    assert status == 2
-    (line,) = error_lines(errors)
-    assert "epoch_2.pth could not be written" in line and "the newest complete one is" in line and "epoch_1.pth" in line
-    assert find_resumable("run").endswith("epoch_1.pth")
-
-
-def test_the_best_checkpoint_is_kept_until_the_next_is_there(tmp_path, monkeypatch):
-    hook, runner = AtomicCheckpointHook(interval=1), SimpleNamespace(epoch=1, iter=2)
-    hook.file_backend = LocalBackend()
-    (tmp_path / "best.pth").write_bytes(b"old")
-    full = []
-
-    def save(self, runner, metrics):
-        self.file_backend.remove(tmp_path / "best.pth")
-        if full:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(CheckpointHook, "_save_best_checkpoint", save)
-    full.append(True)
-    with pytest.raises(UserError, match="could not be written .*No space left.*the one before it is .*best.pth"):
-        hook._save_best_checkpoint(runner, {})
-    assert (tmp_path / "best.pth").read_bytes() == b"old"
-    full.clear()
-    hook._save_best_checkpoint(runner, {})
-    assert not (tmp_path / "best.pth").exists()
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run(call, detection, tmp_path):
-    checkpoint = torch.load(detection.checkpoint, weights_only=False)
-    name = next(name for name in checkpoint["state_dict"] if name.endswith("blocks.1.attn.w_msa.qkv.weight"))
-    checkpoint["state_dict"][name][0, 0] = 3e38  # overflows in the first product
-    torch.save(checkpoint, "bad.pth")
-    options = [*detection.options, "load_from=bad.pth"]
-    status, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
-    assert status == 2
-    (line,) = error_lines(errors)
-    assert "is not finite in iteration 1" in line
-    assert f"saturated logits at {name.removesuffix('.qkv.weight')}" in line
-    assert "the last checkpoint is none" in line
-    assert not list(Path("run").rglob("*.pth"))
-
-
-@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("svd failed"), ValueError("matrix contains NaN")])
-def test_an_exception_after_an_update_with_gradients_that_overflowed(error, tmp_path):
-    """It is explained by the weights, and counts as a divergence in a study; another exception is left as it is."""
-    runner = SimpleNamespace(model=nn.Linear(2, 2), iter=3, work_dir=tmp_path)
-    with pytest.raises(type(error), match=str(error)), weights_blamed(runner):
-        raise error
-    runner.model.bias.data[1] = float("nan")
-    expected = f"bias is not finite in iteration 4 .{type(error).__name__}: {error}.; the last checkpoint is none"
-    with pytest.raises(UserError, match=expected) as found, weights_blamed(runner):
-        raise error
-    assert DIVERGED in str(found.value)
-
-
-def test_trouble_where_queries_share_keys():
-    """The heads of queries and keys differ in number."""
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=24, intermediate_size=16, num_hidden_layers=1, vocab_size=8, max_position_embeddings=8)
-    config = transformers.Qwen2Config(**sizes, num_attention_heads=3, num_key_value_heads=1)
-    model = transformers.Qwen2Model(config)
-    assert find_trouble(model, (torch.tensor([[1, 2, 3]]),), {}) == []
-    model.layers[0].self_attn.k_proj.bias.data.fill_(1e6)
-    assert find_trouble(model, (torch.tensor([[1, 2, 3]]),), {}) == ["saturated logits at layers.0.self_attn"]
-
-
-def test_trouble_is_named_by_site():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            from timm.models.vision_transformer import Attention
-
-            self.sound, self.long, self.silent, self.broken = (Attention(8, 2) for _ in range(4))
-            self.long.qkv.weight.data *= 1e4
-            self.silent.qkv.weight.data[16:] = 0
-            self.broken.qkv.weight.data[0, 0] = float("inf")
-
-        def forward(self, x):
-            return [part(x) for part in (self.sound, self.long, self.silent, self.broken)]
-
-    pytest.importorskip("timm")
-    model = Model()
-    condattn.condition(model, "pc")
-    trouble = find_trouble(model, (torch.randn(1, 5, 8),), {})
-    assert sorted(trouble) == sorted(
-        [
-            "saturated logits at long, broken",
-            "zero rows at silent",
-            "weights that are not finite at broken",
-            "head outputs that are not finite at broken",
-        ]
-    )
-
-
-class Bucket(BaseStorageBackend):
-    """A store that is no file system."""
-
-    content: ClassVar[dict[str, bytes]] = {}
-
-    def get(self, filepath):
-        return self.content[filepath]
-
-    get_text = get
-
-    def put(self, obj, filepath):
-        self.content[filepath] = obj
-
-    def join_path(self, *parts):
-        return "/".join(parts)
-
-    def isfile(self, filepath):
-        return filepath in self.content
-
-    def isdir(self, filepath):
-        return False
-
-    def remove(self, filepath):
-        del self.content[filepath]
-
-
-class Toy(BaseModel):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def forward(self, inputs, data_samples=None, mode="tensor"):
-        return {"loss": self.layer(torch.stack(inputs)).sum()} if mode == "loss" else [0]
-
-
-class Rising(BaseMetric):
-    """A score that is better each time."""
-
-    score = 0
-
-    def process(self, data_batch, data_samples):
-        self.results.append(0)
-
-    def compute_metrics(self, results):
-        Rising.score += 1
-        return {"score": Rising.score}
-
-
-def toy_runner(tmp_path, train_cfg, kind=Runner, **saving):
-    """A runner of a model with one layer and a score that rises, which saves the best checkpoint."""
-    loader = dict(dataset=[{"inputs": torch.ones(2)}] * 4, sampler=dict(type="DefaultSampler", shuffle=False))
-    checkpoint = dict(type="AtomicCheckpointHook", by_epoch=True, interval=1, save_best="score", rule="greater")
-    return kind(
-        model=Toy(),
-        work_dir=str(tmp_path / "run"),
-        train_dataloader=loader,
-        val_dataloader=loader,
-        train_cfg=train_cfg,
-        val_cfg={},
-        val_evaluator=Evaluator(Rising()),
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-        default_hooks=dict(checkpoint={**checkpoint, **saving}),
-        experiment_name=f"{tmp_path} {saving}",
-    )
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(out_dir="bucket://here"),
-        dict(out_dir="bucket://here", backend_args={}),
-        dict(out_dir="bucket://here", file_client_args=dict(backend="bucket")),
-        dict(file_client_args=dict(backend="disk")),
-        {},
-    ],
-    ids=str,
-)
-def test_checkpoints_are_written_where_the_settings_say(settings, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Bucket, "content", {})
-    register_backend("bucket", Bucket, force=True, prefixes="bucket")
-    FileClient.register_backend("bucket", Bucket, force=True, prefixes="bucket")
-    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=3, val_interval=1), max_keep_ckpts=1, **settings).train()
-    names = ["best_score_epoch_3.pth", "epoch_3.pth"]
-    remote = [f"bucket://here/run/{name}" for name in names] if "out_dir" in settings else []
-    assert sorted(Bucket.content) == remote
-    assert sorted(path.name for path in tmp_path.rglob("*.pth")) == ([] if remote else names)
-    assert not (tmp_path / "bucket:").exists()
-
-
-def test_a_best_checkpoint_with_the_name_of_the_one_before_it_is_kept(tmp_path):
-    """In a training by iterations whose hook counts epochs, every one has this name."""
-    toy_runner(tmp_path, dict(by_epoch=False, max_iters=4, val_interval=1), interval=-1).train()
-    assert [path.name for path in (tmp_path / "run").glob("best_*.pth")] == ["best_score_epoch_0.pth"]
-    checkpoint = torch.load(tmp_path / "run" / "best_score_epoch_0.pth", weights_only=False)
-    assert checkpoint["meta"]["iter"] == 4
-
-
-def test_writes_of_the_flexible_runner_are_atomic(tmp_path, monkeypatch):
-    written, replace = [], Path.replace
-
-    def record(self, target):
-        written.append(Path(target).name)
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", record)
-    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=1, val_interval=1), FlexibleRunner).train()
-    assert {"epoch_1.pth", "best_score_epoch_1.pth"} <= set(written)
-
-
-def test_a_score_that_the_validation_does_not_report(tmp_path):
-    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=1, val_interval=1), save_best="other").train()
-    (log,) = (tmp_path / "run").glob("*/*.log")
-    assert "save_best names other, and the validation reports score" in log.read_text()
-    assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["epoch_1.pth"]
-
-
 def test_processes_that_find_different_checkpoints(monkeypatch):
     cfg = Config(dict(resume=True, load_from="run/epoch_3.pth"))
     check_same_start(cfg)
@@ -446,15 +198,6 @@ def test_a_training_over_an_earlier_one_warns(call, detection, tmp_path):
     options = [*detection.options, "model.neck.out_chanels=3"]
     _, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
     assert "run has checkpoints of an earlier training (epoch_1.pth), which this one overwrites" in errors
-
-
-def test_a_configuration_without_checkpoint_hook_has_the_atomic_one(detection, tmp_path):
-    for hooks in (None, {}, dict(checkpoint=dict(type="CheckpointHook", interval=2))):
-        cfg = Config.fromfile(detection.config)
-        cfg.default_hooks = hooks
-        cfg.update(work_dir=str(tmp_path), launcher="none", experiment_name=f"hooks {hooks}")
-        (hook,) = (one for one in launch.build_runner(cfg).hooks if isinstance(one, CheckpointHook))
-        assert isinstance(hook, AtomicCheckpointHook) and hook.interval == (2 if hooks else -1)
 
 
 @pytest.mark.parametrize("validate", [True, False])
@@ -474,3 +217,49 @@ def test_the_validation_that_is_made_up_for_can_be_turned_off(validate):
     hook.before_train(runner)
     assert bool(ran) == validate
     assert "will see other batches" in lines[0] and "gradients are accumulated" in lines[1]
+
+
+@pytest.fixture
+def work_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(work_dir_module, "PATIENCE", 0.0)
+    return Config(dict(work_dir=str(tmp_path / "run"), launcher="none"))
+
+
+def test_two_trainings_in_one_work_directory(work_dir):
+    with reserved(work_dir):
+        with pytest.raises(UserError, match="another training is running in .*run; let it end"), reserved(work_dir):
+            pass
+        with reserved(Config(dict(work_dir=f"{work_dir.work_dir}2", launcher="none"))):
+            pass
+    with reserved(work_dir):
+        pass
+
+
+def test_the_first_process_reserves_the_work_directory(work_dir, monkeypatch):
+    work_dir.launcher = "pytorch"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # each on a machine of its own
+    monkeypatch.setenv("RANK", "0")
+    with reserved(work_dir):
+        with pytest.raises(UserError, match="another training"), reserved(work_dir):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with reserved(work_dir):
+            pass
+
+
+def test_a_file_system_without_locks(work_dir, monkeypatch):
+    def acquire(self, timeout):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with reserved(work_dir), reserved(work_dir):
+        pass
+
+
+def test_a_training_beside_another_one(call, detection, work_dir):
+    with reserved(work_dir):
+        command = [detection.config, "--work-dir", work_dir.work_dir, "--cfg-options", *detection.options]
+        status, _, errors = call("train", *command)
+    assert status == 2 and "another training is running in" in error_lines(errors)[-1]
+    assert not list(Path(work_dir.work_dir).glob("*.p*"))

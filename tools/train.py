@@ -36,6 +36,7 @@ from condattn.openmmlab.runner.launch import (
 )
 from condattn.openmmlab.runner.settings import check_loop
 from condattn.openmmlab.runner.sharding import check_shardable, is_sharded
+from condattn.openmmlab.runner.work_dir import reserved
 from condattn.wording import some
 
 
@@ -93,10 +94,11 @@ def main() -> None:
     if args.compile and args.compile not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends(exclude_tags=()))
         raise UserError(f"--compile: torch has no backend {args.compile}; it has {known}")
+    first = local_rank(cfg.launcher) == 0
     resume = args.resume or ("auto" if cfg.get("resume") and not cfg.get("load_from") else None)
-    if checkpoint := find_resumable(cfg.work_dir, args.unsafe) if resume == "auto" else resume:
+    if checkpoint := find_resumable(cfg.work_dir, args.unsafe, warn=first) if resume == "auto" else resume:
         cfg.resume, cfg.load_from = True, checkpoint
-    elif saved := sorted(Path(cfg.work_dir).glob("*.pth")):
+    elif first and (saved := sorted(Path(cfg.work_dir).glob("*.pth"))):
         print(
             f"warning: {cfg.work_dir} has checkpoints of an earlier training ({some(path.name for path in saved)}), "
             "which this one overwrites where names are equal; to go on with that one use --resume, to keep it another "
@@ -137,13 +139,14 @@ def train(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> No
         replaced: Keys of the weights that a checkpoint will provide.
         given: The configuration before it was adapted to the data.
     """
-    runner = build_runner(cfg, args.other_conditioning, given)
-    check_same_start(cfg)
-    drop_pretrained(runner.model, replaced)
-    if args.compile:
-        compiled_part(runner.model).compile(backend=args.compile)
-    with weights_blamed(runner):
-        runner.train()
+    with reserved(cfg):
+        runner = build_runner(cfg, args.other_conditioning, given)
+        check_same_start(cfg)
+        drop_pretrained(runner.model, replaced)
+        if args.compile:
+            compiled_part(runner.model).compile(backend=args.compile)
+        with weights_blamed(runner):
+            runner.train()
 
 
 def check_weights(cfg: Config, args: Namespace) -> set[str]:

@@ -22,6 +22,11 @@ def local_rank(launcher: str) -> int:
     return 0 if launcher == "none" else int(_variables(launcher)[2])
 
 
+def rank(launcher: str) -> int:
+    """The rank of this process among those on all machines."""
+    return 0 if launcher == "none" else int(_variables(launcher)[0])
+
+
 def start_processes(cfg: Config) -> None:
     """Prepare a run that ``cfg.launcher`` has started.
 

@@ -137,14 +137,13 @@ def check_resumable(checkpoint: dict, path: str) -> None:
         )
 
 
-def find_resumable(work_dir: str, unsafe: bool = False) -> str | None:
+def find_resumable(work_dir: str, unsafe: bool = False, warn: bool = True) -> str | None:
     """Return the newest checkpoint in ``work_dir`` from which a training can be resumed; None if there are none.
-
-    A warning names each newer checkpoint that cannot be used.
 
     Args:
         work_dir: Folder of the checkpoints.
         unsafe: Whether code in them may be executed.
+        warn: Print a warning that names each newer checkpoint that cannot be used.
 
     Raises:
         UserError: If there are checkpoints, and none can be resumed from, or the last one is in a remote storage.
@@ -163,7 +162,8 @@ def find_resumable(work_dir: str, unsafe: bool = False) -> str | None:
                     f"{path}, the last checkpoint, is in a storage from which no training can be resumed; copy it to "
                     "this machine, and name the copy: --resume FILE"
                 ) from error
-            print(f"warning: {error}; the checkpoint before it is tried", file=sys.stderr)
+            if warn:
+                print(f"warning: {error}; the checkpoint before it is tried", file=sys.stderr)
         else:
             return path
     if candidates:
