@@ -162,6 +162,8 @@ def test_detection_is_tested(detection, tmp_path):
     drawn = sorted((tmp_path / "drawn").glob("*.jpg"))
     assert len(drawn) == 4
     assert Image.open(drawn[0]).size == (2 * 192, 192)  # ground truth and prediction
+    saved = [path.name for path in (tmp_path / "test").rglob("*.py") if path.parent.name != "vis_data"]
+    assert saved == [f"{detection.config.stem}_test.py"]
 
 
 def test_segmentation_is_tested_with_augmentation(segmentation, tmp_path):

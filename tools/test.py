@@ -115,8 +115,9 @@ def test(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> Non
         replaced: Keys of the weights that the checkpoint provides.
         given: The configuration before it was adapted to the data.
     """
+    name = str(Path(cfg.filename).with_suffix("")) + "_test.py"
     for each in (cfg, given):  # the runner saves the configuration under this name, beside that of the training
-        object.__setattr__(each, "_filename", str(Path(cfg.filename).with_suffix("")) + "_test.py")
+        object.__setattr__(each, "_filename", name)
     runner = build_runner(cfg, args.other_conditioning, given)
     if args.show_dir or (args.out and cfg.default_scope != "mmdet"):
         check_names(runner.test_dataloader.dataset)

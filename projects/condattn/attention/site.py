@@ -1,6 +1,7 @@
 """The description of an attention site: its projections of queries, keys and values, and its head outputs."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class HeadOutputs:
         owner: The module whose first input they are; the attention module itself if it projects them functionally. If
             an adapter wraps a layer, it is the adapter.
         projection: The output projection that they reach, either here or after an activation, a norm or a gate. If
-            adapters wrap it, it is the wrapped layer. None if there is no output projection.
+            adapters wrap it, it is the wrapped layer. The owner itself if there is no output projection.
         axis: The axis of that input along which the channels of the heads lie.
         channels: The channels that are head outputs, if the input also has other channels; None: all channels.
         num_heads: Number of heads along the axis; None: the same as the site. 1 if the heads have an axis of their own.
@@ -67,7 +68,7 @@ class HeadOutputs:
     """
 
     owner: nn.Module
-    projection: nn.Module | None
+    projection: nn.Module
     axis: int = -1
     channels: slice | None = None
     num_heads: int | None = None
@@ -141,7 +142,7 @@ def is_transposed(owner: nn.Module) -> bool:
     return any(qualified_name(cls) == "transformers.pytorch_utils.Conv1D" for cls in type(owner).__mro__)
 
 
-def is_convolution(owner: nn.Module) -> bool:
+def is_convolution(owner: nn.Module) -> TypeGuard[nn.modules.conv._ConvNd]:
     """Return whether ``owner`` is a convolution in any number of dimensions; its channels lie along axis 1."""
     return isinstance(owner, nn.modules.conv._ConvNd)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +48,9 @@ class CorrectedLinear(CorrectedLayer, nn.Linear):
 
 class CorrectedConvolution(CorrectedLayer):
     """Mixin for convolutions of size 1 with the weight W + C."""
+
+    bias: Tensor | None
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """Project every position with the effective weight."""

@@ -9,6 +9,7 @@ mean row norm of the head, and the remaining error is the variation of the norms
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ class _Probe:
         before, after = (self.errors[:2] / self.errors[2].clamp_min(1e-300)).sqrt().tolist()
         return Calibration(self.site.name, self.scales, before, after)
 
-    @property
+    @cached_property
     def reason(self) -> str:
         """Why the factors cannot be multiplied into the projection, or ''."""
         owner, projection = self.site.out.owner, self.site.out.projection
