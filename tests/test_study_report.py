@@ -93,7 +93,7 @@ def test_condition_numbers_at_the_end(study_file, tmp_path):
             results.add(replace(record, spectra=spectra))
     write_report(study, results)
     text = (results.folder / "report.md").read_text()
-    assert "| variant | A(X) | C A(X) | entropy | C A(X) over A(X) |" in text
+    assert "| variant | A(X) | C A(X) | entropy | C A(X) / A(X), same network |" in text
     assert "| none | 31.6 | 15.8 | 0.5 | 0.5 |" in text and "| pc | 94.9 | 47.4 | 0.5 | 0.5 |" in text
     assert "| pc / none |  |  |  | 3 (3 to 3) | 1.5 (1.5 to 1.5) |" in text
 

@@ -287,11 +287,11 @@ def spectra_tables(study: Study, results: Results) -> list[Table]:
         means = [_mean(q, column) for q, column in zip(found, columns, strict=True)]
         rows.append([name, *means, _mean("kappa_CAX", within)])
     ratios = [[f"{a} / {b}", *_ratios(last[a], last[b])] for a, b in _pairs(study)]
-    names = {(q, r): QUANTITIES[q] + ("" if q == r else f" over {QUANTITIES[r]}") for q, r in RATIOS.items()}
+    names = {(q, r): QUANTITIES[q] + ("" if q == r else f" / {QUANTITIES[r]} of the reference") for q, r in RATIOS.items()}
     return [
         Table(
             "Condition numbers, entropy and largest logit at the end of the training",
-            ["variant", *(QUANTITIES[q] for q in found), "C A(X) over A(X)"],
+            ["variant", *(QUANTITIES[q] for q in found), "C A(X) / A(X), same network"],
             rows,
         ),
         Table("Ratios of condition numbers at the end of the training", ["comparison", *names.values()], ratios),
