@@ -188,7 +188,9 @@ def test_processes_that_find_different_checkpoints(monkeypatch):
     cfg = Config(dict(resume=True, load_from="run/epoch_3.pth"))
     check_same_start(cfg)
     monkeypatch.setattr(checkpoints, "all_gather_object", lambda own: [own, "none", own])
-    with pytest.raises(UserError, match="different checkpoints to resume from .epoch_3.pth by process 0, none by process 1"):
+    with pytest.raises(
+        UserError, match="different checkpoints to resume from .epoch_3.pth by process 0, none by process 1"
+    ):
         check_same_start(cfg)
 
 

@@ -74,6 +74,16 @@ def test_a_study_begins_with_committed_code(study):
     assert header(study)["commit"] == second and len(header(study)["data"]) == 16
 
 
+def test_the_list_of_runs_has_nothing_but_commands(study):
+    def noisy(*arguments):
+        print("loading annotations into memory...")
+        return "0123456789abcdef"
+
+    listed = study("--list", check_study=noisy).splitlines()
+    assert len(listed) == 8 and all("study.py" in line and "--run tuning/" in line for line in listed)
+    assert study("--list", data_hash=noisy, check_start=noisy).splitlines() == listed
+
+
 def test_before_the_first_run_another_commit_may_be_chosen(study):
     second = study.commit("second")
     study("--list", "--commit", study.first)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from mmengine.logging import MMLogger
@@ -76,7 +77,8 @@ def main() -> int:
         return run_one(study, results, args.run, args.data_checked)
     if args.rerun:
         return rerun(study, results, args.rerun)
-    begin(study, results, args.commit)
+    with redirect_stdout(sys.stderr):  # what libraries print while they read the data is not in the list of --list
+        begin(study, results, args.commit)
     runs = pilot_runs(study) if args.pilot else None
     command = run_command(study, args.size, Path(__file__))
     if args.list:
