@@ -53,12 +53,16 @@ exploratory = True
     study = load_study(study_file(("seeds = [0, 1]\n", "seeds = [0, 1]\n" + start)))
     assert study.digest() != plain.digest() and "start" not in plain.definition()
     (tmp_path / "pretrained").mkdir()
-    for seed in (5, 6, 7, 0):
+    for seed in (5, 6, 7, 8, 0):
         (tmp_path / "pretrained" / f"{seed}.pth").touch()
     with pytest.raises(UserError, match=r"no checkpoint .*1.pth to start from.*: python pretrain.py --seed 1$"):
         check_start(study, tmp_path)
     (tmp_path / "pretrained" / "1.pth").touch()
     check_start(study, tmp_path)
+    for wrong in ("pretrained/5.pth", "{seed}{other}.pth", "{seed}{}.pth", "{seed"):
+        changed = start.replace("pretrained/{seed}.pth", wrong)
+        with pytest.raises(UserError, match=r"expected start=dict\(checkpoint='... \{seed\} ...'"):
+            load_study(study_file(("seeds = [0, 1]\n", "seeds = [0, 1]\n" + changed)))
     cfg = training_config(study, RunId(FINAL, "pc", 1, 1e-3), tmp_path, tmp_path)
     assert cfg.model.backbone.init_cfg.checkpoint == str(tmp_path / "pretrained" / "1.pth")
 
@@ -71,7 +75,8 @@ exploratory = True
         (("seeds = [0, 1]", "seeds = [0, 0]"), "seeds has a seed twice"),
         (("seeds = [0, 1]", "seeds = [0, 5]"), "seeds and tuning.seeds share \\[5\\]"),
         (("seeds=[5, 6]", "seeds=[6]"), "expected two or more tuning.seeds"),
-        (("pilot_seeds = [7]", "pilot_seeds = [1]"), "seeds and pilot_seeds share \\[1\\]"),
+        (("pilot_seeds = [7, 8]", "pilot_seeds = [7, 1]"), "seeds and pilot_seeds share \\[1\\]"),
+        (("pilot_seeds = [7, 8]", "pilot_seeds = [7]"), "expected two or more pilot_seeds"),
         (('baseline = "none"', 'baseline = "nothing"'), "baseline names nothing; variants are none, pc"),
         (('[("pc", "none")]', '[("sc", "none")]'), "families.methods names sc"),
         (
@@ -87,7 +92,19 @@ exploratory = True
         (('[("pc", "none")]', '[("pc", "none", "pc")]'), r"expected families=dict\(NAME"),
         (('[("pc", "none")]', '("pc", "none")'), r"expected families=dict\(NAME"),
         (("seeds = [0, 1]", "seeds = 3"), "expected list or tuple as seeds, got 3"),
-        (("seeds = [0, 1]", "seeds = [0, 1.5]"), r"expected whole numbers as seeds, got \[0, 1.5\]"),
+        (("seeds = [0, 1]", "seeds = [0, 1.5]"), r"expected whole numbers .* as seeds, got \[0, 1.5\]"),
+        (("seeds = [0, 1]", "seeds = [-1, 1]"), r"whole numbers from 0 to 2\*\*32 - 1 as seeds, got \[-1, 1\]"),
+        (("seeds = [0, 1]", "seeds = [0, 2**40]"), "whole numbers from 0 .* as seeds"),
+        (('[("pc", "none")]', '[("pc", "pc")]'), r"families.methods: expected different variants, .*: \('pc', 'pc'\)"),
+        (('[("pc", "none")]', '[("pc", "none")] * 2'), "expected different variants, and each pair once"),
+        (('[("pc", "none")]', '[(["pc"], "none")]'), r"expected families=dict\(NAME"),
+        (('variable="FASHION_MNIST"', "variable=3"), "data: expected a text as variable"),
+        (
+            ("variants = dict(none=", "variants = dict(**{'a': {3: 1}}, none="),
+            "variants: expected a dict of options as a",
+        ),
+        (('unit = "points"', 'unit = "points"\nfactor = -1.0'), "expected a positive number as factor, got -1.0"),
+        (("difference = 5.0", "difference = float('nan')"), "expected a positive number as difference, got nan"),
         (("seeds=[5, 6]", "seeds=5"), "tuning: expected list or tuple as seeds, got 5"),
         (("grid=[1e-4, 1e-3]", 'grid=["a", 1e-3]'), "expected numbers in tuning.grid"),
         (("difference = 5.0", 'difference = "1"'), "expected int or float as difference, got '1'"),
@@ -96,7 +113,7 @@ exploratory = True
         (('pc={"model', 'pc={"optim_wrapper.optimizer.lr": -1.0, "model'), "pc: expected a positive number as optim_w"),
         (("evaluations = 2", "evaluations = 0"), "one or more evaluations, got 0"),
         (("evaluations = 2", "evaluations = undefined"), "cannot read the study .*NameError"),
-        (("difference = 5.0", "difference = 0"), "positive difference"),
+        (("difference = 5.0", "difference = 0"), "expected a positive number as difference, got 0"),
         (('unit = "points"\n', ""), "a study needs unit"),
         (('unit = "points"', 'unit = "points"\nmetrik = 1'), "unknown settings metrik"),
         (('dict(variable="FASHION_MNIST", default="data", ', "dict("), r"expected data=dict\(variable=..., default"),
@@ -114,6 +131,9 @@ def test_a_study_that_contradicts_itself(study_file, change, message):
         (('"_base_/vit_fashion_mnist.py"', '"_base_/nowhere.py"'), "no configuration .*nowhere.py; correct"),
         (('"train_cfg.max_iters": 4', '"train_cfg.iterations": 4'), "option train_cfg.iterations: .* no 'iterations'"),
         (('"train_cfg.max_iters": 4', '"train_cfg.max_iters": 5'), "multiple of 2 evaluations, found 5"),
+        (('"train_cfg.max_iters": 4', '"train_cfg.max_iters": "4"'), "multiple of 2 evaluations, found 4"),
+        (('"model.head.in_channels": 16', '"model.head.loss.type.a": 1'), "option model.head.loss.type.a"),
+        (('"train_cfg.max_iters": 4', '"model.train_cfg": dict(a=1), "model.train_cfg.b": 2'), "no 'b' there"),
         (('pc={"model.backbone.conditioning"', 'pc={"model.trunk.conditioning"'), "no 'trunk' there"),
         (('conditioning": "pc"', 'conditioning": "pcc"'), "variant pc: .*unknown conditioning 'pcc'"),
         (('conditioning": "pc"', 'colour": "pc"'), "variant pc: .*unexpected keyword argument 'colour'"),
@@ -129,8 +149,31 @@ def test_a_study_that_cannot_run(study_file, images, change, message):
 
 def test_missing_data(study_file, monkeypatch, tmp_path):
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no data for training: no train-images-idx3-ubyte.*the test writes them"):
+    with pytest.raises(
+        UserError, match="no data for training, or too few: no train-images-idx3-ubyte.*the test writes them"
+    ):
         check_study(load_study(study_file()), tmp_path, tmp_path)
+
+
+def test_too_few_data(study_file, images, tmp_path):
+    """mmengine's data sets index their samples with ``indices``."""
+    study = load_study(study_file())
+
+    def too_few(*arguments):
+        raise IndexError("list index out of range")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no data for training, or too few: Ind"):
+        patch.setattr("mmengine.registry.DATASETS.build", too_few)
+        check_study(study, tmp_path, tmp_path)
+
+
+def test_evaluators_whose_metrics_are_not_known_do_not_hide_the_others(study_file, tmp_path):
+    study = load_study(study_file())
+    cfg = training_config(study, RunId(FINAL, "pc", 1, 1e-3), tmp_path, tmp_path)
+    cfg.val_evaluator = dict(type="SomeMetric")
+    check_metric(study, cfg)
+    with pytest.raises(UserError, match="no metric 'other'; the evaluators report accuracy/top1"):
+        check_metric(replace(study, metric="other"), cfg)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -414,4 +457,6 @@ def test_listed_commands_name_the_data(study_file, monkeypatch):
 
 def test_pilot_runs_are_of_the_baseline(study_file):
     study = load_study(study_file())
-    assert pilot_runs(study) == [RunId("pilot", "none", 7, 1e-3)]
+    assert pilot_runs(study) == [RunId("pilot", "none", seed, 1e-3) for seed in (7, 8)]
+    fixed = load_study(study_file(('none={"model', 'none={"optim_wrapper.optimizer.lr": 0.1, "model')))
+    assert pilot_runs(fixed) == [RunId("pilot", "none", seed, 0.1) for seed in (7, 8)]

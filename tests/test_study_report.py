@@ -144,6 +144,22 @@ def test_failed_runs_are_counted_and_named(study_file, tmp_path):
     assert "loss is not finite" in text
 
 
+def test_a_baseline_that_failed_before_its_first_evaluation(study_file, tmp_path):
+    study = load_study(study_file())
+    results = Results(study, tmp_path)
+    results.write_header(commit="abc", versions={})
+    finish(results, {"none": 50.0, "pc": 70.0})
+    for seed in study.seeds:
+        run = next(one.run for one in results.final("none") if one.run.seed == seed)
+        results.add(replace(a_record(run, 0.0, status=FAILED, error="loss is not finite"), curve=[]))
+    write_report(study, results)
+    text = (results.folder / "report.md").read_text()
+    assert (
+        "| none | 2 of 2 | 0.00 | 0.00 | 0.001 |  | 2 |" in text
+        and "| pc | 2 of 2 | 73.00 | 1.41 | 0.001 | 50% |" in text
+    )
+
+
 def test_results_of_another_study(study_file, tmp_path):
     results = Results(load_study(study_file()), tmp_path)
     results.write_header(commit="abc", versions={})
@@ -205,7 +221,7 @@ def test_curves_are_compared_at_equal_iterations(study_file):
 
 def test_the_pilot(study_file, tmp_path):
     study = load_study(
-        study_file(("pilot_seeds = [7]", "pilot_seeds = [7, 8, 9]"), ("evaluations = 2", "evaluations = 1"))
+        study_file(("pilot_seeds = [7, 8]", "pilot_seeds = [7, 8, 9]"), ("evaluations = 2", "evaluations = 1"))
     )
     results = Results(study, tmp_path, pilot=True)
     runs = [RunId("pilot", "none", seed, 1e-3) for seed in study.pilot_seeds]

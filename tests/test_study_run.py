@@ -53,15 +53,18 @@ def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monke
     second = replace(first, name="second", variants={"base": first.variants["none"], "pc": first.variants["pc"]})
     there, here = Results(first, tmp_path), Results(second, tmp_path)
     finals = [RunId(FINAL, variant, 1, 1e-3) for variant in ("none", "pc")]
-    training = run_module.training_hash(first, training_config(first, finals[0], tmp_path, tmp_path))
+    cfg = training_config(first, finals[0], tmp_path, tmp_path)
+    training, early = run_module.training_hashes(first, cfg, tmp_path)
+    assert training != early
     record = a_record(finals[0], 61.0, commit="abc", versions=versions(), training=training)
-    there.add(record)
+    there.add(replace(record, training=early))  # as before hashes of trainings did not depend on line breaks
+    there.write_header(commit="abc", versions={}, data="0123456789abcdef")
+    here.write_header(commit="abc", versions={}, data="0123456789abcdef" * 2)
     monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
     monkeypatch.setattr(run_module, "_call", lambda *arguments: "it was executed")
     base = replace(finals[0], variant="base")
     taken = run_module.execute(second, here, base, tmp_path, "abc")
     assert taken == here.records()[base] == replace(record, run=base, origin="tiny")
-    here.write_header(commit="abc", versions={})
     write_report(second, here)
     assert (
         "1 of the runs were taken over from tiny, which had run the same trainings."
@@ -76,6 +79,10 @@ def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monke
     ):
         with pytest.raises(run_module.RunError, match="it was executed"):
             run_module.execute(study, results, one, tmp_path, commit)
+    for data in (None, "1123456789abcdef" * 2):  # unknown, and other data
+        here.write_header(data=data)
+        with pytest.raises(run_module.RunError, match="it was executed"):
+            run_module.execute(second, here, base, tmp_path, "abc")
 
 
 @pytest.fixture
@@ -119,6 +126,15 @@ def test_a_record_names_the_checkpoint_that_it_started_from(study_file, tmp_path
     write_report(study, results)
     report = (results.folder / "report.md").read_text()
     assert "| trainings start from | {seed}.pth; seed 5: ba7816bf8f01cfea |" in report
+    (tmp_path / "5.pth").write_bytes(b"abd")
+    other = replace(RUN, variant="none")
+    with pytest.raises(UserError, match=r"tuning/pc/5/0.001 started from another checkpoint \(ba7816bf8f01cfea\) than"):
+        execute(study, results, other, tmp_path, "abc")
+    (tmp_path / "5.pth").write_bytes(b"abc")
+    execute(study, results, other, tmp_path, "abc")
+    (tmp_path / "6.pth").write_bytes(b"abd")  # that of another seed
+    execute(study, results, replace(other, seed=6), tmp_path, "abc")
+    assert len(results.records()) == 3
 
 
 def scores(*values):
@@ -140,6 +156,25 @@ def test_an_interrupted_run_is_resumed_with_its_own_code_and_settings_alone(trai
         assert training.found == files
 
 
+def test_an_interrupted_run_is_not_resumed_with_other_packages(training, monkeypatch):
+    for torch_version, files in (("2.11.0", []), ("2.11.0", LEFT), ("2.12.0", [])):
+        monkeypatch.setattr(run_module, "versions", lambda version=torch_version: {"torch": version})
+        with pytest.raises(RunError, match="out of memory"):
+            training(scores(40.0), "out of memory")
+        assert training.found == files
+    versions_then = iter([{"torch": "2.12.0"}, {"torch": "2.13.0"}])
+    monkeypatch.setattr(run_module, "versions", lambda: next(versions_then))
+    assert training(scores(40.0, 50.0)).versions == {"torch": "2.12.0"}  # those with which it began
+
+
+def test_runs_that_are_under_way(training, tmp_path):
+    assert run_module.under_way(training.results) == []
+    training(scores(40.0, 50.0))
+    assert run_module.under_way(training.results) == []
+    with run_module._alone(training.folder, RUN):
+        assert run_module.under_way(training.results) == [training.folder.name]
+
+
 def test_a_run_that_lost_an_evaluation_begins_anew(training):
     with pytest.raises(RunError, match="no accuracy/top1 of iteration 2; it begins anew"):
         training(scores(40.0, 50.0)[1:])
@@ -151,7 +186,12 @@ def test_later_runs_are_configured_as_the_earlier_ones(training, tmp_path, monke
     """The commit of a study does not fix the code that applies its settings."""
     training(scores(40.0, 50.0))
     results, configure = training.results, run_module.training_config
-    run_module.check_trainings(results.study, results, tmp_path, tmp_path, "abc")
+
+    def check(variant="pc", commit="abc"):
+        run_module.check_trainings(results.study, results, variant, tmp_path, tmp_path, commit)
+
+    results.add(replace(results.records()[RUN], run=replace(RUN, variant="none"), training=""))  # the first in the file
+    check()
 
     def other(*arguments):
         cfg = configure(*arguments)
@@ -160,19 +200,21 @@ def test_later_runs_are_configured_as_the_earlier_ones(training, tmp_path, monke
 
     monkeypatch.setattr(run_module, "training_config", other)
     with pytest.raises(UserError, match="tiny: tuning/pc/5/0.001 is configured otherwise now than when it ran"):
-        run_module.check_trainings(results.study, results, tmp_path, tmp_path, "abc")
-    run_module.check_trainings(results.study, results, tmp_path, tmp_path, "abd")  # no run of this code yet
+        check()
+    check("none")
+    check(commit="abd")  # no run of this code yet
 
 
 def test_the_hash_of_a_training_is_the_same_wherever_the_data_are(study_file, tmp_path, monkeypatch):
     study = load_study(study_file())
     hashes = set()
-    for folder in ("/some/data", "/other/data"):
+    for folder in ("/some/data", "/other/data", "/a/path/which/is/so/long/that/it/does/not/fit/into/a/line" * 2):
         monkeypatch.setenv("FASHION_MNIST", folder)
         cfg = training_config(study, RUN, tmp_path, tmp_path)
         assert folder in cfg.pretty_text
-        hashes.add(run_module.training_hash(study, cfg))
-    assert len(hashes) == 1 and hashes != {run_module.training_hash(replace(study, metric="accuracy/top5"), cfg)}
+        hashes.add(run_module.training_hashes(study, cfg, tmp_path)[0])
+    other = run_module.training_hashes(replace(study, metric="accuracy/top5"), cfg, tmp_path)[0]
+    assert len(hashes) == 1 and hashes != {other}
 
 
 def test_options_keep_their_types(study_file, tmp_path):

@@ -60,10 +60,24 @@ def test_a_run_of_another_process_is_waited_for(pool, tmp_path):
     assert done.exists()
 
 
-def test_no_run_is_started_on_a_full_disk(pool, tmp_path):
-    code = "import sys; sys.exit('OSError: [Errno 28] No space left on device')"
-    full = pool(code, jobs=1)
+@pytest.mark.parametrize("error", ["[Errno 28] No space left on device", "[Errno 122] Disk quota exceeded"])
+def test_no_run_is_started_on_a_full_disk(pool, error):
+    full = pool(f"import sys; sys.exit('OSError: {error}')", jobs=1)
     assert list(full.work()) == planned_runs(full.study, {})[:1]
+
+
+def test_a_run_that_another_pool_finishes_is_no_error(pool):
+    made = pool("import sys; sys.exit('error: out of memory')")
+    (first, *_), collect = planned_runs(made.study, {}), made._collect
+
+    def finished_elsewhere():
+        collect()
+        if first in made.errors and first not in made.results.records():
+            made.results.add(a_record(first, 50.0))
+
+    made._collect = finished_elsewhere
+    errors = made.work()
+    assert first in made.errors and first not in errors and errors
 
 
 def test_the_table_and_the_time_that_is_left(pool):

@@ -14,7 +14,16 @@ pytest.importorskip("mmengine")
 from scipy import stats as scipy_stats
 
 from condattn.openmmlab.study import plan, statistics
-from condattn.openmmlab.study.plan import TUNING, RunId, Study, chosen_rates, current_grid, missing_runs, rates_on_grid
+from condattn.openmmlab.study.plan import (
+    TUNING,
+    RunId,
+    Study,
+    chosen_rates,
+    current_grid,
+    missing_runs,
+    rates_on_grid,
+    tuning_margin,
+)
 
 BCG = [
     *((4, 119, 11, 128), (6, 300, 29, 274), (3, 228, 11, 209), (62, 13536, 248, 12619), (33, 5036, 47, 5761)),
@@ -301,3 +310,13 @@ def test_diverged_runs_do_not_move_the_others():
     scores[RunId(TUNING, "sc", 100, 1e-3)] = 5.0
     rates = rates_on_grid(study, scores, study.grid)
     assert rates["none"] == rates["pc"] == 2e-3 and rates["sc"] == 1e-3
+
+
+def test_rates_at_which_every_run_diverged_leave_the_margin_as_it_is():
+    study = a_study()
+    scores = tuned(study, none=(1.0, 3.0, 2.0), pc=(1.0, 3.0, 2.0), sc=(2.0, 3.0, 2.0))
+    for run in [run for run in scores if run.rate != 2e-3]:
+        scores[run] = 0.0
+    alone = tuning_margin(study, scores, [2e-3])
+    assert tuning_margin(study, scores, study.grid) == alone > 0
+    assert tuning_margin(study, dict.fromkeys(scores, 0.0), study.grid) == 0.0

@@ -12,6 +12,7 @@ pytest.importorskip("mmpretrain")
 
 from tiny_study import TINY, a_record, write_images
 
+from condattn.openmmlab.study import run as run_module
 from condattn.openmmlab.study.plan import FINAL, TUNING, RunId, load_study
 from condattn.openmmlab.study.results import Results, versions
 
@@ -71,7 +72,7 @@ def test_a_study_begins_with_committed_code(study):
     assert not study.results.started
     second = study.commit("second")
     assert study("--list").count("--run tuning/") == 8
-    assert header(study)["commit"] == second and len(header(study)["data"]) == 16
+    assert header(study)["commit"] == second and len(header(study)["data"]) == 32
 
 
 def test_the_list_of_runs_has_nothing_but_commands(study):
@@ -93,6 +94,22 @@ def test_before_the_first_run_another_commit_may_be_chosen(study):
     study("--run", str(RUN))
     error = study("--list", "--commit", study.first, status=2)
     assert f"tiny began with {second[:12]}, not {study.first[:12]}" in error
+
+
+def test_the_commit_is_not_changed_under_runs_or_another_study(study):
+    second = study.commit("second")
+    study("--list", "--commit", study.first)
+    folder = study.results.work / "runs" / "tuning_none_5_0.0001"
+    folder.mkdir(parents=True)
+    with run_module._alone(folder, RUN):
+        error = study("--list", "--commit", second, status=2)
+    assert "runs of tiny are under way (tuning_none_5_0.0001); end them first" in error
+    study.path.write_text(TINY.replace("difference = 5.0", "difference = 4.0"))
+    third = study.commit("third")
+    assert "was written by another study" in study("--list", "--commit", third, status=2)
+    assert header(study)["commit"] == study.first
+    for option in (("--report-only",), ("--run", str(RUN)), ("--rerun", "none/0")):
+        assert "--commit chooses the code at the start" in study("--commit", third, *option, status=2)
 
 
 def test_a_commit_without_the_configuration(study):
@@ -122,6 +139,12 @@ def test_data_of_a_study(study, tmp_path, monkeypatch):
     assert "no data for training" in study("--run", str(RUN), status=2)
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path / "moved"))
     study("--run", str(RUN))
+    recorded = header(study)["data"]
+    change_header(study, data=recorded[:16])  # as of early studies, of names and sizes alone
+    study("--list")
+    change_header(study, data=recorded)
+    write_images(tmp_path / "moved", seed=1)
+    assert "began with other data than those in" in study("--list", status=2)
     write_images(tmp_path / "moved", number=70)
     for arguments in (("--list",), ("--run", str(replace(RUN, seed=6)))):
         assert "began with other data than those in" in study(*arguments, status=2)
@@ -177,6 +200,18 @@ def test_the_pilot_of_a_changed_study_replaces_the_former(study):
     study.path.write_text(TINY.replace("difference = 5.0", "difference = 4.0"))
     assert "commit what is not" in study("--pilot", "--data", study.root.parent / "data", status=2)
     assert len(pilot.records()) == 1
+    changed = study.commit("changed")
+
+    class Pool:
+        def __init__(self, *arguments):
+            pass
+
+        def work(self):
+            return {}
+
+    study("--pilot", Pool=Pool)
+    new = Results(load_study(str(study.path)), study.root, pilot=True)
+    assert new.header()["commit"] == changed and not new.records()
 
 
 def test_options_that_have_no_effect_together(study):
@@ -221,3 +256,8 @@ def test_a_copy_of_the_code_that_was_changed(study):
     copy = study.root / "work_dirs" / "studies" / "code" / study.first
     (copy / "configs" / "note.txt").write_text("changed")
     assert "is changed (M configs/note.txt); remove it" in study("--list", status=2)
+    (copy / "configs" / "note.txt").write_text("first")
+    study("--list")
+    (copy / "projects").mkdir()
+    (copy / "projects" / "torch.py").touch()  # would be imported in place of the package
+    assert "is changed (?? projects/); remove it" in study("--list", status=2)

@@ -29,17 +29,17 @@ difference = 5.0
 variants = dict(none={"model.backbone.conditioning": "none"}, pc={"model.backbone.conditioning": "pc"})
 baseline = "none"
 families = dict(methods=[("pc", "none")])
-pilot_seeds = [7]
+pilot_seeds = [7, 8]
 tuning = dict(option="optim_wrapper.optimizer.lr", grid=[1e-4, 1e-3], seeds=[5, 6], largest_grid=2)
 seeds = [0, 1]
 evaluations = 2
 """
 
 
-def write_images(folder: Path, number: int = 60) -> Path:
+def write_images(folder: Path, number: int = 60, seed: int = 0) -> Path:
     """Write random images and labels in the format of Fashion-MNIST; one of the files is compressed."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name in ("train", "t10k"):
         images, labels = rng.integers(0, 256, (number, 28, 28), np.uint8), rng.integers(0, 10, number, np.uint8)
         header = struct.pack(">4B3I", 0, 0, 8, 3, number, 28, 28)

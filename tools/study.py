@@ -15,9 +15,10 @@ from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.study.check import check_start, check_study, data_hash
 from condattn.openmmlab.study.plan import FINAL, PILOT, RunId, Study, load_study, missing_runs, pilot_runs
 from condattn.openmmlab.study.report import report_pilot, write_documents, write_report
-from condattn.openmmlab.study.results import FINISHED, Results, same_versions, versions
-from condattn.openmmlab.study.run import BusyError, RunError, execute, git, worktree
+from condattn.openmmlab.study.results import FINISHED, Results, same_data, same_versions, versions
+from condattn.openmmlab.study.run import BusyError, RunError, execute, git, under_way, worktree
 from condattn.openmmlab.study.schedule import BUSY, Pool, run_command
+from condattn.wording import some
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +69,8 @@ def main() -> int:
         raise UserError("--data-checked goes with --run; a study's start always checks the data")
     if args.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
+    if args.commit and (args.run or args.rerun or args.report_only):
+        raise UserError("--commit chooses the code at the start of a study, not with --run, --rerun or --report-only")
     if args.report_only:
         results.header()
         return report(study, results)
@@ -121,7 +124,11 @@ def begin(study: Study, results: Results, commit: str | None = None) -> None:
     """
     chosen = git(ROOT, "rev-parse", "--verify", f"{commit}^{{commit}}") if commit else None
     replaced = results.pilot and results.started and not results.same_study()
+    if results.started and not replaced:
+        results.header()
     if not results.started or replaced or (chosen and not results.records()):
+        if running := under_way(results):
+            raise UserError(f"--commit: runs of {study.name} are under way ({some(running)}); end them first")
         check_committed()
         chosen = chosen or git(ROOT, "rev-parse", "HEAD")
         code = worktree(ROOT, chosen)
@@ -159,10 +166,10 @@ def check_data(study: Study, results: Results) -> None:
     """
     header = results.header()
     found = data_hash(study, worktree(ROOT, header["commit"]), ROOT)
-    if header.get("data", found) != found:
+    if not same_data(header.get("data", found), found):
         folder = f" in {os.environ[study.data['variable']]}" if study.data else ""
         raise UserError(
-            f"{study.name} began with other data than those{folder}: names, sizes or the split of the images differ; "
+            f"{study.name} began with other data than those{folder}: names, sizes, labels or the split of the images differ; "
             "give the same data, or start a new study under another name"
         )
 

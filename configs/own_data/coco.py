@@ -48,6 +48,7 @@ val_evaluator = dict(ann_file=join(data_root, val["ann_file"]))
 test_evaluator = val_evaluator
 
 # 1e-4 is the rate for 16 images per batch; with Adam, it scales with the square root of the batch size.
+# On N GPUs, write N * batch_size here, and do not use --auto-scale-lr.
 optim_wrapper = dict(
     optimizer=dict(
         _delete_=True,

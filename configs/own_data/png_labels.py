@@ -43,6 +43,7 @@ val_dataloader = dict(dataset=dict(data_prefix=val, pipeline=test_pipeline, **da
 test_dataloader = val_dataloader
 
 # 6e-5 is the rate for 16 images per batch; with Adam, it scales with the square root of the batch size.
+# On N GPUs, write N * batch_size here, and do not use --auto-scale-lr.
 optim_wrapper = dict(optimizer=dict(lr=6e-5 * (batch_size / 16) ** 0.5))
 auto_scale_lr = dict(base_batch_size=batch_size)
 interval = max(max_iters // 10, 1)

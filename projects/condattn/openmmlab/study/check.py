@@ -1,10 +1,12 @@
 """Checks of a study before its first run: options, data, metric, and that no image serves two purposes."""
 
-from collections.abc import Iterable
-from itertools import combinations
+import hashlib
+from collections.abc import Iterable, Mapping
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, DefaultScope
 from mmengine.utils import import_modules_from_strings
@@ -54,7 +56,10 @@ def check_study(study: Study, code: Path, root: Path) -> str:
 
 
 def data_hash(study: Study, code: Path, root: Path) -> str:
-    """Hash of the names and sizes of the samples of a study, and of what each serves; it does not depend on the folder.
+    """Hash of the data of a study, which does not depend on the folder.
+
+    Its first half is of the names and sizes of the samples, and of what each serves; early results have it alone. The
+    second half is of what the data set says about each sample, such as its labels, and of the content of label maps.
 
     Args:
         study: The study.
@@ -68,12 +73,30 @@ def data_hash(study: Study, code: Path, root: Path) -> str:
 
 
 def _hash_of_samples(study: Study, configs: list[Config]) -> str:
-    found = []
+    names, contents = [], []
     for cfg in configs:
         for purpose, samples in check_images(study, cfg).items():
             files = [Path(str(sample)) for sample in samples]
-            found += sorted(f"{purpose} {one.name} {one.stat().st_size if one.is_file() else ''}" for one in files)
-    return short_hash("\n".join(found).encode())
+            names += sorted(f"{purpose} {one.name} {one.stat().st_size if one.is_file() else ''}" for one in files)
+            contents += sorted(f"{purpose} {content}" for content in samples.values())
+    return short_hash("\n".join(names).encode()) + short_hash("\n".join(contents).encode())
+
+
+def _content(info: Mapping[str, Any]) -> str:
+    """Hash of what a data set says about a sample, with the names in place of the paths of files."""
+    found = hashlib.sha256()
+    for key, value in sorted(info.items()):
+        found.update(key.encode())
+        if isinstance(value, np.ndarray):
+            found.update(np.ascontiguousarray(value).tobytes())
+        elif not key.endswith("path"):
+            found.update(repr(value).encode())
+        elif value is not None:
+            path = Path(value)
+            found.update(path.name.encode())
+            if key == "seg_map_path" and path.is_file():
+                found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _configs(study: Study, code: Path, root: Path) -> dict[str, Config]:
@@ -105,13 +128,9 @@ def check_start(study: Study, root: Path) -> None:
 def check_metric(study: Study, cfg: Config) -> None:
     """Check that the evaluators report the study's metric, on the tuning data and in the final evaluation."""
     for evaluators in (cfg.val_evaluator, cfg.test_evaluator):
-        known: list[str] = []
-        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-            names = metric_names(evaluator)
-            if not names:
-                return
-            known += names
-        if study.metric not in known:
+        names = [metric_names(one) for one in (evaluators if isinstance(evaluators, list) else [evaluators])]
+        known = list(chain(*names))
+        if all(names) and study.metric not in known:  # the names of some are not known here
             raise UserError(f"{study.path}: no metric {study.metric!r}; the evaluators report {', '.join(known)}")
 
 
@@ -135,26 +154,27 @@ def metric_names(evaluator: dict[str, Any]) -> list[str]:
     return [f"{prefix}/{name}" if prefix else name for name in getattr(metric, "metric_names", ())]
 
 
-def check_images(study: Study, cfg: Config) -> dict[str, set[str | int]]:
+def check_images(study: Study, cfg: Config) -> dict[str, dict[str | int, str]]:
     """Check that the annotations exist, and that training, tuning and final evaluation share no image.
 
     Returns:
-        Purpose -> its samples: their paths or names.
+        Purpose -> its samples: their paths or names, each with a hash of its labels.
     """
-    images = {}
+    images: dict[str, dict[str | int, str]] = {}
     for loader, purpose in PURPOSES.items():
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             try:
                 dataset = DATASETS.build(cfg[loader].dataset)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, LookupError) as error:  # LookupError: fewer than the ``indices`` ask for
                 source = f"; {study.data['source']}" if study.data else ""
-                raise UserError(f"{study.path}: no data for {purpose}: {error}{source}") from error
+                reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+                raise UserError(f"{study.path}: no data for {purpose}, or too few: {reason}{source}") from error
         infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-        images[purpose] = {next(info[key] for key in NAMES if key in info) for info in infos}
+        images[purpose] = {next(info[key] for key in NAMES if key in info): _content(info) for info in infos}
         if not images[purpose]:
             raise UserError(f"{study.path}: no image for {purpose}")
     for one, other in combinations(images, 2):
-        if common := images[one] & images[other]:
+        if common := images[one].keys() & images[other].keys():
             raise UserError(
                 f"{study.path}: {len(common)} images serve {one} and {other}, such as {min(common)}; give each its own"
             )

@@ -17,7 +17,7 @@ from .results import Results
 from .statistics import Comparison
 
 COLORS = ("#555555", "#3b6fb6", "#d1702b", "#3d8f5f", "#a3479c", "#b5a02a", "#c0392b")
-QUANTITIES = {
+DRAWN = {
     "kappa_W_Q": "condition number of W_Q",
     "kappa_W_V": "condition number of W_V",
     "kappa_map": "condition number of the map",
@@ -55,7 +55,7 @@ def draw_spectra(study: Study, results: Results) -> str:
         The figure, or an empty string if none were measured.
     """
     records = {name: results.final(name) for name in study.variants}
-    found = [q for q in QUANTITIES if any(q in record.spectra for one in records.values() for record in one)]
+    found = [q for q in DRAWN if any(q in record.spectra for one in records.values() for record in one)]
 
     def draw(axes: Axes, panel: tuple[str, str]) -> None:
         family, quantity = panel
@@ -63,7 +63,7 @@ def draw_spectra(study: Study, results: Results) -> str:
             curves = [record.spectra[quantity] for record in records[name] if quantity in record.spectra]
             _band(axes, curves, name, color, logarithmic=quantity.startswith("kappa"))
         prefix = f"{family}: " if len(study.families) > 1 else ""
-        axes.set(title=prefix + QUANTITIES[quantity], xlabel="iteration")
+        axes.set(title=prefix + DRAWN[quantity], xlabel="iteration")
 
     return _render([(family, quantity) for family in study.families for quantity in found], draw) if found else ""
 

@@ -162,15 +162,19 @@ def load_study(path: str, size: str | None = None) -> Study:
     _check_types(tuning, TUNING_SETTINGS, f"{path}: tuning")
     numbers = {"seeds": settings["seeds"], "pilot_seeds": settings["pilot_seeds"], "tuning.seeds": tuning["seeds"]}
     for place, seeds in numbers.items():
-        if not all(type(seed) is int for seed in seeds):
-            raise UserError(f"{path}: expected whole numbers as {place}, got {seeds}")
+        if not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
+            raise UserError(f"{path}: expected whole numbers from 0 to 2**32 - 1 as {place}, got {seeds}")
     if not all(_is_number(rate) for rate in tuning["grid"]):
         raise UserError(f"{path}: expected numbers in tuning.grid, got {tuning['grid']}")
     for place in ("variants", "sizes"):
-        if wrong := [name for name, options in settings.get(place, {}).items() if not isinstance(options, dict)]:
-            raise UserError(f"{path}: {place}: expected a dict of options as {wrong[0]}")
+        for name, options in settings.get(place, {}).items():
+            if not isinstance(options, dict) or not all(isinstance(key, str) for key in (name, *options)):
+                raise UserError(f"{path}: {place}: expected a dict of options as {name}")
+    for place in ("data", "start"):
+        if wrong := [name for name, value in settings.get(place, {}).items() if not isinstance(value, str)]:
+            raise UserError(f"{path}: {place}: expected a text as {wrong[0]}")
     pairs = [pair for family in families.values() for pair in (family if isinstance(family, list | tuple) else [None])]
-    if not pairs or not all(families.values()) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+    if not pairs or not all(families.values()) or not all(map(_is_pair, pairs)):
         raise UserError(f"{path}: expected families=dict(NAME=[(VARIANT, REFERENCE), ...]), got {families}")
     study = Study(
         name=Path(path).stem + ("" if size == next(iter(sizes)) else f"_{size}"),
@@ -229,6 +233,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(name, str) for name in value)
+
+
 def _rate(value: float) -> float:
     """A learning rate with the six digits that the name of a run has."""
     return float(f"{value:.6g}")
@@ -241,6 +249,9 @@ def _check(study: Study) -> None:
     for place, names in named.items():
         if unknown := [name for name in names if name not in study.variants]:
             raise UserError(f"{where}: {place} names {', '.join(unknown)}; variants are {', '.join(study.variants)}")
+    for family, pairs in study.families.items():
+        if wrong := [pair for pair in pairs if pair[0] == pair[1] or pairs.count(pair) > 1]:
+            raise UserError(f"{where}: families.{family}: expected different variants, and each pair once: {wrong[0]}")
     for name, options in study.variants.items():
         if not _is_number(rate := options.get(study.rate, 1.0)) or rate <= 0:
             raise UserError(f"{where}: variant {name}: expected a positive number as {study.rate}, got {rate!r}")
@@ -257,7 +268,7 @@ def _check(study: Study) -> None:
         raise UserError(
             f"{where}: tuning.grid has one rate, so that there is nothing to tune; expected tuning.seeds=[]"
         )
-    for place in ("seeds",) if single else ("seeds", "tuning.seeds"):
+    for place in ("seeds", "pilot_seeds") if single else ("seeds", "pilot_seeds", "tuning.seeds"):
         if len(groups[place]) < 2:
             raise UserError(f"{where}: expected two or more {place}, got {groups[place]}; one seed has no spread")
     for (one, seeds), (other, others) in combinations(groups.items(), 2):
@@ -271,12 +282,25 @@ def _check(study: Study) -> None:
         raise UserError(f"{where}: the name of a study must not end with _pilot, as those of the results of pilots do")
     if study.evaluations < 1:
         raise UserError(f"{where}: expected one or more evaluations, got {study.evaluations}")
-    if study.start and (set(study.start) != {"checkpoint", "command"} or "{seed}" not in study.start["checkpoint"]):
+    if study.start and not _is_start(study.start):
         raise UserError(
             f"{where}: expected start=dict(checkpoint='... {{seed}} ...', command='...'), got {study.start}"
         )
-    if study.difference <= 0:
-        raise UserError(f"{where}: expected a positive difference, got {study.difference}")
+    for name in ("difference", "factor"):
+        if not _is_number(value := getattr(study, name)) or value <= 0:
+            raise UserError(f"{where}: expected a positive number as {name}, got {value}")
+
+
+def _is_start(start: Mapping[str, str]) -> bool:
+    """Whether both texts are there, have no field but ``{seed}``, and the checkpoint has that one."""
+    try:
+        return (
+            set(start) == {"checkpoint", "command"}
+            and start["checkpoint"].format(seed=0) != start["checkpoint"].format(seed=1)
+            and bool(start["command"].format(seed=0))
+        )
+    except (LookupError, ValueError, AttributeError):  # other fields
+        return False
 
 
 Scores = Mapping[RunId, float]
@@ -296,8 +320,8 @@ def tuned_variants(study: Study) -> list[str]:
 
 
 def pilot_runs(study: Study) -> list[RunId]:
-    """The pilot runs: the baseline at the middle rate of the grid, one run for each pilot seed."""
-    rate = study.grid[len(study.grid) // 2]
+    """The pilot runs, one for each pilot seed: the baseline at its fixed rate, or the middle one of the grid."""
+    rate = fixed_rates(study).get(study.baseline, study.grid[len(study.grid) // 2])
     return [RunId(PILOT, study.baseline, seed, rate) for seed in study.pilot_seeds]
 
 
@@ -354,10 +378,11 @@ def _best(scores: Sequence[float]) -> int:
 def _spread(cells: Sequence[Sequence[float]]) -> float:
     """Standard deviation over seeds, estimated from the median variance of all cells, which is robust to diverged runs.
 
-    A cell has the scores of all tuning seeds for one variant and rate.
+    A cell has the scores of all tuning seeds for one variant and rate. Cells in which every run has the score 0, as
+    those that diverged before their first evaluation, do not count.
     """
     degrees = len(cells[0]) - 1
-    median = statistics.median(statistics.variance(cell) for cell in cells)
+    median = statistics.median([statistics.variance(cell) for cell in cells if any(cell)] or [0.0])
     return math.sqrt(median / (float(chi2.ppf(0.5, degrees)) / degrees))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...stack import describe_operators
 from ...weights.atomic import write_atomically
 from ..errors import UserError
 from .plan import FINAL, RunId, Scores, Study, chosen_rates
@@ -40,8 +41,8 @@ class Record:
         spectra: Quantity -> list of (iteration, median over the attention sites).
         error: Why the run failed; empty if it finished.
         commit: Commit of the code that ran.
-        versions: What :func:`versions` returned when the run ended.
-        training: Hash of the training's configuration; empty if no other study may use the run.
+        versions: What :func:`versions` returned when the run began.
+        training: Hash of the training's configuration; empty in early records of studies that start from checkpoints.
         origin: Name of the study that executed the run; empty if it was this one.
         start: Hash of the checkpoint that the training started from; empty if there was none.
     """
@@ -78,10 +79,14 @@ def versions() -> dict[str, str]:
     """What a run's numbers depend on beside the code: versions of Python and of the packages, and the processor.
 
     Returns:
-        Package -> version; 'cpu' -> instructions that PyTorch uses, such as 'AVX2'; 'gpu' -> name of the GPU, if there
-        is one.
+        Package -> version; 'cpu' -> instructions that PyTorch uses, such as 'AVX2'; 'operators' -> whose operators mmcv
+        uses; 'gpu' -> name of the GPU, if there is one.
     """
-    found = {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    found = {
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "operators": describe_operators(),
+    }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
@@ -96,6 +101,11 @@ def same_versions(recorded: dict[str, str]) -> bool:
     """Whether what :func:`versions` returned for a record is so now, as far as the record says."""
     present = versions()
     return recorded == {name: value for name, value in present.items() if name in recorded or name == "gpu"}
+
+
+def same_data(one: str | None, other: str | None) -> bool:
+    """Whether two hashes of data are equal; early ones have the names and sizes of the samples alone, as a prefix."""
+    return bool(one and other) and (one.startswith(other) or other.startswith(one))
 
 
 class Results:
@@ -165,15 +175,22 @@ class Results:
         """
         return _read(self.folder / "runs.jsonl") if self._snapshot is None else self._snapshot
 
-    def find_elsewhere(self, run: RunId, training: str, commit: str) -> Record | None:
-        """A record for ``run`` of the same training in another study, with equal code, packages and data, or None."""
-        wanted = (training, run.stage, commit)
-        for path in sorted(self.folder.parent.glob("*/runs.jsonl")) if training else ():
-            if path.parent == self.folder or self._data_of(path.parent) != self._data_of(self.folder):
+    def find_elsewhere(self, run: RunId, trainings: Sequence[str], commit: str) -> Record | None:
+        """A record for ``run`` of the same training in another study, with equal code, packages and data, or None.
+
+        Args:
+            run: The run.
+            trainings: Hashes that the training may have in records.
+            commit: Commit of the code.
+        """
+        data = self._data_of(self.folder)
+        for path in sorted(self.folder.parent.glob("*/runs.jsonl")):
+            if path.parent == self.folder or not same_data(self._data_of(path.parent), data):
                 continue
             for record in _read(path).values():
-                if (record.training, record.run.stage, record.commit) == wanted and same_versions(record.versions):
-                    return replace(record, run=run, origin=record.origin or path.parent.name)
+                equal = record.training in trainings and (record.run.stage, record.commit) == (run.stage, commit)
+                if equal and same_versions(record.versions):
+                    return replace(record, run=run, training=trainings[0], origin=record.origin or path.parent.name)
         return None
 
     @staticmethod

@@ -61,7 +61,7 @@ def worktree(root: Path, commit: str) -> Path:
         if not (folder / ".git").exists():
             git(root, "worktree", "prune")
             git(root, "worktree", "add", "--force", "--detach", str(folder), commit)
-        elif changed := git(folder, "status", "--porcelain", "--untracked-files=no"):
+        elif changed := git(folder, "status", "--porcelain"):
             raise UserError(f"{folder} is changed ({changed.splitlines()[0].strip()}); remove it, and it is made anew")
     return folder
 
@@ -85,7 +85,7 @@ def training_config(study: Study, run: RunId, code: Path, root: Path) -> Config:
     for key, value in options.items():
         _set(cfg, key, _with_start(value, study, run.seed, root), study.path)
     iterations = cfg.train_cfg.get("max_iters")
-    if not iterations or iterations % study.evaluations:
+    if type(iterations) is not int or not iterations or iterations % study.evaluations:
         raise UserError(
             f"{path}: expected train_cfg.max_iters, a multiple of {study.evaluations} evaluations, found {iterations}"
         )
@@ -131,12 +131,12 @@ def _with_start(value: Any, study: Study, seed: int, root: Path) -> Any:
 
 
 def _set(cfg: Config, key: str, value: Any, where: Path) -> None:
-    """Set an option, which must exist; only the last part of an option of the model may be new."""
+    """Set an option, which must exist; only the last part of an option of a module of the model may be new."""
     *parents, last = key.split(".")
     place: Any = cfg
     for name in parents:
         place = place[_index(place, name, key, where)]
-    if parents[:1] == ["model"] and isinstance(place, dict):
+    if parents[:1] == ["model"] and isinstance(place, dict) and "type" in place:
         place[last] = value
     else:
         place[_index(place, last, key, where)] = value
@@ -165,7 +165,8 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         keep: Add the record to the results; otherwise the run's files are deleted.
 
     Raises:
-        UserError: If the configuration of the training is another than that of the study's earlier runs.
+        UserError: If the configuration of the training, or the checkpoint that it starts from, is another than that of
+            the study's earlier runs.
         RunError: If the run could not be finished; it can be started again.
         BusyError: If another process executes it.
     """
@@ -175,18 +176,20 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
         if keep and (record := results.records().get(run)):
             return record
         code = worktree(root, commit)
-        check_trainings(study, results, code, root, commit)
-        config, work = folder / "config.py", folder / "train"
+        check_trainings(study, results, run.variant, code, root, commit)
+        start = short_hash(start_of(study, run.seed, root).read_bytes()) if study.start else ""
+        check_same_start(results, run, start)
+        config, work, packages = folder / "config.py", folder / "train", versions()
         cfg = training_config(study, run, code, root)
-        text = f"# The code is that of commit {commit}.\n{cfg.pretty_text}"
+        origin = [f"code: {commit}", f"packages: {json.dumps(packages)}", *([f"start: {start}"] if start else [])]
+        text = "".join(f"# {line}\n" for line in origin) + cfg.pretty_text
         if not config.is_file() or config.read_text() != text:
             _clean(folder)
             write_atomically(config, lambda part: part.write_text(text), overwrite=True)
-        training = training_hash(study, cfg)
-        if keep and (record := results.find_elsewhere(run, training, commit)):
+        trainings = training_hashes(study, cfg, root)
+        if keep and not study.start and (record := results.find_elsewhere(run, trainings, commit)):
             results.add(record)
             return record
-        start = short_hash(start_of(study, run.seed, root).read_bytes()) if study.start else ""
         error = _call(code, root, lock, folder / "train.log", "train.py", config, "--work-dir", work, "--resume")
         curve, spectra = read_curves(work, study.metric)
         if error and DIVERGED not in error:
@@ -209,8 +212,8 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
             spectra=spectra,
             error=error,
             commit=commit,
-            versions=versions(),
-            training=training,
+            versions=packages,
+            training=trainings[0],
             start=start,
         )
         if keep:
@@ -240,19 +243,23 @@ def _metrics(folder: Path) -> list[str]:
     return sorted(names - EMPTY)
 
 
-def training_hash(study: Study, cfg: Config) -> str:
-    """Hash of a training and its score, wherever the data are.
+def training_hashes(study: Study, cfg: Config, root: Path) -> tuple[str, str]:
+    """Hashes of a training and its score, wherever the data and the repository are.
 
-    It is empty for a study whose trainings start from checkpoints, which may change.
+    Returns:
+        The hash, and that of early records, which depended on line breaks, and so on the length of paths.
     """
     text = f"{study.metric}\n{cfg.pretty_text}"
     if study.data and (folder := os.environ.get(study.data["variable"])):
         text = text.replace(folder, f"${study.data['variable']}")
-    return "" if study.start else short_hash(text.encode())
+    unbroken = "".join(text.split())
+    if study.start:
+        unbroken = unbroken.replace("".join(str(root).split()), "$REPOSITORY")
+    return short_hash(unbroken.encode()), short_hash(text.encode())
 
 
-def check_trainings(study: Study, results: Results, code: Path, root: Path, commit: str) -> None:
-    """Check that a finished run of the study would be configured as it was.
+def check_trainings(study: Study, results: Results, variant: str, code: Path, root: Path, commit: str) -> None:
+    """Check that a finished run of a variant would be configured as it was.
 
     The configuration of a training comes from the study's commit, but the rest of the study's settings is applied to
     it by the present code.
@@ -260,13 +267,39 @@ def check_trainings(study: Study, results: Results, code: Path, root: Path, comm
     Raises:
         UserError: If it would be configured otherwise.
     """
-    earlier = (record for record in results.records().values() if record.training and record.commit == commit)
-    record = next(earlier, None)
-    if record and record.training != training_hash(study, training_config(study, record.run, code, root)):
+    records = (record for record in results.records().values() if record.run.variant == variant)
+    record = next((one for one in records if one.training and one.commit == commit), None)
+    if record and record.training not in training_hashes(study, training_config(study, record.run, code, root), root):
         raise UserError(
             f"{study.name}: {record.run} is configured otherwise now than when it ran, by the code in "
             f"{Path(__file__).parent} or by a changed environment; check out the code with which the study began"
         )
+
+
+def check_same_start(results: Results, run: RunId, start: str) -> None:
+    """Check that finished runs of a seed started from the checkpoint with the hash ``start``.
+
+    Raises:
+        UserError: If one started from another.
+    """
+    for record in results.records().values():
+        if record.run.seed == run.seed and record.start not in ("", start):
+            raise UserError(
+                f"{record.run} started from another checkpoint ({record.start}) than there is now for seed {run.seed} "
+                f"({start}); restore that one, or start a new study under another name"
+            )
+
+
+def under_way(results: Results) -> list[str]:
+    """Names of the runs of a study that processes execute now."""
+    found = []
+    for folder in sorted((results.work / "runs").glob("*/")):
+        with (folder / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(folder.name)
+    return found
 
 
 @contextmanager

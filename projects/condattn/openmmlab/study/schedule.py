@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ..errors import FULL
 from .plan import FINAL, PILOT, TUNING, RunId, Study, chosen_rates, missing_runs, planned_runs
 from .results import FAILED, Results
 from .run import progress
@@ -27,8 +28,8 @@ TRIES = 2
 """How often a run is started before its error is reported."""
 BUSY = 75
 """Exit status of the command of a run that another process executes (EX_TEMPFAIL)."""
-FULL = "No space left on device"
-"""Part of the error message of a run for which the disk is full; no further run is started."""
+NO_SPACE = tuple(map(os.strerror, FULL))
+"""Parts of the error messages of runs for which the disk is full; no further run is started."""
 
 
 @dataclass
@@ -100,7 +101,8 @@ class Pool:
                 if live:
                     live.update(self.table(), refresh=True)
                 if not self.jobs and not missing:
-                    return self.errors
+                    done = self.results.records()  # another pool may have finished a run that failed here
+                    return {run: reason for run, reason in self.errors.items() if run not in done}
                 time.sleep(POLL)
         finally:
             if live:
@@ -143,7 +145,7 @@ class Pool:
             self.console.print(f"{job.run}: {note} ({took / 60:.1f} min)", highlight=False, soft_wrap=True)
 
     def _is_disk_full(self) -> bool:
-        return any(FULL in reason for reason in self.errors.values())
+        return any(part in reason for reason in self.errors.values() for part in NO_SPACE)
 
     def to_go(self) -> int:
         """Number of runs that are not finished, with the final ones, which are not known before the tuning ends."""

@@ -83,7 +83,7 @@ def variant_table(study: Study, results: Results) -> Table:
     rates = chosen_rates(study, results.scores()) or {}
     rows = []
     complete, target = is_complete(study, results), _baseline_level(study, results)
-    length = max((step for record in results.final(study.baseline) for step, _ in record.curve), default=0)
+    length = max((step for name in study.variants for one in results.final(name) for step, _ in one.curve), default=0)
     for name in study.variants:
         records = results.final(name)
         values = [final_score(study, record) for record in records if complete]
@@ -287,7 +287,9 @@ def spectra_tables(study: Study, results: Results) -> list[Table]:
         means = [_mean(q, column) for q, column in zip(found, columns, strict=True)]
         rows.append([name, *means, _mean("kappa_CAX", within)])
     ratios = [[f"{a} / {b}", *_ratios(last[a], last[b])] for a, b in _pairs(study)]
-    names = {(q, r): QUANTITIES[q] + ("" if q == r else f" / {QUANTITIES[r]} of the reference") for q, r in RATIOS.items()}
+    names = {
+        (q, r): QUANTITIES[q] + ("" if q == r else f" / {QUANTITIES[r]} of the reference") for q, r in RATIOS.items()
+    }
     return [
         Table(
             "Condition numbers, entropy and largest logit at the end of the training",
