@@ -169,8 +169,8 @@ def check_data(study: Study, results: Results) -> None:
     if not same_data(header.get("data", found), found):
         folder = f" in {os.environ[study.data['variable']]}" if study.data else ""
         raise UserError(
-            f"{study.name} began with other data than those{folder}: names, sizes, labels or the split of the images differ; "
-            "give the same data, or start a new study under another name"
+            f"{study.name} began with other data than those{folder}: names, sizes, labels or the split of the "
+            "images differ; give the same data, or start a new study under another name"
         )
 
 
