@@ -247,7 +247,8 @@ def test_the_commands_of_the_readme():
     assert named == set(CONFIGS)
     text = (PROJECT / "README.md").read_text()
     archives = set(re.findall(r"\(https:\S+/(\S+gz)\)", text))
-    unpacked = [command for command in blocks() if command[0] != "python"]
+    folder, *unpacked = [command for command in blocks() if command[0] != "python"]
+    assert folder == ["mkdir", "-p", "data"]
     assert sorted(unpacked) == sorted(["tar", "xzf", name, "-C", "data"] for name in archives) and len(archives) == 3
 
 

@@ -292,7 +292,7 @@ def test_fine_tuning_starts_from_the_pretrained_weights(task, call, pretrain, re
     source = torch.load(checkpoint, weights_only=False)["state_dict"]
     theirs = {name: value for name, value in source.items() if re.match(r"backbone\.(?!.*index)", name)}
     assert f"{len(theirs)} weights loaded" in said and "not in the file" in said and "norm0" in said
-    trained = Path("work_dirs/demo", config, "last_checkpoint").read_text()
+    trained = Path("work_dirs/finetune", config.partition("_swin")[0], "last_checkpoint").read_text()
     weights = torch.load(trained, weights_only=False)["state_dict"]
     assert theirs and all(torch.equal(weights[name], value) for name, value in theirs.items())
     missing = {name for name in weights if name.startswith("backbone.")} - theirs.keys()
