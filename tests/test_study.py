@@ -20,12 +20,12 @@ pytest.importorskip("mmpretrain")
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 from tiny_study import TINY, finish, write_images
 
 import condattn.registry  # noqa: F401  registers the models
 from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.runner.launch import build_runner
 from condattn.openmmlab.study.check import check_metric, check_start, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
 from condattn.openmmlab.study.report import write_report
@@ -265,7 +265,8 @@ def test_variants_see_equal_batches_from_equal_weights(study_file, images, tmp_p
         cfg.work_dir, cfg.experiment_name = str(tmp_path / variant), f"equal_{variant}"
         cfg.model.backbone.module.drop_rate = 0.0 if variant == "none" else 0.5
         init_default_scope("mmpretrain")
-        runner = Runner.from_cfg(cfg)
+        cfg.launcher = "none"
+        runner = build_runner(cfg)  # with the hooks of a real run
         seen[variant] = recorder = Recorder()
         runner.register_hook(recorder, priority="LOWEST")
         runner.train()
