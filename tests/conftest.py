@@ -187,3 +187,13 @@ def study_file(tmp_path):
         return str(tmp_path / "tiny.py")
 
     return write
+
+
+@pytest.fixture
+def study_images(tmp_path, monkeypatch) -> Path:
+    """Folder of the data of the study that :func:`study_file` writes."""
+    from tiny_study import write_images
+
+    folder = write_images(tmp_path / "images")
+    monkeypatch.setenv("FASHION_MNIST", str(folder))
+    return folder

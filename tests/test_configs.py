@@ -26,7 +26,7 @@ import condattn
 from condattn.openmmlab.models.settings import module_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-UNREAD = ("_base_", "studies")  # base files, and studies, which tests/test_study.py tests
+UNREAD = ("_base_", "studies")  # base files, and studies, which tests/test_study_configs.py tests
 OWN_DATA = ("coco.py", "png_labels.py")  # other files in own_data/ belong to the user
 FILES = sorted(
     file
