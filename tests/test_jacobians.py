@@ -173,6 +173,7 @@ def test_what_queries_that_are_normalised_are_not_bounded_by():
     model = timm.layers.Attention(12, num_heads=2, qk_norm=True, norm_layer=nn.LayerNorm).double()
     measurement = measure(model, torch.randn(1, 5, 12).double(), ["jacobian"])
     assert len(measurement.jacobians) == 6 and not measurement.bounds
+    assert "not that of the attention that Thm 3.4 is of" in measurement.left_out["", "bound"]
     model, x = attention(add_bias_kv=True), torch.randn(1, 5, 12).double()
     measurement = measure(model, lambda: model(x, x, x), ["jacobian"])
     assert len(measurement.jacobians) == 9 and not measurement.bounds

@@ -123,6 +123,12 @@ def test_the_builtin_text():
     assert len(train & test) < 0.02 * len(test)
 
 
+def test_a_python_without_the_builtin_text(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UserError, match=r"does not include the module pydoc_data.topics.*; use a text file"):
+        builtin_text()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

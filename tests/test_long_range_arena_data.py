@@ -129,6 +129,9 @@ def test_retrieval(tmp_path):
     (tmp_path / "new_aan_pairs.eval.tsv").write_text("0\ta\tb\tx\ty\n2\ta\tb\tx\ty\n")
     with pytest.raises(DataError, match="line 2: expected a label .* found 5 fields that begin with b'2'"):
         AanPairs(str(tmp_path), "val", 8)
+    (tmp_path / "new_aan_pairs.eval.tsv").write_text("0\ta\tb\tx\n")
+    with pytest.raises(DataError, match="line 1: expected a label .* two texts, .* found 4 fields"):
+        AanPairs(str(tmp_path), "val", 8)
 
 
 class Python2Pickler(pickle._Pickler):
@@ -227,6 +230,9 @@ def test_pathfinder(tmp_path):
         Pathfinder32(str(tmp_path), "train", difficulty="hard")
     Image.new("L", (16, 32)).save(dataset.get_data_info(0)["path"])
     with pytest.raises(DataError, match="expected 32 x 32 pixels, found 16 x 32"):
+        dataset[0]
+    Path(dataset.get_data_info(0)["path"]).write_text("no image")
+    with pytest.raises(DataError, match=r"sample_\d+.png: expected an image, and it was not read"):
         dataset[0]
     Path(dataset.get_data_info(0)["path"]).unlink()
     with pytest.raises(DataError, match=r"metadata/\d.npy, line \d+: there is no image"):
