@@ -143,8 +143,14 @@ def test_the_exact_correction_of_the_same_weights_is_refused(conditioning):
         condattn.condition(model, conditioning)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     condattn.condition(model, "sc(form='svd')")
-    with pytest.raises(ValueError, match="make no sense together"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn.*make no sense together"):
         condattn.condition(model, "ci")
+
+
+def test_the_exact_correction_of_other_weights_is_not():
+    model = vit()
+    condattn.condition(model, "sc(form='svd')", include="blocks.0")
+    assert condattn.condition(model, "ci", include="blocks.1").conditioned == ("blocks.1.attn",)
 
 
 def test_a_relative_correction_is_of_the_weights_that_were_set():

@@ -4,6 +4,7 @@ import csv
 import random
 import re
 import statistics
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -151,6 +152,15 @@ def test_files_of_the_generator(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
         seen += [source for source, _ in content]
     assert len(set(seen)) == len(seen)
+
+
+def test_rules_without_a_model():
+    train = Counter({("[MAX", 9): 3, ("[MAX", 8): 2, ("[SM", 1): 2, ("[SM", 8): 1})
+    test = Counter({("[MAX", 9): 1, ("[MAX", 8): 5, ("[SM", 1): 3, ("[MIN", 0): 1})
+    assert generator.describe({"train": train, "test": test}, "test") == (
+        "10 expressions; right by always answering the commonest value, 8: 50.0%; by answering the outermost operator's "
+        "commonest value: 40.0%"
+    )
 
 
 def test_nothing_is_left_of_a_generation_that_fails(tmp_path, monkeypatch):

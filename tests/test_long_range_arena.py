@@ -135,6 +135,8 @@ def test_what_does_not_fit_the_model():
         model(inputs[..., :10])
     with pytest.raises(UserError, match="got 2 of 12"):
         model(batch(2)[0])
+    with pytest.raises(UserError, match="tokens with numbers up to 99, and the encoder is for 20 numbers.*vocab_size"):
+        model(inputs.clamp_min(99))
     with pytest.raises(ValueError, match="a multiple of num_landmarks, got 12 and 5"):
         MODELS.build(dict(NYSTROMFORMER, num_landmarks=5))
 

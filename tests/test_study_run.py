@@ -1,5 +1,6 @@
 """Single runs of studies: what is read from their logs, taken over from other studies, resumed and begun anew."""
 
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,22 +121,31 @@ def test_a_record_names_the_checkpoint_that_it_started_from(study_file, tmp_path
     results = Results(study, tmp_path)
     monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
     monkeypatch.setattr(run_module, "_call", lambda *arguments: "the loss is not finite in iteration 1")
-    (tmp_path / "5.pth").write_bytes(b"abc")
+    weights = {"b": torch.tensor(0.5, dtype=torch.bfloat16), "a": torch.arange(6).view(2, 3)}
+    torch.save({"state_dict": weights, "meta": "today"}, tmp_path / "5.pth")
     record = execute(study, results, RUN, tmp_path, "abc")
-    assert record.start == "ba7816bf8f01cfea" and results.records() == {RUN: record}  # NIST's example of SHA-256
+    content = b"a torch.int64 [2, 3]" + np.arange(6, dtype="<i8").tobytes() + b"b torch.bfloat16 []" + b"\x00\x3f"
+    assert record.start == hashlib.sha256(content).hexdigest()[:16] and results.records() == {RUN: record}
     results.write_header(commit="abc", versions={})
     write_report(study, results)
     report = (results.folder / "report.md").read_text()
-    assert "| trainings start from | {seed}.pth; seed 5: ba7816bf8f01cfea |" in report
-    (tmp_path / "5.pth").write_bytes(b"abd")
+    assert f"| trainings start from | {{seed}}.pth; seed 5: {record.start} |" in report
+    torch.save({"state_dict": weights | {"a": torch.ones(2, 3)}}, tmp_path / "5.pth")
     other = replace(RUN, variant="none")
-    with pytest.raises(UserError, match=r"tuning/pc/5/0.001 started from another checkpoint \(ba7816bf8f01cfea\) than"):
+    with pytest.raises(UserError, match=rf"tuning/pc/5/0.001 started from other weights \({record.start}\) than"):
         execute(study, results, other, tmp_path, "abc")
-    (tmp_path / "5.pth").write_bytes(b"abc")
+    torch.save({"state_dict": dict(reversed(weights.items())), "meta": "tomorrow"}, tmp_path / "5.pth")  # made again
     execute(study, results, other, tmp_path, "abc")
-    (tmp_path / "6.pth").write_bytes(b"abd")  # that of another seed
+    torch.save(weights, tmp_path / "6.pth")  # that of another seed
     execute(study, results, replace(other, seed=6), tmp_path, "abc")
     assert len(results.records()) == 3
+    later = replace(other, seed=6, rate=1e-4)
+    torch.save({"state_dict": {}}, tmp_path / "6.pth")
+    with pytest.raises(UserError, match="6.pth holds no weights to start from"):
+        execute(study, results, later, tmp_path, "abc")
+    (tmp_path / "6.pth").write_bytes(b"abc")
+    with pytest.raises(UserError, match="6.pth .* is no file of weights"):
+        execute(study, results, later, tmp_path, "abc")
 
 
 def scores(*values):

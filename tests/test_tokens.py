@@ -332,6 +332,36 @@ def test_a_model_without_a_known_attention_class():
         torch.testing.assert_close(model(x), model.blocks[0].forward(by_hand(x).float()), rtol=1e-4, atol=1e-5)
 
 
+def test_a_first_block_that_is_not_called():
+    """The first forward raises an error, since the hook of the block, which conditions the tokens, does not run."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+            self.calls = False
+
+        def forward(self, x):
+            return self.blocks[0](x) if self.calls else self.blocks[0].forward(x)
+
+    with registrations_undone():
+        name = f"{Encoder.__module__}.{Encoder.__qualname__}"
+        condattn.register_token_rule(name, lambda m: dict(module=m.blocks[0]))
+        model = nn.Sequential(Encoder())
+        condattn.condition(model, "ct")
+        x = torch.randn(1, 5, 8)
+        with pytest.raises(RuntimeError, match=r"^0 \(Encoder\) did not call blocks.0 in its forward.* for its tokens"):
+            model(x)
+        model[0].calls = True
+        torch.testing.assert_close(model(x), model[0].blocks[0].forward(by_hand(x).float()), rtol=1e-4, atol=1e-5)
+        assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+        assert condattn.remove(model) == 1
+        condattn.condition(model, "ct")
+        assert model[0]._forward_hooks
+        condattn.remove(model)
+        assert not any((*one._forward_hooks, *one._forward_pre_hooks) for one in model.modules())
+
+
 def test_rules_of_users():
     class Encoder(nn.Module):
         def __init__(self):

@@ -1,4 +1,8 @@
-"""Mask R-CNN with a small Swin on nuclei, fine-tuned from weights that were pretrained without conditioning."""
+"""Mask R-CNN with a small Swin on nuclei, fine-tuned from weights that were pretrained without conditioning.
+
+sc_effective starts from the function and the gradients of none, and differs from it in what the weight decay pulls the
+weights towards alone: its difference shows how much two nearly equal trainings differ.
+"""
 
 _base_ = "nuclei_swin.py"
 title = "Exploratory: does conditioning help to fine-tune a pretrained Swin in Mask R-CNN to segment nuclei?"

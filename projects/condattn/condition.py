@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .attention.adapters import inner, is_adapter, is_copying
 from .attention.rules import UnsupportedAttention, describe_unsupported, find_sites, find_unsupported, known_hosts
 from .attention.site import AttentionSite, Place
+from .attention.tokens import TokenEntry
 from .kernels.private import forget_compiled
 from .layers.adapted import check_adapter, follow_all
 from .layers.class_swap import check_can_restore
@@ -64,8 +65,8 @@ def condition(
     If there is an error, no site is conditioned. The keys of the state dict stay; a correction that depends on the
     weights adds one buffer for each layer. Condition a model after all other changes: if a layer is replaced later
     (when heads are pruned), its conditioning is lost. Adapters (LoRA of PEFT) may be added before or after, and may
-    be merged: their update is added to the conditioned layer. The first forward of a site raises a ``RuntimeError`` if
-    it does not call the modules that the site's rule names.
+    be merged: their update is added to the conditioned layer. The first forward of a site, and of a model whose
+    embedded tokens are conditioned, raises a ``RuntimeError`` if it does not call the modules that the rule names.
 
     Args:
         model: Any torch model.
@@ -108,13 +109,16 @@ def condition(
         if id(place.module) in taken[type(method)]:
             raise ValueError(f"{place}: {type(method).__name__} is applied already; condition a site once")
         method.check(place)
-    _check_combination(methods, [method for _, method in conditioned_places(model, sites)])
+    _check_combination([*places, *((method, place) for place, method in conditioned_places(model, sites))])
     _check_nothing_is_shared(places)
     _check_adapters(model, places)
     _apply(places)
     conditioned = {place.name: place for _, place in places if isinstance(place, AttentionSite)}
     for site in conditioned.values():
-        FirstForward(site)
+        FirstForward.of_site(site)
+    for _, place in places:
+        if isinstance(place, TokenEntry):
+            FirstForward.of_tokens(model, place)
     follow_all(model)
     forget_compiled()
     left_out = tuple(site.name for site in sites if site.name not in conditioned)
@@ -180,7 +184,8 @@ def remove(model: nn.Module) -> int:
             )
     for place, method in reversed(conditioned):
         method.remove(place)
-        FirstForward.forget(place.module)
+    for module in model.modules():
+        FirstForward.forget(module)
     follow_all(model)
     forget_compiled()
     return len({id(place.module) for place, _ in conditioned})
@@ -295,13 +300,12 @@ def conditioned_places(model: nn.Module, sites: list[AttentionSite] | None = Non
     return [one for cls in registered_methods() for one in cls.find(model, sites)]
 
 
-def _check_combination(new: list[Method], applied: list[Method]) -> None:
-    """Methods that make no sense together are refused with the reason."""
-    everything = [*new, *{str(method): method for method in applied}.values()]
-    for one in everything:
-        for other in everything:
-            if reason := one.excludes(other):
-                raise ValueError(f"{one} and {other} make no sense together: {reason}")
+def _check_combination(places: list[tuple[Method, Place]]) -> None:
+    """Methods that make no sense together at one place are refused with the reason."""
+    for one, place in places:
+        for other, same in places:
+            if same.module is place.module and (reason := one.excludes(other)):
+                raise ValueError(f"{place}: {one} and {other} make no sense together: {reason}")
 
 
 def _check_adapters(model: nn.Module, places: list[tuple[Method, Place]]) -> None:

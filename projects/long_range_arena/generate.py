@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
 
 def write_listops(
     folder: str | Path, numbers: Mapping[str, int], limits: Limits, seed: int = 0
-) -> dict[str, Counter[int]]:
+) -> dict[str, Counter[tuple[str, int]]]:
     """Write ``basic_{split}.tsv``, with the columns Source and Target, for each split; no expression is in two of them.
 
     Expressions are written as they are drawn. The folder appears when it is complete.
@@ -53,7 +53,7 @@ def write_listops(
         seed: Equal seeds give equal files.
 
     Returns:
-        Name of a split -> how often each value is one of its answers.
+        Name of a split -> how often each pair of the first token and the value occurs.
 
     Raises:
         UserError: If the folder exists, a number is not positive, or there are not enough expressions.
@@ -68,7 +68,7 @@ def write_listops(
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         seen: set[int] = set()
-        answers: dict[str, Counter[int]] = {split: Counter() for split in numbers}
+        answers: dict[str, Counter[tuple[str, int]]] = {split: Counter() for split in numbers}
         for split, number in numbers.items():
             drawn = itertools.islice(generate(random.Random(f"{seed} {split}"), limits, seen), number)
             with (part / f"basic_{split}.tsv").open("w", newline="") as file:
@@ -76,7 +76,7 @@ def write_listops(
                 writer.writerow(COLUMNS)
                 for tokens in tqdm(drawn, desc=split, total=number, unit=" expressions"):
                     value = evaluate(tokens)
-                    answers[split][value] += 1
+                    answers[split][tokens[0], value] += 1
                     writer.writerow((to_source(tokens), value))
         part.chmod(0o755)
         part.rename(folder)
@@ -85,17 +85,35 @@ def write_listops(
     return answers
 
 
+def describe(answers: Mapping[str, Counter[tuple[str, int]]], split: str) -> str:
+    """Say what two rules without a model score on a split.
+
+    One always answers the commonest value of the split. The other reads the first token, the outermost operator, and
+    answers the commonest value that it has in the split ``train``. A model that scores no more has learnt no more.
+    """
+    known: dict[str, Counter[int]] = {}
+    for (first, value), times in answers["train"].items():
+        known.setdefault(first, Counter())[value] += times
+    number = answers[split].total()
+    values: Counter[int] = Counter()
+    right = 0
+    for (first, value), times in answers[split].items():
+        values[value] += times
+        right += times * (first in known and known[first].most_common(1)[0][0] == value)
+    ((value, times),) = values.most_common(1)
+    return (
+        f"{number:,} expressions; right by always answering the commonest value, {value}: {times / number:.1%}; by "
+        f"answering the outermost operator's commonest value: {right / number:.1%}"
+    )
+
+
 def main() -> None:
-    """Write the data and say where they are."""
+    """Write the data and say where they are, and what rules without a model score on them."""
     args = parse_args()
     limits = Limits(args.max_depth, args.max_args, args.min_length, args.max_length)
-    numbers = dict(train=args.train, val=args.val, test=args.test)
-    for split, answers in write_listops(args.folder, numbers, limits, args.seed).items():
-        ((value, times),) = answers.most_common(1)
-        print(
-            f"{args.folder}/basic_{split}.tsv: {answers.total():,} expressions, of which {times / answers.total():.1%} "
-            f"have the commonest value, {value}"
-        )
+    answers = write_listops(args.folder, dict(train=args.train, val=args.val, test=args.test), limits, args.seed)
+    for split in answers:
+        print(f"{args.folder}/basic_{split}.tsv: {describe(answers, split)}")
 
 
 if __name__ == "__main__":

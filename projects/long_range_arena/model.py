@@ -89,7 +89,8 @@ class SequenceClassifier(BaseModel):
             'tensor': scores (batch, classes); 'loss': the cross entropy, as ``loss``; 'predict': ``data_samples``.
 
         Raises:
-            UserError: If there are more or fewer tokens, or sequences, than the model is for.
+            UserError: If there are more or fewer tokens, or sequences, than the model is for, or, on a CPU, tokens with
+                larger numbers.
             ValueError: If there is no such mode.
         """
         scores = self.head(self._vectors(inputs))
@@ -106,7 +107,7 @@ class SequenceClassifier(BaseModel):
 
     def _vectors(self, inputs: Tensor) -> Tensor:
         """What the head gets, (batch, channels)."""
-        length = self.encoder.config.segment_means_seq_len
+        length, size = self.encoder.config.segment_means_seq_len, self.encoder.config.vocab_size
         if inputs.shape[1:] != (self.sequences, length):
             raise UserError(
                 f"expected {self.sequences} sequences of {length} tokens in each sample, which the model is for, got "
@@ -114,7 +115,13 @@ class SequenceClassifier(BaseModel):
             )
         tokens = inputs.flatten(0, 1)
         mask = tokens != PADDING
-        encoded = self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        try:
+            encoded = self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        except IndexError as error:
+            raise UserError(
+                f"the data have tokens with numbers up to {tokens.max()}, and the encoder is for {size} numbers, from 0 "
+                "on; set model.encoder.module.vocab_size"
+            ) from error
         means = (encoded * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         first, *others = means.unflatten(0, (-1, self.sequences)).unbind(1)
         for second in others:

@@ -65,7 +65,7 @@ class Method(ABC):
         return [(site, method) for site in sites if (method := cls.applied_to(site)) is not None]
 
     def excludes(self, other: Method) -> str:
-        """Why the method makes no sense beside ``other`` in one model; '' if it does."""
+        """Why the method makes no sense beside ``other`` at one place; '' if it does."""
         return ""
 
     def layers(self, place: Any) -> list[nn.Module]:

@@ -62,8 +62,8 @@ class ConditionedInitialization(InitialWeightsMethod):
         """Both set the singular values of the same initial weights."""
         if isinstance(other, WeightMethod) and getattr(other, "form", None) == "svd":
             return (
-                "both equalise the singular values of the same initial weights, and of a semi-orthogonal weight the "
-                "exact correction is the weight itself, times a constant; use the identity form"
+                "both equalise the singular values of the same initial weights (of the semi-orthogonal weight of a "
+                "head, the exact correction is a multiple of the weight itself); use the identity form"
             )
         return ""
 

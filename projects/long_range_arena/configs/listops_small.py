@@ -38,3 +38,4 @@ default_hooks = dict(
     logger=dict(interval=100),
     checkpoint=dict(_delete_=True, type="CheckpointHook", by_epoch=False, interval=iterations // 10, max_keep_ckpts=1),
 )
+custom_hooks = [dict(type="SpectraHook", interval=iterations // 10)]

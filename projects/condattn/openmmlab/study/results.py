@@ -44,7 +44,7 @@ class Record:
         versions: What :func:`versions` returned when the run began.
         training: Hash of the training's configuration; empty in early records of studies that start from checkpoints.
         origin: Name of the study that executed the run; empty if it was this one.
-        start: Hash of the checkpoint that the training started from; empty if there was none.
+        start: Hash of the weights that the training started from; empty if there was no checkpoint.
     """
 
     run: RunId

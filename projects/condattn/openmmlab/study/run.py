@@ -1,20 +1,23 @@
 """Execution of one run of a study: train and evaluate in a clean copy of the code, and record the results."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from mmengine.config import Config
 
 from ...weights.atomic import write_atomically
+from ...weights.files import BadFileError, read_file
 from ..errors import UserError
 from .plan import FINAL, RunId, Study, short_hash
 from .results import FAILED, FINISHED, Record, Results, versions
@@ -121,6 +124,27 @@ def start_of(study: Study, seed: int, root: Path) -> Path:
     return root / study.start["checkpoint"].format(seed=seed)
 
 
+def hash_of_weights(path: Path) -> str:
+    """Hash of the weights in a checkpoint; what else it holds, such as the time of the training, does not count.
+
+    Raises:
+        UserError: If the file cannot be read, or holds no weights.
+    """
+    try:
+        content = read_file(path)
+    except BadFileError as error:
+        raise UserError(error) from error
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no weights to start from; expected a checkpoint with a state_dict")
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def _with_start(value: Any, study: Study, seed: int, root: Path) -> Any:
     """An option's value with the checkpoint of the seed in the place of ``{start}``."""
     if isinstance(value, dict):
@@ -177,7 +201,7 @@ def execute(study: Study, results: Results, run: RunId, root: Path, commit: str,
             return record
         code = worktree(root, commit)
         check_trainings(study, results, run.variant, code, root, commit)
-        start = short_hash(start_of(study, run.seed, root).read_bytes()) if study.start else ""
+        start = hash_of_weights(start_of(study, run.seed, root)) if study.start else ""
         check_same_start(results, run, start)
         config, work, packages = folder / "config.py", folder / "train", versions()
         cfg = training_config(study, run, code, root)
@@ -277,7 +301,7 @@ def check_trainings(study: Study, results: Results, variant: str, code: Path, ro
 
 
 def check_same_start(results: Results, run: RunId, start: str) -> None:
-    """Check that finished runs of a seed started from the checkpoint with the hash ``start``.
+    """Check that finished runs of a seed started from the weights with the hash ``start``.
 
     Raises:
         UserError: If one started from another.
@@ -285,8 +309,8 @@ def check_same_start(results: Results, run: RunId, start: str) -> None:
     for record in results.records().values():
         if record.run.seed == run.seed and record.start not in ("", start):
             raise UserError(
-                f"{record.run} started from another checkpoint ({record.start}) than there is now for seed {run.seed} "
-                f"({start}); restore that one, or start a new study under another name"
+                f"{record.run} started from other weights ({record.start}) than there are now for seed {run.seed} "
+                f"({start}); restore those, or start a new study under another name"
             )
 
 
