@@ -12,7 +12,7 @@ from tiny_study import finish
 
 import condattn.registry  # noqa: F401  registers the models
 from condattn.openmmlab.errors import UserError
-from condattn.openmmlab.study.check import check_metric, check_start, check_study
+from condattn.openmmlab.study.check import check_checkpoints, check_metric, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
 from condattn.openmmlab.study.report import write_report
 from condattn.openmmlab.study.results import Results
@@ -33,9 +33,12 @@ exploratory = True
     for seed in (5, 6, 7, 8, 0):
         (tmp_path / "pretrained" / f"{seed}.pth").touch()
     with pytest.raises(UserError, match=r"no checkpoint .*1.pth to start from.*: python pretrain.py --seed 1$"):
-        check_start(study, tmp_path)
+        check_checkpoints(study, [5, 1], tmp_path)
+    with pytest.raises(UserError, match=r"1.pth to start from \(2 seeds have none\); make each"):
+        check_checkpoints(study, [1, 2], tmp_path)
+    check_checkpoints(plain, [1], tmp_path)
     (tmp_path / "pretrained" / "1.pth").touch()
-    check_start(study, tmp_path)
+    check_checkpoints(study, [5, 1], tmp_path)
     for wrong in ("pretrained/5.pth", "{seed}{other}.pth", "{seed}{}.pth", "{seed"):
         changed = start.replace("pretrained/{seed}.pth", wrong)
         with pytest.raises(UserError, match=r"expected start=dict\(checkpoint='... \{seed\} ...'"):

@@ -82,7 +82,7 @@ def test_the_list_of_runs_has_nothing_but_commands(study):
 
     listed = study("--list", check_study=noisy).splitlines()
     assert len(listed) == 8 and all("study.py" in line and "--run tuning/" in line for line in listed)
-    assert study("--list", data_hash=noisy, check_start=noisy).splitlines() == listed
+    assert study("--list", data_hash=noisy, check_checkpoints=noisy).splitlines() == listed
 
 
 def test_before_the_first_run_another_commit_may_be_chosen(study):

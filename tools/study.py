@@ -12,7 +12,7 @@ from pathlib import Path
 from mmengine.logging import MMLogger
 
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.study.check import check_start, check_study, data_hash
+from condattn.openmmlab.study.check import check_checkpoints, check_study, data_hash
 from condattn.openmmlab.study.plan import FINAL, PILOT, RunId, Study, load_study, missing_runs, pilot_runs
 from condattn.openmmlab.study.report import report_pilot, write_documents, write_report
 from condattn.openmmlab.study.results import FINISHED, Results, same_data, same_versions, versions
@@ -122,6 +122,7 @@ def begin(study: Study, results: Results, commit: str | None = None) -> None:
         UserError: If the code has uncommitted changes at the first start, packages or data have changed since then, or
             ``commit`` is unknown or another than that with which the study began.
     """
+    check_checkpoints(study, study.pilot_seeds if results.pilot else [*study.tuning_seeds, *study.seeds], ROOT)
     chosen = git(ROOT, "rev-parse", "--verify", f"{commit}^{{commit}}") if commit else None
     replaced = results.pilot and results.started and not results.same_study()
     if results.started and not replaced:
@@ -143,7 +144,6 @@ def begin(study: Study, results: Results, commit: str | None = None) -> None:
             f"--commit: {study.name} began with {found[:12]}, not {chosen[:12]}; leave the option out, or, with the "
             "other code checked out, show that results are the same: --rerun VARIANT/SEED"
         )
-    check_start(study, ROOT)
     check_packages(study, results)
     check_data(study, results)
 
@@ -219,7 +219,6 @@ def rerun(study: Study, results: Results, name: str) -> int:
     """Repeat a final run with the current code and packages; use them for the missing runs if the results are equal."""
     results.header()
     check_committed()
-    check_start(study, ROOT)
     check_data(study, results)
     records = [record for record in results.records().values() if record.status == FINISHED]
     finished = {f"{one.run.variant}/{one.run.seed}": one for one in records if one.run.stage == FINAL}

@@ -38,7 +38,6 @@ def check_study(study: Study, code: Path, root: Path) -> str:
     Raises:
         UserError: If a check fails.
     """
-    check_start(study, root)
     configs = _configs(study, code, root)
     for variant, cfg in configs.items():
         try:
@@ -114,14 +113,19 @@ def _with_different_data(configs: dict[str, Config]) -> list[Config]:
     return list({str([cfg[name] for name in LOADERS]): cfg for cfg in configs.values()}.values())
 
 
-def check_start(study: Study, root: Path) -> None:
-    """Check that the checkpoints which the trainings start from are there."""
-    seeds = [*study.pilot_seeds, *study.tuning_seeds, *study.seeds] if study.start else []
-    if missing := [seed for seed in seeds if not start_of(study, seed, root).is_file()]:
+def check_checkpoints(study: Study, seeds: Iterable[int], root: Path) -> None:
+    """Check that the checkpoints which the trainings with these seeds start from are there.
+
+    Raises:
+        UserError: If one is not; the message names the command that makes it.
+    """
+    missing = [seed for seed in seeds if study.start and not start_of(study, seed, root).is_file()]
+    if missing:
+        others = f" ({len(missing)} seeds have none)" if missing[1:] else ""
         command = study.start["command"].format(seed=missing[0])
         raise UserError(
-            f"{study.path}: no checkpoint {start_of(study, missing[0], root)} to start from, nor those of "
-            f"{len(missing) - 1} more seeds; make each, this one by: {command}"
+            f"{study.path}: no checkpoint {start_of(study, missing[0], root)} to start from{others}; make each, this "
+            f"one by: {command}"
         )
 
 
