@@ -1,6 +1,5 @@
 """Fixtures of the whole test suite; the demo models are trained once and shared by all tests."""
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 from registrations import registrations_undone
-from runs import CONFIGS, DEMO, LOADERS, TOOLS, Run, error_lines, train
+from runs import CONFIGS, DEMO, LOADERS, Run, error_lines, load_tool, train
 
 settings.register_profile("reproducible", derandomize=True, database=None)
 settings.load_profile("reproducible")
@@ -142,9 +141,7 @@ def call(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(tool: str, *arguments, **replaced) -> tuple[int, str, str]:
-        spec = importlib.util.spec_from_file_location(f"condattn_tools_{tool}", TOOLS / f"{tool}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_tool(tool)
         vars(module).update(replaced)
         monkeypatch.setenv("LOCAL_RANK", "0")  # which the tools set
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])

@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,6 +28,14 @@ def can_forward() -> bool:
     from mmengine.runner import loops
 
     return hasattr(loops._InfiniteDataloaderIterator, "skip_iter")
+
+
+def load_tool(name: str) -> ModuleType:
+    """Load a tool, such as 'train' or 'checkpoints/fold', as a module."""
+    spec = spec_from_file_location(f"condattn_tools_{name}", TOOLS / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 compiler = pytest.mark.skipif(

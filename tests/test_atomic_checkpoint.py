@@ -1,5 +1,6 @@
 """Checkpoints are written atomically, where the settings say, and the best one is kept."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -20,6 +21,7 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook, atomic_writes
+from condattn.openmmlab.hooks.exact_resume import ExactResumeHook
 from condattn.openmmlab.runner import launch
 from condattn.openmmlab.runner.checkpoints import find_resumable
 
@@ -128,13 +130,15 @@ class Rising(BaseMetric):
         return {"score": Rising.score}
 
 
-def toy_runner(tmp_path, train_cfg, kind=Runner, **saving):
+def toy_runner(tmp_path, train_cfg, kind=Runner, work_dir="run", resume=None, **saving):
     """A runner of a model with one layer and a score that rises, which saves the best checkpoint."""
     loader = dict(dataset=[{"inputs": torch.ones(2)}] * 4, sampler=dict(type="DefaultSampler", shuffle=False))
     checkpoint = dict(type="AtomicCheckpointHook", by_epoch=True, interval=1, save_best="score", rule="greater")
     return kind(
         model=Toy(),
-        work_dir=str(tmp_path / "run"),
+        work_dir=str(tmp_path / work_dir),
+        load_from=resume,
+        resume=resume is not None,
         train_dataloader=loader,
         val_dataloader=loader,
         train_cfg=train_cfg,
@@ -142,7 +146,7 @@ def toy_runner(tmp_path, train_cfg, kind=Runner, **saving):
         val_evaluator=Evaluator(Rising()),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         default_hooks=dict(checkpoint={**checkpoint, **saving}),
-        experiment_name=f"{tmp_path} {saving}",
+        experiment_name=f"{tmp_path} {work_dir} {saving}",
     )
 
 
@@ -176,6 +180,74 @@ def test_a_best_checkpoint_with_the_name_of_the_one_before_it_is_kept(tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("best_*.pth")] == ["best_score_epoch_0.pth"]
     checkpoint = torch.load(tmp_path / "run" / "best_score_epoch_0.pth", weights_only=False)
     assert checkpoint["meta"]["iter"] == 4
+
+
+def names_of(folder):
+    return sorted(path.name for path in folder.glob("*.pth"))
+
+
+@pytest.mark.parametrize("scores", ["score", ["score", "other"]])
+def test_the_best_checkpoint_of_a_training_in_another_folder_is_kept(tmp_path, monkeypatch, scores):
+    """A training that goes on with it deletes its own best checkpoints alone."""
+    monkeypatch.setattr(
+        Rising, "compute_metrics", lambda self, results: dict.fromkeys(("score", "other"), next(rising))
+    )
+    rising = iter(range(1, 9))
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=2, val_interval=1), work_dir="a", save_best=scores).train()
+    before = names_of(tmp_path / "a")
+    settings = dict(resume=str(tmp_path / "a" / "epoch_2.pth"), save_best=scores)
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=4, val_interval=1), work_dir="b", **settings).train()
+    best = [f"best_{name}_epoch_{{}}.pth" for name in ([scores] if isinstance(scores, str) else sorted(scores))]
+    assert names_of(tmp_path / "a") == before == [*(name.format(2) for name in best), "epoch_1.pth", "epoch_2.pth"]
+    assert names_of(tmp_path / "b") == [*(name.format(4) for name in best), "epoch_3.pth", "epoch_4.pth"]
+
+
+def test_a_folder_that_was_copied_goes_on_with_its_own_files(tmp_path):
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=2, val_interval=1), work_dir="a").train()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert find_resumable(str(tmp_path / "b")) == str(tmp_path / "b" / "epoch_2.pth")
+    settings = dict(work_dir="b", resume=str(tmp_path / "b" / "epoch_2.pth"))
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=3, val_interval=1), **settings).train()
+    assert "best_score_epoch_2.pth" in names_of(tmp_path / "a")
+    assert [name for name in names_of(tmp_path / "b") if "best" in name] == ["best_score_epoch_3.pth"]
+
+
+def test_another_hook_that_saves_nothing_does_not_mark_a_checkpoint(tmp_path):
+    runner = toy_runner(tmp_path, dict(by_epoch=True, max_epochs=1, val_interval=1))
+    runner.register_hook(AtomicCheckpointHook(by_epoch=False, interval=100))
+    runner.train()
+    meta = torch.load(tmp_path / "run" / "best_score_epoch_1.pth", weights_only=False)["meta"]
+    assert meta["validated"] is True and meta["within_epoch"] is False
+
+
+def test_a_checkpoint_within_an_epoch(tmp_path):
+    """The epoch begins anew, which is said, and nothing is validated before."""
+    train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=1)
+    toy_runner(tmp_path, train_cfg, by_epoch=False, interval=3, save_best=None).train()
+    runs = {}
+    for name in ("iter_6.pth", "iter_3.pth"):
+        resume = str(tmp_path / "run" / name)
+        runs[name] = runner = toy_runner(tmp_path, train_cfg, work_dir=name, resume=resume, save_best=None)
+        runner.register_hook(ExactResumeHook())
+        Rising.score = 0
+        runner.train()
+        (log,) = (tmp_path / name).glob("*/*.log")
+        epoch, iteration = {"iter_6.pth": (2, 6), "iter_3.pth": (1, 3)}[name]
+        assert f"saved within epoch {epoch}, after iteration {iteration}; that epoch begins anew" in log.read_text()
+        assert Rising.score == 3 - epoch and "follows now" not in log.read_text()
+
+
+def test_partial_files_of_others_stay(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (
+        ".epoch_1.pth.x.part",
+        ".best_score_epoch_1.pth.x.part",
+        ".last_checkpoint.x.part",
+        ".other.pth.x.part",
+    ):
+        (tmp_path / "run" / name).touch()
+    toy_runner(tmp_path, dict(by_epoch=True, max_epochs=1, val_interval=1)).train()
+    assert [path.name for path in (tmp_path / "run").glob(".*.part")] == [".other.pth.x.part"]
 
 
 def test_writes_of_the_flexible_runner_are_atomic(tmp_path, monkeypatch):

@@ -283,6 +283,12 @@ def test_corrections_that_are_not_fixed_yet(tmp_path):
     assert torch.equal(source(x), target(x))
 
 
+@pytest.mark.parametrize("name", ["a" * 251 + ".pth", "\u00e4" * 125 + ".pth"])
+def test_a_name_as_long_as_file_systems_allow(name, tmp_path):
+    write_atomically(tmp_path / name, lambda part: part.write_bytes(b"one"))
+    assert (tmp_path / name).read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_is_written_is_whole_or_not_there(tmp_path):
     path = tmp_path / "a.pth"
     write_atomically(path, lambda part: part.write_bytes(b"one"))

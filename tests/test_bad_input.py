@@ -186,6 +186,8 @@ def test_mixed_stacks(refuse, monkeypatch):
         ("mask_rcnn_swin_pc.py", "model.neck.out_chanels=3", ("did you mean model.neck.out_channels?",)),
         ("mask_rcnn_swin_pc.py", "model.zz=1", ("'zz'; it is model.zz",)),
         ("mask_rcnn_swin_pc.py", "model.neck.num_outs=2", ("cannot be built: assert num_outs >= ", "fpn.py")),
+        ("mask_rcnn_swin_pc.py", "model.backbone.out_indices=[0,7]", ("cannot be built: IndexError: ", ".py, line ")),
+        ("mask_rcnn_swin_pc.py", "model.backbone.embed_dims=-3", ("cannot be built: ", "Error: ", ".py, line ")),
         ("mask_rcnn_swin_sc.py", "model.backbone.conditioning=sc(strength=1e999)", ("strength", "finite", "inf")),
         ("mask_rcnn_swin_sc.py", "model.backbone.conditioning.strength=2.0", ("--cfg-options", "replaced as a whole")),
     ],

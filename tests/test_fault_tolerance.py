@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,27 @@ def test_a_training_over_an_earlier_one_warns(call, detection, tmp_path):
     options = [*detection.options, "model.neck.out_chanels=3"]
     _, _, errors = call("train", detection.config, "--work-dir", "run", "--cfg-options", *options)
     assert "run has checkpoints of an earlier training (epoch_1.pth), which this one overwrites" in errors
+
+
+def test_a_training_that_resumes_in_another_folder_or_from_nothing_warns(call, detection, tmp_path):
+    """A training that resumes in its own folder does not."""
+    overwrites, nothing = "checkpoints of an earlier training (epoch_1.pth)", "run has no checkpoint to resume from"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    wrong = "model.neck.out_chanels=3"  # so that nothing is trained
+    own = f"resume=True load_from={folder / 'epoch_1.pth'}".split()
+    for name, arguments, options, expected in (
+        ("best_1.pth", ["--resume"], [], {nothing}),
+        ("epoch_1.pth", ["--resume", detection.checkpoint], [], {overwrites}),
+        ("epoch_1.pth", [], own, set()),
+        ("epoch_1.pth", ["--resume"], [], set()),
+    ):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        shutil.copy(detection.checkpoint, folder / name)
+        options = ["--cfg-options", *detection.options, *options, wrong]
+        _, _, errors = call("train", detection.config, "--work-dir", folder, *arguments, *options)
+        assert {one for one in (overwrites, nothing) if one in errors} == expected, arguments
 
 
 @pytest.mark.parametrize("validate", [True, False])

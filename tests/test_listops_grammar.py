@@ -158,8 +158,8 @@ def test_rules_without_a_model():
     train = Counter({("[MAX", 9): 3, ("[MAX", 8): 2, ("[SM", 1): 2, ("[SM", 8): 1})
     test = Counter({("[MAX", 9): 1, ("[MAX", 8): 5, ("[SM", 1): 3, ("[MIN", 0): 1})
     assert generator.describe({"train": train, "test": test}, "test") == (
-        "10 expressions; right by always answering the commonest value, 8: 50.0%; by answering the outermost operator's "
-        "commonest value: 40.0%"
+        "10 expressions; right by always answering the commonest value, 8: 50.0%; by answering the outermost "
+        "operator's commonest value: 40.0%"
     )
 
 

@@ -49,9 +49,9 @@ def parse_args() -> Namespace:
     parser.add_argument(
         "--amp",
         nargs="?",
-        const="float16",
+        const=True,
         choices=["float16", "bfloat16"],
-        help="train in mixed precision (needs a GPU), in float16 unless bfloat16 is asked for",
+        help="train in mixed precision (needs a GPU), by default in the dtype of the configuration, else in float16",
     )
     parser.add_argument(
         "--compile",
@@ -83,7 +83,7 @@ def main() -> None:
     check_loop(cfg, "train")
     check_loop(cfg, "val")
     if args.amp:
-        enable_amp(cfg, args.amp)
+        enable_amp(cfg, "" if args.amp is True else args.amp)
     if args.auto_scale_lr:
         enable_lr_scaling(cfg)
     if class_name(cfg.optim_wrapper) == "AmpOptimWrapper" and get_device() == "cpu":
@@ -98,26 +98,41 @@ def main() -> None:
     resume = args.resume or ("auto" if cfg.get("resume") and not cfg.get("load_from") else None)
     if checkpoint := find_resumable(cfg.work_dir, args.unsafe, warn=first) if resume == "auto" else resume:
         cfg.resume, cfg.load_from = True, checkpoint
-    elif first and (saved := sorted(Path(cfg.work_dir).glob("*.pth"))):
-        print(
-            f"warning: {cfg.work_dir} has checkpoints of an earlier training ({some(path.name for path in saved)}), "
-            "which this one overwrites where names are equal; to go on with that one use --resume, to keep it another "
-            "--work-dir",
-            file=sys.stderr,
-        )
+    if first:
+        warn_of_earlier_checkpoints(cfg, resume)
     given = copy.deepcopy(cfg)
     check_data(cfg, "train", "val")
     train(cfg, args, check_weights(cfg, args), given)
     leave_processes()
 
 
+def warn_of_earlier_checkpoints(cfg: Config, resume: str | None) -> None:
+    """Say that there was nothing to resume, and that the work directory has checkpoints of another training.
+
+    Args:
+        cfg: The configuration.
+        resume: The checkpoint to go on from, 'auto' for the latest one in the work directory, or None.
+    """
+    start = cfg.load_from if cfg.get("resume") else None
+    if resume and not start:
+        print(f"warning: {cfg.work_dir} has no checkpoint to resume from; the training begins anew", file=sys.stderr)
+    saved = sorted(path.name for path in Path(cfg.work_dir).glob("*.pth"))
+    if saved and not (start and Path(start).resolve().parent == Path(cfg.work_dir).resolve()):
+        print(
+            f"warning: {cfg.work_dir} has checkpoints of an earlier training ({some(saved)}), which this one "
+            "overwrites where names are equal; to go on with that one use --resume, or --resume FILE, to keep it "
+            "another --work-dir",
+            file=sys.stderr,
+        )
+
+
 def enable_amp(cfg: Config, dtype: str) -> None:
-    """Change the configuration to mixed precision in ``dtype``."""
+    """Change the configuration to mixed precision in ``dtype``; if that is '', in its own, or else in float16."""
     wrapper = class_name(cfg.optim_wrapper) or "OptimWrapper"
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UserError(f"--amp expects optim_wrapper.type OptimWrapper, found {wrapper}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
-    cfg.optim_wrapper.dtype = dtype
+    cfg.optim_wrapper.dtype = dtype or cfg.optim_wrapper.get("dtype") or "float16"
 
 
 def enable_lr_scaling(cfg: Config) -> None:

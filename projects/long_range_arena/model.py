@@ -119,8 +119,8 @@ class SequenceClassifier(BaseModel):
             encoded = self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         except IndexError as error:
             raise UserError(
-                f"the data have tokens with numbers up to {tokens.max()}, and the encoder is for {size} numbers, from 0 "
-                "on; set model.encoder.module.vocab_size"
+                f"the data have tokens with numbers up to {tokens.max()}, and the encoder is for {size} numbers, from "
+                "0 on; set model.encoder.module.vocab_size"
             ) from error
         means = (encoded * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         first, *others = means.unflatten(0, (-1, self.sequences)).unbind(1)

@@ -22,7 +22,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None], overwrite:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; choose another name, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    beginning = path.name.encode()[:100].decode(errors="ignore")  # a name must not become longer than 255 bytes
+    handle, name = tempfile.mkstemp(prefix=f".{beginning}.", suffix=".part", dir=path.parent)
     os.close(handle)
     part = Path(name)
     try:

@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from .atomic_checkpoint import VALIDATED
+from .atomic_checkpoint import VALIDATED, WITHIN_EPOCH
 from .schedule import is_validated
 
 
@@ -27,6 +27,8 @@ class ExactResumeHook(Hook):
     resumes from it. This hook makes up for it, so that no result is missing from the log, from the choice of the best
     checkpoint, and from schedules that depend on results.
 
+    mmengine cannot resume within an epoch: the epoch begins anew, and a warning says so.
+
     Args:
         validate: Whether a resumed run begins with the validation of its position, unless the checkpoint was saved
             after it.
@@ -40,9 +42,16 @@ class ExactResumeHook(Hook):
         self._validation_missing = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note whether a run resumes from a checkpoint that was saved before a validation."""
-        resumed = getattr(runner, "_resume", False)
-        self._validation_missing = resumed and not checkpoint.get("meta", {}).get(VALIDATED, False)
+        """Note whether a run resumes from a checkpoint that was saved before a validation, or within an epoch."""
+        meta = checkpoint.get("meta", {}) if getattr(runner, "_resume", False) else {VALIDATED: True}
+        within = meta.get(WITHIN_EPOCH, False)
+        self._validation_missing = not (within or meta.get(VALIDATED, False))
+        if within:
+            runner.logger.warning(
+                f"the checkpoint was saved within epoch {meta['epoch'] + 1}, after iteration {meta['iter']}; that "
+                "epoch begins anew, while schedules go on from there, so that this is not the uninterrupted training; "
+                "resume from a checkpoint at the end of an epoch where there is one"
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Do the validation that the checkpoint was saved before."""

@@ -6,14 +6,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the channels of each pixel."""
-        return F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+from torchvision.models.convnext import LayerNorm2d
 
 
 def rescale(channels: int, scale: float) -> tuple[nn.Module, int]:

@@ -150,6 +150,8 @@ def find_resumable(work_dir: str, unsafe: bool = False, warn: bool = True) -> st
     """
     last = Path(work_dir, "last_checkpoint")
     named = last.read_text().strip() if last.is_file() else ""
+    if named and "://" not in named and (copied := Path(work_dir, Path(named).name)).is_file():
+        named = str(copied)  # where the folder was copied or moved, the path is that of the original
     saved = [path for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_[0-9]+", path.stem)]
     newest_first = sorted(saved, key=lambda path: -int(path.stem.split("_")[1]))
     candidates = [named, *newest_first] if named else newest_first

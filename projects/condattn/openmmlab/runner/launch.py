@@ -54,7 +54,10 @@ warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")
 
 
 class ConfigOptions(DictAction):
-    """mmengine's ``DictAction``, which also accepts a conditioning with settings: sc(strength=3.0,relative=True)."""
+    """mmengine's ``DictAction``, which also keeps blanks in values, and reads a conditioning with settings as a text.
+
+    ``key=my data`` is a text with a blank, and ``sc(strength=3.0,relative=True)`` is a text too, also in a list.
+    """
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[str], option_string=None) -> None:
         """Add the options to ``namespace``.
@@ -65,15 +68,40 @@ class ConfigOptions(DictAction):
         for value in values:
             try:
                 super().__call__(parser, namespace, [value], option_string)
-            except (ValueError, AssertionError) as error:
+            except ValueError as error:
                 raise UserError(
                     f"--cfg-options: expected KEY=VALUE without spaces, found {value}; put other arguments before "
                     'this option, and lists in quotation marks, as in key="[a,b]"'
                 ) from error
 
     @staticmethod
-    def _parse_iterable(val: str):
-        return val if re.fullmatch(r"\w+\(.*\).*|.*\+\w+\(.*\)", val) else DictAction._parse_iterable(val)
+    def _parse_iterable(val: str) -> Any:
+        """Return the list, tuple, number, truth value or text that ``val`` stands for."""
+        text = val.strip().strip("'\"").strip()
+        kind = {"[]": list, "()": tuple}.get(text[:1] + text[-1:]) if len(_elements(text)) == 1 else None
+        elements = _elements(text[1:-1] if kind else text)
+        if kind is None and len(elements) == 1:
+            return DictAction._parse_int_float_bool(text)
+        values = [ConfigOptions._parse_iterable(element) for element in elements if element.strip()]
+        return tuple(values) if kind is tuple else values
+
+
+def _elements(text: str) -> list[str]:
+    """Split ``text`` at the commas outside all brackets.
+
+    Raises:
+        ValueError: If it has commas, and brackets that are not balanced.
+    """
+    found, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += character
+    if depth and "," in text:
+        raise ValueError(f"unbalanced brackets in {text}")
+    return found
 
 
 def add_config_arguments(parser: ArgumentParser, otherwise: str = "") -> None:
@@ -212,10 +240,18 @@ def build_model(cfg: Config) -> nn.Module:
         if isinstance(error, KeyError | TypeError) and not any(text in message for text in BAD_SETTINGS):
             raise
         raise UserError(f"the model of {cfg.filename} cannot be built: {message}{_hint(settings, message)}") from error
+    except (
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        ZeroDivisionError,
+    ) as error:  # settings that contradict each other
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}, at {_failed_line(error)}"
+        raise UserError(f"the model of {cfg.filename} cannot be built: {message}") from error
 
 
 def _failed_line(error: Exception) -> str:
-    """The line of code that raised an error without a message, such as an assertion."""
+    """The line of code that raised an error."""
     last = extract_tb(error.__traceback__)[-1]
     return f"{last.line} ({last.filename}, line {last.lineno})"
 
