@@ -1,11 +1,11 @@
-"""A small Nystromformer on a small ListOps: 20,000 generated expressions of 50 to 127 tokens."""
+"""A small Nystromformer on a small ListOps: 60,000 generated expressions of 50 to 127 tokens."""
 
 config = "_base_/nystromformer_listops.py"
 title = "Exploratory: does conditioning the attention of a small Nystromformer help to evaluate expressions (ListOps)?"
 data = dict(
     variable="LISTOPS_SMALL",
     default="data/listops_small",
-    source="generate the data with: python -m long_range_arena.generate data/listops_small --train 20000 --val 1000 "
+    source="generate the data with: python -m long_range_arena.generate data/listops_small --train 60000 --val 1000 "
     "--max-depth 5 --min-length 49 --max-length 128",
 )
 exploratory = True

@@ -1,6 +1,6 @@
-"""A small ListOps, which a CPU learns in minutes: expressions of 50 to 127 tokens, with a depth of up to 5.
+"""A small ListOps, which a CPU begins to learn in minutes: expressions of 50 to 127 tokens, with a depth of up to 5.
 
-Generate it with: python -m long_range_arena.generate data/listops_small --train 20000 --val 1000 --max-depth 5
+Generate it with: python -m long_range_arena.generate data/listops_small --train 60000 --val 1000 --max-depth 5
 --min-length 49 --max-length 128. All settings are our choice.
 """
 
@@ -13,8 +13,8 @@ model = dict(
         module=dict(
             vocab_size=16,
             length=length,
-            num_landmarks=16,
-            conv_kernel_size=9,
+            num_landmarks=32,
+            initializer_range=0.1,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         ),
@@ -27,7 +27,7 @@ train_dataloader = dict(batch_size=32, num_workers=0, persistent_workers=False, 
 val_dataloader = dict(batch_size=200, num_workers=0, persistent_workers=False, dataset=dataset)
 test_dataloader = dict(batch_size=200, num_workers=0, persistent_workers=False, dataset=dataset)
 
-iterations = 1000
+iterations = 5000
 train_cfg = dict(max_iters=iterations, val_interval=iterations // 10)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
