@@ -191,6 +191,21 @@ def test_the_tool(coco, tmp_path, call):
     assert line.startswith("error: train, ")
 
 
+def test_pictures_of_more_classes_than_coco_has(coco, tmp_path, call):
+    """mmdet keeps the 80 colours of COCO."""
+    names = [f"class {i}" for i in range(1, 91)]
+    coco.content["categories"] = [dict(id=i, name=name) for i, name in enumerate(names, 1)]
+    for entry in coco.content["annotations"]:
+        entry["category_id"] += 80
+    coco.write()
+    for loader in ("train", "val"):
+        coco.cfg[f"{loader}_dataloader"].dataset.metainfo.classes = names
+    (tmp_path / "config.py").write_text(coco.cfg.pretty_text)
+    status, _, errors = call("dataset/check", "config.py", "--out", "page")
+    assert not status, errors
+    assert list(tmp_path.joinpath("page").glob("*.png"))
+
+
 def test_the_tool_on_label_maps(label_maps, tmp_path, call):
     config = tmp_path / "config.py"
     config.write_text(label_maps.cfg.pretty_text)

@@ -151,8 +151,9 @@ model = dict(
 
 
 def test_detection_is_tested(detection, tmp_path):
+    """The data set has fewer colours than classes, as one has that names more classes than COCO."""
     outputs = ["--work-dir", "test", "--out", "out/predictions.pkl", "--show-dir", "drawn"]
-    options = ["--cfg-options", *detection.options, *NOWHERE]
+    options = ["--cfg-options", *detection.options, *NOWHERE, "test_dataloader.dataset.metainfo.palette=[(255,0,0)]"]
     test = [TOOLS / "test.py", detection.config, detection.checkpoint]
     output = run(*test, *outputs, *options, cwd=tmp_path).stdout
     assert re.search(r"Epoch\(test\) \[1/1\].*coco/bbox_mAP: .*coco/segm_mAP: ", output)

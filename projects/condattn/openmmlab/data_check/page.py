@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, VISUALIZERS
 from PIL import Image
 
+from ..drawing import drawn_meta
 from .check import Checked
 from .sampling import any_size
 from .transforms import image_loader
@@ -64,7 +65,7 @@ def _draw_samples(cfg: Config, entry: Checked, folder: Path, number: int) -> dic
     visualizer = VISUALIZERS.build({"type": kind, "name": f"{entry.label} of the data check"})
     # Matplotlib reads text between dollar signs as formulas.
     names = [name.replace("$", r"\$") for name in dataset.metainfo["classes"]]
-    visualizer.dataset_meta = {**dataset.metainfo, "classes": names}
+    visualizer.dataset_meta = drawn_meta({**dataset.metainfo, "classes": names})
     pictures: dict[str, str] = {}
     for path in sorted({path for counted in entry.findings.classes for path in counted.examples}):
         sample = dataset[places[path]]

@@ -21,6 +21,7 @@ from ...wording import listed
 from ..data_check.images import walk
 from ..data_check.settings import class_of, leaves
 from ..data_check.transforms import image_loader
+from ..drawing import drawn_meta
 from ..errors import UserError
 from ..models.loading import check_conditioning
 from ..models.settings import class_name
@@ -105,11 +106,10 @@ class Predictor:
             if not other_conditioning:
                 check_conditioning(state, checkpoint, model)
             model.load_state_dict(weights, strict=False)
-        meta = state.get("meta", {}).get("dataset_meta")
         self.model = revert_sync_batchnorm(model).to(device).eval()
         self._segments = cfg.default_scope == "mmseg"
         if images:
-            self._visualizer = _build_visualizer(cfg, meta or _dataset_meta(cfg.test_dataloader.dataset))
+            self._visualizer = _build_visualizer(cfg, _drawn_classes(cfg, state.get("meta") or {}))
 
     @torch.inference_mode()
     def predict(self, paths: Iterable[Path]) -> list[BaseDataElement]:
@@ -196,6 +196,15 @@ def _image_pipeline(cfg: Config) -> list[dict]:
             "CalibrationHook calibrates when a training starts"
         )
     return [step for step in copy.deepcopy(pipeline) if "Annotations" not in class_name(step)]
+
+
+def _drawn_classes(cfg: Config, meta: dict) -> dict:
+    """Names and colours of the classes: those in the ``meta`` of a checkpoint, else those of the test data of ``cfg``.
+
+    mmdet 2 and mmseg 0 wrote them into ``meta`` itself.
+    """
+    trained = drawn_meta(meta.get("dataset_meta") or meta)
+    return trained if trained.get("classes") else drawn_meta(_dataset_meta(cfg.test_dataloader.dataset))
 
 
 def _dataset_meta(dataset: dict) -> dict:

@@ -31,6 +31,7 @@ from ..config_files import is_config
 from ..data_check.settings import class_of
 from ..errors import UserError
 from ..hooks.conditioning_guard import ConditioningGuardHook
+from ..hooks.drawn_classes import DrawnClassesHook
 from ..hooks.empty_evaluation import EmptyEvaluationHook
 from ..hooks.exact_resume import ExactResumeHook
 from ..hooks.finite_loss import FiniteLossHook
@@ -293,7 +294,10 @@ def build_runner(cfg: Config, other_conditioning: bool = False, given: Config | 
     runner.dump_config()
     runner.logger.info(f"mmcv's operators: {describe_operators()}")
     guard = ConditioningGuardHook(other_conditioning)
-    own_hooks = (ProgressHook(), guard, ScheduleHook(), FiniteLossHook(), EmptyEvaluationHook(), ExactResumeHook())
+    own_hooks = (
+        *(ProgressHook(), guard, ScheduleHook(), FiniteLossHook(), EmptyEvaluationHook()),
+        *(DrawnClassesHook(), ExactResumeHook()),
+    )
     for hook in own_hooks:
         if not any(isinstance(own, type(hook)) for own in runner.hooks):
             runner.register_hook(hook)
