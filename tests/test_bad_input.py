@@ -344,7 +344,9 @@ def test_numbers_names_and_options(refuse, call, tmp_path):
     for name in ("heads", "sites"):
         refuse(*spectra, f"--{name}", 0, parts=(f"--{name}: expected at least 1, got 0",))
     refuse(*spectra, "--cfg-options", "a=1", parts=("--cfg-options expects a configuration, found the model test_vit",))
-    refuse(*spectra, "--images", "bad", parts=("no image below bad can be read",))
+    refuse(
+        *spectra, "--images", "bad", parts=("no image below bad can be read: UnidentifiedImageError", "name another")
+    )
     for tool in ("calibrate", "fold"):
         command = [f"checkpoints/{tool}", demo, "x.pth", "--images", "bad", "--out", "new.pth", "--num", 0]
         refuse(*command, parts=("--num: expected at least 1, got 0",))

@@ -269,6 +269,41 @@ def test_an_image_that_cannot_be_predicted_costs_no_other_its_prediction(kind, r
     assert {path.name for path in (tmp_path / "out" / "vis").iterdir()} == ({"b.jpg", "c.png"} if drawn else {"b.jpg"})
 
 
+def test_images_that_the_loader_of_the_configuration_alone_can_read(call, tmp_path):
+    """A damaged image gives one line, and costs no other its prediction."""
+    tifffile = pytest.importorskip("tifffile")
+    from condattn.openmmlab.runner.launch import build_model, load_config
+    from condattn.openmmlab.runner.rewriting import write_checkpoint
+
+    (tmp_path / "bands.py").write_text(
+        f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\n"
+        "model = dict(\n"
+        "    backbone=dict(in_channels=5, init_cfg=None),\n"
+        "    data_preprocessor=dict(mean=None, std=None, bgr_to_rgb=False),\n"
+        ")\n"
+        "decoding = dict(color_type='unchanged', imdecode_backend='tifffile', to_float32=True)\n"
+        "loader = dict(decoding, type='LoadImageFromFile')\n"
+        "test_dataloader = dict(dataset=dict(pipeline=[loader, dict(type='PackSegInputs')]))\n"
+    )
+    (tmp_path / "images").mkdir()
+    bands = np.random.default_rng(0).integers(0, 4000, (64, 64, 5)).astype(np.uint16)
+    for name in ("a.tif", "b.tif"):
+        tifffile.imwrite(tmp_path / "images" / name, bands, planarconfig="contig", photometric="minisblack")
+    (tmp_path / "images" / "a.tif").write_bytes(b"no image")
+    write_checkpoint(tmp_path / "x.pth", build_model(load_config("bands.py")), {})
+    status, output, errors = call("predict", "images", "bands.py", "x.pth", "--out-dir", "out", "--batch-size", 2)
+    assert status == 1
+    (line,) = error_lines(errors)
+    assert "the prediction of images/a.tif fails (TiffFileError" in line
+    assert "1 of 2 images predicted" in output
+    assert Image.open(tmp_path / "out" / "vis" / "b.tif").size == (64, 64)
+    calibrate = ["checkpoints/calibrate", "bands.py", "x.pth", "--images", "images", "--out", "new.pth"]
+    status, _, errors = call(*calibrate)
+    assert status == 2
+    assert "warning: 1 image cannot be read: images/a.tif (TiffFileError" in errors
+    assert "is of a conditioned model already" in error_lines(errors)[0]
+
+
 CONCATENATED = """
 _base_ = {base!r}
 test_dataloader = dict(

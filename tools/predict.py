@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
-from condattn.openmmlab.runner.inference import IMAGE_SUFFIXES, Predictor, find_images, is_readable, save_prediction
+from condattn.openmmlab.runner.inference import IMAGE_SUFFIXES, Predictor, find_images, in_short, save_prediction
 from condattn.openmmlab.runner.launch import DRAWN, add_config_arguments, choose_device, load_config
 
 
@@ -76,13 +76,7 @@ def predict(
     predictor: Predictor, images: list[tuple[Path, Path]], out_dir: Path, score_thr: float
 ) -> Iterator[str | None]:
     """Predict a batch of images, given as (path, name), save and draw the results; yield an error or None for each."""
-    good = []
-    for path, name in images:
-        if is_readable(path):
-            good.append((path, name))
-        else:
-            yield f"{path} cannot be read as an image; left out"
-    for (path, name), sample in zip(good, predictor.predict_each([path for path, _ in good]), strict=True):
+    for (path, name), sample in zip(images, predictor.predict_each([path for path, _ in images]), strict=True):
         if isinstance(sample, Exception):
             yield f"the prediction of {path} fails ({in_short(sample)}); left out"
             continue
@@ -95,11 +89,6 @@ def predict(
             yield f"the prediction of {path} is saved, but cannot be drawn ({in_short(error)})"
         else:
             yield None
-
-
-def in_short(error: Exception) -> str:
-    """Type of an error and the beginning of its message, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 if __name__ == "__main__":

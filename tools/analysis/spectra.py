@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -21,7 +22,7 @@ from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.models.loading import difference_from
 from condattn.openmmlab.models.settings import conditioned_parts
 from condattn.openmmlab.runner.checkpoints import add_checkpoint_arguments
-from condattn.openmmlab.runner.inference import Predictor, find_images, is_readable
+from condattn.openmmlab.runner.inference import Predictor, find_images, image_reader, unreadable
 from condattn.openmmlab.runner.launch import add_config_arguments, choose_device, load_config
 from condattn.spectra import QUANTITIES, Measurement, measure
 from condattn.spectra.advice import find_warnings
@@ -29,6 +30,7 @@ from condattn.spectra.measure import spread
 from condattn.spectra.report import cell, check_folder, summary, title_of, write_report
 from condattn.weights.files import read_file
 from condattn.weights.load import load_pretrained, load_weights
+from condattn.wording import some
 
 
 def parse_args() -> Namespace:
@@ -107,10 +109,17 @@ def chosen_images(args: Namespace) -> list[Path]:
         return []
     own = args.out.resolve()
     paths = [path for path, _ in find_images(args.images, args.out) if not path.resolve().is_relative_to(own)]
-    paths = spread([path for path in paths if is_readable(path)], args.num)
-    if not paths:
-        raise UserError(f"no image below {args.images} can be read")
-    return paths
+    read = image_reader(load_config(args.config, args.cfg_options)) if is_config(args.config) else read_rgb
+    reasons = unreadable(paths, read)
+    if len(reasons) == len(paths):
+        reason = some(reasons.values(), 1) or "all are in --out"
+        raise UserError(f"no image below {args.images} can be read: {reason}; name another folder")
+    return spread([path for path in paths if path not in reasons], args.num)
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Read an image file as timm's transforms expect it."""
+    return Image.open(path).convert("RGB")
 
 
 def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple[nn.Module, Callable | None]:
@@ -137,7 +146,6 @@ def build(args: Namespace, conditioning: str | None, paths: list[Path]) -> tuple
 def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], device: torch.device):
     """Build a model of timm; see :func:`build`."""
     import timm
-    from PIL import Image
 
     from condattn.openmmlab.models.timm import pretrained_weights
 
@@ -160,7 +168,7 @@ def build_timm(args: Namespace, conditioning: str | None, paths: list[Path], dev
             raise UserError(f"{problem}; name that with --compare, or measure without it with --other-conditioning")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     model.to(device)
-    inputs = [transform(Image.open(path).convert("RGB"))[None].to(device) for path in paths]
+    inputs = [transform(read_rgb(path))[None].to(device) for path in paths]
     return model, (lambda: [model(one) for one in inputs]) if inputs else None
 
 

@@ -2,9 +2,10 @@
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import cv2
 import mmcv
@@ -17,7 +18,7 @@ from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement
 
 from ...weights.atomic import write_atomically
-from ...wording import listed
+from ...wording import listed, one_line
 from ..data_check.images import walk
 from ..data_check.settings import class_of, leaves
 from ..data_check.transforms import image_loader
@@ -62,12 +63,30 @@ def find_images(source: Path, out_dir: Path) -> list[tuple[Path, Path]]:
     return images
 
 
-def is_readable(path: Path) -> bool:
-    """Whether ``path`` can be decoded as an image."""
-    try:
-        return mmcv.imread(path) is not None
-    except (OSError, ValueError, cv2.error):
-        return False
+def image_reader(cfg: Config) -> Callable[[Path], np.ndarray]:
+    """A function that reads an image file as the test pipeline of ``cfg`` does.
+
+    Raises:
+        UserError: If the pipeline loads no image files.
+    """
+    load = Compose([image_loader(_image_pipeline(cfg))])
+    return lambda path: load({"img_path": str(path), "img_id": 0})["img"]
+
+
+def unreadable(paths: Iterable[Path], read: Callable[[Path], Any]) -> dict[Path, str]:
+    """Those of ``paths`` that ``read`` cannot read as images -> why."""
+    reasons = {}
+    for path in paths:
+        try:
+            read(path)
+        except Exception as error:  # a transform may raise any error
+            reasons[path] = in_short(error)
+    return reasons
+
+
+def in_short(error: Exception) -> str:
+    """Type of an error and the beginning of its message, in one line."""
+    return f"{type(error).__name__}: {one_line(str(error))[:160]}"
 
 
 class Predictor:
@@ -95,7 +114,7 @@ class Predictor:
         unsafe: bool = False,
         images: bool = True,
     ) -> None:
-        self._pipeline = Compose(_image_pipeline(cfg)) if images else None
+        self._pipeline, self._read = (Compose(_image_pipeline(cfg)), image_reader(cfg)) if images else (None, None)
         model, state = build_model(cfg), {}
         if checkpoint is None:
             drop_pretrained(model, replaced=set(model.state_dict()))
@@ -135,12 +154,22 @@ class Predictor:
 
     def draw(self, sample: BaseDataElement, out_file: Path, score_thr: float) -> None:
         """Draw a prediction on its image; boxes and masks only if their score is at least ``score_thr``."""
-        image = mmcv.imread(sample.img_path, channel_order="rgb")
+        image = self._picture(sample.img_path)
         threshold = {} if self._segments else {"pred_score_thr": score_thr}
         out_file.parent.mkdir(parents=True, exist_ok=True)
         self._visualizer.add_datasample(
             out_file.name, image, sample, draw_gt=False, out_file=str(out_file), **threshold
         )
+
+    def _picture(self, path: str) -> np.ndarray:
+        """The image at ``path`` in RGB; if only the pipeline can read it, its first channels, stretched to 8 bits."""
+        try:
+            return mmcv.imread(path, channel_order="rgb")
+        except cv2.error:
+            image = np.atleast_3d(self._read(Path(path))).astype(float)
+        image = image[..., :3] if image.shape[2] > 2 else image[..., [0, 0, 0]]
+        low, high = image.min(), image.max()
+        return (255 * (image - low) / max(high - low, 1e-9)).astype(np.uint8)
 
     def _batches(self, inputs: list[dict]) -> Iterator[dict]:
         # mmseg needs images of one size in a batch; mmdet pads them to a common size.

@@ -14,7 +14,7 @@ from ...wording import counted, some
 from ..errors import UserError
 from ..models.loading import ENTRY, record_of, with_record
 from .checkpoints import add_unsafe_argument, read_checkpoint
-from .inference import find_images, is_readable
+from .inference import find_images, image_reader, unreadable
 from .launch import add_config_arguments, load_config
 
 
@@ -50,9 +50,11 @@ def load_inputs(args: Namespace) -> tuple[Config, dict, list[Path]]:
     refuse_existing(args.out)
     cfg = load_config(args.config, args.cfg_options)
     chosen = spread([path for path, _ in find_images(args.images, args.out.parent)], args.num)
-    images = [path for path in chosen if is_readable(path)]
-    if unreadable := [str(path) for path in chosen if path not in images]:
-        text = f"{counted(len(unreadable), 'image')} cannot be read: {some(unreadable)}"
+    reasons = unreadable(chosen, image_reader(cfg))
+    images = [path for path in chosen if path not in reasons]
+    if reasons:
+        named = some(f"{path} ({reason})" for path, reason in reasons.items())
+        text = f"{counted(len(reasons), 'image')} cannot be read: {named}"
         if not images:
             raise UserError(f"{text}; replace them")
         print(f"warning: {text}; left out", file=sys.stderr)
