@@ -43,7 +43,8 @@ def parse_args() -> Namespace:
     parser.add_argument(
         "--out",
         help="save the predictions: detection into this pickle file (.pkl), segmentation as label maps (PNG) "
-        "into this folder",
+        "into this folder, with the values of the annotations: one higher than those of predict.py if the data set "
+        "has reduce_zero_label, as ADE20K",
     )
     parser.add_argument("--show", action="store_true", help="show each prediction in a window")
     parser.add_argument(
