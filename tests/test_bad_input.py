@@ -1,6 +1,7 @@
 """Bad input to the tools: a one-line error, a nonzero exit status, and nothing written."""
 
 import errno
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -253,8 +254,8 @@ def test_predictions_that_cannot_be_saved(refuse, detection, tmp_path, out):
     refuse("test", detection.config, detection.checkpoint, "--out", out, parts=(out.split("/")[0],))
 
 
-def test_images_of_one_name(call, segmentation, scenes, tmp_path):
-    """Label maps and pictures are named after the images alone, so that one would replace the other."""
+def test_label_maps_of_one_name(refuse, scenes, tmp_path):
+    """Label maps are named after the images alone, so that one would replace the other."""
     for kind, suffix in (("images", ".jpg"), ("annotations", ".png")):
         source = min((scenes / kind / "validation").glob(f"*{suffix}"))
         for folder in ("a", "b"):
@@ -263,14 +264,61 @@ def test_images_of_one_name(call, segmentation, scenes, tmp_path):
     dataset = dict(type="BaseSegDataset", data_root=str(tmp_path / "data"), img_suffix=".jpg", seg_map_suffix=".png")
     prefix = dict(img_path="images", seg_map_path="annotations")
     (tmp_path / "two.py").write_text(
-        f"_base_ = {str(segmentation.config)!r}\n"
+        f"_base_ = {str(DEMO / 'upernet_swin_pc.py')!r}\n"
         f"dataset = dict({dataset!r}, _delete_=True, data_prefix={prefix!r}, "
         "metainfo=dict(classes=tuple('abcdefghijk')), pipeline={{_base_.test_dataloader.dataset.pipeline}})\n"
         "test_dataloader = dict(dataset=dataset)\n"
     )
-    status, _, errors = call("test", "two.py", segmentation.checkpoint, "--out", "labels")
-    assert status == 2
-    assert "several images have the same name in different folders (one)" in error_lines(errors)[-1]
+    refuse(
+        "test",
+        "two.py",
+        "x.pth",
+        "--out",
+        "labels",
+        parts=("--out expects images with different names without", "(one)"),
+    )
+    # mmseg's pictures have numbers, so that the next problem is said.
+    refuse("test", "two.py", "x.pth", "--show-dir", "drawn", parts=("there is no file x.pth",))
+
+
+@pytest.mark.parametrize("names, refused", [(["a/x.jpg", "b/x.jpg"], True), (["x.jpg", "x.png"], False)])
+def test_pictures_of_one_name(names, refused, refuse, coco, tmp_path):
+    """mmdet's pictures have the names of the images with their suffixes."""
+    for name, image in zip(names, coco.content["images"], strict=False):
+        path = coco.folder / "images" / name
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(coco.folder / "images" / image["file_name"], path)
+        image["file_name"] = name
+    coco.write()
+    data = coco.cfg.val_dataloader.dataset.to_dict() | dict(_delete_=True)
+    (tmp_path / "two.py").write_text(
+        f"_base_ = {str(DEMO / 'mask_rcnn_swin_pc.py')!r}\n"
+        f"test_dataloader = dict(dataset={data!r})\n"
+        f"test_evaluator = dict(ann_file={str(coco.folder / 'annotations.json')!r})\n"
+        "model = dict(roi_head=dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=2)))\n"
+    )
+    parts = (
+        ("--show-dir expects images with different names, after", "(x.jpg)") if refused else ("there is no file x.pth",)
+    )
+    refuse("test", "two.py", "x.pth", "--show-dir", "drawn", parts=parts)
+
+
+def test_data_without_image_files_have_no_names_to_compare(monkeypatch):
+    from mmengine.config import Config
+    from mmengine.registry import DATASETS
+
+    spec = importlib.util.spec_from_file_location("tools_test", TOOLS / "test.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    @DATASETS.register_module(force=True)
+    class WithoutFiles(list):
+        def __init__(self):
+            super().__init__([{}, {}])
+
+        get_data_info = list.__getitem__
+
+    tool.check_names(Config(dict(default_scope="mmseg", test_dataloader=dict(dataset=dict(type=WithoutFiles)))))
 
 
 def test_options_that_a_configuration_does_not_serve(refuse, detection, tmp_path):

@@ -5,12 +5,12 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from contextlib import redirect_stdout
 from inspect import signature
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
-from mmengine.registry import HOOKS
+from mmengine.registry import DATASETS, HOOKS
 
 from condattn.openmmlab.data_check import check_data
 from condattn.openmmlab.data_check.settings import class_of
@@ -91,6 +91,8 @@ def main() -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     given = copy.deepcopy(cfg)
     check_data(cfg, "test")
+    if args.show_dir if detection else args.out:
+        check_names(cfg)
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     model = build_model(cfg)
     first = local_rank(cfg.launcher) == 0
@@ -120,8 +122,6 @@ def test(cfg: Config, args: Namespace, replaced: set[str], given: Config) -> Non
     for each in (cfg, given):  # the runner saves the configuration under this name, beside that of the training
         object.__setattr__(each, "_filename", name)
     runner = build_runner(cfg, args.other_conditioning, given)
-    if args.show_dir or (args.out and cfg.default_scope != "mmdet"):
-        check_names(runner.test_dataloader.dataset)
     drop_pretrained(runner.model, replaced)
     if args.out and cfg.default_scope == "mmdet":
         from mmdet.evaluation import DumpDetResults
@@ -140,15 +140,24 @@ def check_pickle(path: Path) -> None:
         raise UserError(f"--out: {path} may not be written; name another file")
 
 
-def check_names(dataset: BaseDataset) -> None:
-    """Raise a UserError if files that are named after the images of ``dataset`` would replace one another."""
-    paths = {Path(dataset.get_data_info(i)["img_path"]) for i in range(len(dataset))}
-    names = Counter(path.stem for path in paths)
+def check_names(cfg: Config) -> None:
+    """Raise a UserError if files that are named after the images of the test data would replace one another.
+
+    mmdet's pictures have the whole names of the images, and mmseg's label maps the names without suffix; mmseg's
+    pictures are numbered.
+    """
+    with redirect_stdout(None):  # pycocotools prints its progress
+        dataset = DATASETS.build(copy.deepcopy(cfg.test_dataloader.dataset))
+    samples = (dataset.get_data_info(i) for i in range(len(dataset)))
+    paths = {Path(sample["img_path"]) for sample in samples if "img_path" in sample}
+    option, part, what = (
+        ("--show-dir", "name", "names") if cfg.default_scope == "mmdet" else ("--out", "stem", "names without suffix")
+    )
+    names = Counter(getattr(path, part) for path in paths)
     if twice := [name for name, number in names.items() if number > 1]:
         raise UserError(
-            f"several images have the same name in different folders ({some(twice)}), and the files of --show-dir and "
-            "of label maps have the images' names alone; give the images distinct names, or use tools/predict.py, "
-            "which keeps the folders"
+            f"{option} expects images with different {what}, after which the files are named, found several with the "
+            f"same ({some(twice)}); rename them, or use tools/predict.py, which keeps folders and suffixes"
         )
 
 
