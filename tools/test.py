@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from contextlib import redirect_stdout
 from inspect import signature
+from io import StringIO
 from pathlib import Path
 
 from mmengine.config import Config
@@ -146,7 +147,7 @@ def check_names(cfg: Config) -> None:
     mmdet's pictures have the whole names of the images, and mmseg's label maps the names without suffix; mmseg's
     pictures are numbered.
     """
-    with redirect_stdout(None):  # pycocotools prints its progress
+    with redirect_stdout(StringIO()):  # pycocotools prints its progress
         dataset = DATASETS.build(copy.deepcopy(cfg.test_dataloader.dataset))
     samples = (dataset.get_data_info(i) for i in range(len(dataset)))
     paths = {Path(sample["img_path"]) for sample in samples if "img_path" in sample}
