@@ -14,11 +14,12 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from mmcv.transforms import LoadImageFromFile
-from mmdet.datasets import CocoDataset  # noqa: F401 (registers)
+from mmdet.datasets import CocoDataset
 from mmengine.registry import init_default_scope
 from mmseg.datasets.transforms import LoadAnnotations
 
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
+from condattn.openmmlab.data_check.page import write_page
 from condattn.openmmlab.data_check.settings import leaves, named_paths
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.runner.launch import load_config
@@ -34,6 +35,78 @@ def test_a_data_set_that_nobody_has_registered(coco):
     coco.cfg.train_dataloader.dataset.type = "CocoDatasett"
     (error,) = coco.check().errors
     assert "no data set CocoDatasett is registered" in error
+
+
+class Fixed(CocoDataset):
+    """Takes its folder alone, and reads its files when it is built."""
+
+    def __init__(self, folder, pipeline, test_mode=False):
+        super().__init__(
+            ann_file=f"{folder}/annotations.json",
+            data_prefix=dict(img=f"{folder}/images"),
+            metainfo=dict(classes=("cat", "dog")),
+            indices=[0, 1],
+            pipeline=pipeline,
+            test_mode=test_mode,
+        )
+
+
+class Prepared(CocoDataset):
+    """Has its own pipeline, and settings that a configuration cannot replace."""
+
+    def __init__(self, **settings):
+        super().__init__(
+            ann_file="annotations.json",
+            pipeline=[],
+            filter_cfg=dict(filter_empty_gt=True, min_size=32),
+            lazy_init=False,
+            **settings,
+        )
+
+
+@pytest.fixture
+def fixed(coco):
+    pipeline = coco.cfg.train_dataloader.dataset.pipeline
+    coco.cfg.train_dataloader.dataset = dict(type=Fixed, folder=str(coco.folder), pipeline=pipeline)
+    return coco
+
+
+@pytest.fixture
+def prepared(coco):
+    leaf = coco.cfg.train_dataloader.dataset
+    leaf.type = Prepared
+    for name in ("ann_file", "pipeline", "filter_cfg"):
+        del leaf[name]
+    return coco
+
+
+def test_a_class_with_arguments_of_its_own(fixed, capsys):
+    findings = fixed.check()
+    assert findings.errors == []
+    assert findings.summary.startswith("2 of 6 images")
+    assert capsys.readouterr().out == ""
+    fixed.cfg.train_dataloader.dataset["colour"] = "red"
+    assert "the data set Fixed cannot be built" in fixed.check().errors[0]
+
+
+def test_a_class_that_reads_a_damaged_file_when_it_is_built(fixed):
+    (fixed.folder / "annotations.json").write_text("[]")
+    (error,) = fixed.check().errors
+    assert error.endswith("correct its settings, or the files that it reads")
+
+
+def test_a_class_with_settings_of_its_own(prepared):
+    prepared.content["images"][0]["width"] = 8
+    prepared.write()
+    findings = prepared.check()
+    assert "1 image smaller than 32 pixels left out" in findings.summary
+    assert findings.errors == []
+
+
+def test_a_class_with_a_pipeline_of_its_own_has_pictures(prepared):
+    object.__setattr__(prepared.cfg, "_filename", "config.py")
+    write_page(prepared.cfg, find(prepared.cfg, "train"), prepared.folder / "page")
+    assert len(list(prepared.folder.glob("page/train_*.png"))) >= 4
 
 
 def test_heads_with_another_number_of_classes(coco):

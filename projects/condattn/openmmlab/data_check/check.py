@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
@@ -202,10 +203,11 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     if _writes_itself(leaf) and not any(named_paths(leaf)) and not _data_root(leaf).is_dir():
         return Findings(summary=f"{name}, which writes its data to {_data_root(leaf)} when the run begins")
     try:
-        dataset = DATASETS.build({**leaf, "pipeline": [], "lazy_init": True})
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, OSError) as error:
+        dataset = build_dataset(leaf, pipeline=[], lazy_init=True)
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, OSError, RuntimeError) as error:
         reason = " ".join(map(str, error.args)) or type(error).__name__
-        return Findings(errors=[f"the data set {name} cannot be built: {reason}; correct its settings"])
+        text = f"the data set {name} cannot be built: {reason}; correct its settings, or the files that it reads"
+        return Findings(errors=[text])
     classes = dataset.metainfo.get("classes") or ()
     classes = [classes] if isinstance(classes, str) else list(classes)
     wrong, doubtful = ([text for text in texts if text not in heads] for texts in check_heads(cfg, classes))
@@ -221,6 +223,21 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
         findings = Findings(errors=[str(error)])
     findings.warnings = doubtful + findings.warnings
     return findings
+
+
+def build_dataset(leaf: dict[str, Any], **arguments: Any) -> Any:
+    """Build a data set with those of ``arguments`` that its class accepts, whose own settings they replace.
+
+    A class that does not accept ``lazy_init`` reads its files.
+    """
+    try:
+        with redirect_stdout(None):  # pycocotools prints its progress
+            return DATASETS.build({**leaf, **arguments})
+    except TypeError as error:
+        accepted = {name: value for name, value in arguments.items() if f"'{name}'" not in str(error)}
+        if accepted == arguments:
+            raise
+    return build_dataset(leaf, **accepted)
 
 
 def _load(cfg: Config, leaf: dict[str, Any], name: str) -> Findings:
@@ -259,8 +276,8 @@ def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         with_masks=loads_masks if loader == "train" else any(map(_evaluates_masks, metrics(cfg, loader))),
         training=not dataset.test_mode,
         needs_objects=evaluated and not (loader == "train" and transforms.gives_no_annotations(pipeline)),
-        filter_cfg=leaf.get("filter_cfg"),
-        indices=leaf.get("indices"),
+        filter_cfg=dataset.filter_cfg,
+        indices=dataset._indices,
         read_all=read_all,
         plain_images=transforms.reads_plain_images(pipeline),
     )
@@ -281,7 +298,7 @@ def _check_metrics(cfg: Config, loader: str, entries: list[Checked]) -> Iterator
         path = metric.get("ann_file")
         is_other = isinstance(path, str) and "://" not in path and Path(path).resolve() not in known
         if is_other and reads_coco(metric):
-            dataset = DATASETS.build({**data[0], "pipeline": [], "lazy_init": True})
+            dataset = build_dataset(data[0], pipeline=[], lazy_init=True)
             use = CocoUse(path, "", list(dataset.metainfo["classes"]), _evaluates_masks(metric), data_files=files)
             yield Checked(f"{loader}_evaluator", loader, metric, remember(check_coco, use))
 
@@ -332,7 +349,7 @@ def _check_maps(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
             f"the images cannot be listed: {error}; correct ann_file, data_prefix and img_suffix"
         ) from error
     total = len(samples)
-    samples = [samples[i] for i in choose(total, leaf.get("indices"))]
+    samples = [samples[i] for i in choose(total, dataset._indices)]
     if prefix.get("seg_map_path") is None:
         return Findings(summary=f"{len(samples)} of {counted(total, 'image')}, without label maps")
     listed = bool(dataset.ann_file) and Path(dataset.ann_file).is_file()

@@ -1,18 +1,18 @@
 """Write a web page with the findings of a data check: counts, sizes, and samples with their annotations drawn."""
 
 import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from mmengine.config import Config
-from mmengine.registry import DATASETS, VISUALIZERS
+from mmengine.dataset import Compose
+from mmengine.registry import VISUALIZERS
 from PIL import Image
 
 from ..drawing import drawn_meta
-from .check import Checked
+from .check import Checked, build_dataset
 from .sampling import any_size
 from .transforms import image_loader
 
@@ -59,8 +59,8 @@ def _draw_samples(cfg: Config, entry: Checked, folder: Path, number: int) -> dic
     if cfg.default_scope == "mmdet" and entry.findings.with_masks:
         annotations = [{**annotations[0], "with_mask": True}, *annotations[1:]]
     loading = image_loader(settings.get("pipeline")) or {"type": "LoadImageFromFile"}
-    with redirect_stdout(None):  # pycocotools prints its progress
-        dataset = DATASETS.build({**settings, "pipeline": [loading, *annotations]})
+    dataset = build_dataset(settings, pipeline=[])
+    dataset.pipeline = Compose([loading, *annotations])
     places = {dataset.get_data_info(i)["img_path"]: i for i in range(len(dataset))}
     visualizer = VISUALIZERS.build({"type": kind, "name": f"{entry.label} of the data check"})
     # Matplotlib reads text between dollar signs as formulas.
