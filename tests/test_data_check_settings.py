@@ -55,13 +55,8 @@ class Prepared(CocoDataset):
     """Has its own pipeline, and settings that a configuration cannot replace."""
 
     def __init__(self, **settings):
-        super().__init__(
-            ann_file="annotations.json",
-            pipeline=[],
-            filter_cfg=dict(filter_empty_gt=True, min_size=32),
-            lazy_init=False,
-            **settings,
-        )
+        filters = dict(filter_empty_gt=True, min_size=32)
+        super().__init__(ann_file="annotations.json", pipeline=[], filter_cfg=filters, **settings)
 
 
 @pytest.fixture
@@ -90,9 +85,10 @@ def test_a_class_with_arguments_of_its_own(fixed, capsys):
 
 
 def test_a_class_that_reads_a_damaged_file_when_it_is_built(fixed):
-    (fixed.folder / "annotations.json").write_text("[]")
+    del fixed.content["annotations"][0]["area"]
+    fixed.write()
     (error,) = fixed.check().errors
-    assert error.endswith("correct its settings, or the files that it reads")
+    assert error.endswith("cannot be built: KeyError: 'area'; correct its settings, or the files that it reads")
 
 
 def test_a_class_with_settings_of_its_own(prepared):
@@ -107,6 +103,32 @@ def test_a_class_with_a_pipeline_of_its_own_has_pictures(prepared):
     object.__setattr__(prepared.cfg, "_filename", "config.py")
     write_page(prepared.cfg, find(prepared.cfg, "train"), prepared.folder / "page")
     assert len(list(prepared.folder.glob("page/train_*.png"))) >= 4
+
+
+def test_a_file_that_the_class_names_is_not_repaired(prepared):
+    del prepared.content["annotations"][0]["area"]
+    prepared.write()
+    findings = prepared.check()
+    (error,) = findings.errors
+    assert "the area of 1 object was filled in" in error
+    assert "because the class of the data set names the file; repair it, or replace it by the copy" in error
+    assert findings.ann_file == ""
+
+
+class Folded(CocoDataset):
+    """Has its annotation files in one folder."""
+
+    def __init__(self, ann_file, **settings):
+        super().__init__(ann_file=f"files/{ann_file}", **settings)
+
+
+def test_a_file_to_which_the_class_adds_a_folder_is_not_repaired(coco):
+    coco.cfg.train_dataloader.dataset.type = Folded
+    del coco.content["annotations"][0]["area"]
+    (coco.folder / "files").mkdir()
+    (coco.folder / "files" / "annotations.json").write_text(json.dumps(coco.content))
+    (error,) = coco.check().errors
+    assert "repair it, or replace it by the copy" in error
 
 
 def test_heads_with_another_number_of_classes(coco):

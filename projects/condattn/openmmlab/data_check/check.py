@@ -205,7 +205,7 @@ def _check(cfg: Config, loader: str, leaf: dict[str, Any], read_all: bool, heads
     try:
         dataset = build_dataset(leaf, pipeline=[], lazy_init=True)
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, OSError, RuntimeError) as error:
-        reason = " ".join(map(str, error.args)) or type(error).__name__
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         text = f"the data set {name} cannot be built: {reason}; correct its settings, or the files that it reads"
         return Findings(errors=[text])
     classes = dataset.metainfo.get("classes") or ()
@@ -280,8 +280,14 @@ def _check_coco(dataset: Any, leaf: dict, cfg: Config, loader: str, evaluated: b
         indices=dataset._indices,
         read_all=read_all,
         plain_images=transforms.reads_plain_images(pipeline),
+        replaceable=_names_its_file(leaf, dataset),
     )
     return remember(check_coco, use)
+
+
+def _names_its_file(leaf: dict[str, Any], dataset: Any) -> bool:
+    """Whether ``ann_file`` of the settings ``leaf`` is the file that ``dataset``, built of them, reads."""
+    return Path(dataset.data_root or "", leaf.get("ann_file") or "") == Path(dataset.ann_file)
 
 
 def _evaluates_masks(metric: dict[str, Any]) -> bool:

@@ -41,6 +41,7 @@ class CocoUse:
         indices: mmengine's setting of this name, which selects images.
         read_all: Read every image instead of a sample.
         plain_images: Whether images are loaded as mmcv does by default; if not, only their existence is checked.
+        replaceable: Whether ``ann_file`` is a setting of the configuration, so that a repaired copy can take its place.
         data_files: Annotation files of the evaluated data sets, if a metric reads ``ann_file`` in place of them.
     """
 
@@ -54,6 +55,7 @@ class CocoUse:
     indices: int | Sequence[int] | None = None
     read_all: bool = False
     plain_images: bool = True
+    replaceable: bool = True
     data_files: Sequence[str] = ()
 
 
@@ -229,7 +231,7 @@ def _check_coco(use: CocoUse) -> tuple[Findings, list[str]]:
         sizes = list(zip(table.widths[usage.kept].tolist(), table.heights[usage.kept].tolist(), strict=True))
         read += check_images(findings, paths, sizes, use.read_all, look=use.plain_images)
     if not findings.errors:
-        read += repair(findings, use.ann_file, content, [*repairs, *table.repairs])
+        read += repair(findings, use, content, [*repairs, *table.repairs])
     return findings, read
 
 
@@ -284,23 +286,31 @@ def read_annotations(path: str, needs_objects: bool = True) -> tuple[dict[str, A
     return content, [] if plain else [f"its encoding {encoding.removesuffix('-sig').upper()} was made plain UTF-8"]
 
 
-def repair(findings: Findings, path: str, content: dict[str, Any], repairs: list[str]) -> list[str]:
-    """Write a repaired copy of an annotation file and report it in ``findings``.
+def repair(findings: Findings, use: CocoUse, content: dict[str, Any], repairs: list[str]) -> list[str]:
+    """Write a repaired copy of an annotation file and report it in ``findings``; as an error if it cannot be read.
 
     Returns:
         A list with the path of the copy; empty if there is none.
     """
     if not repairs:
         return []
+    path = use.ann_file
     try:
         text = json.dumps(content)  # one file may need several copies, such as one for each order of classes
         name = f"annotations/{Path(path).stem[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-        findings.ann_file = str(write_cached(name, lambda partial: partial.write_text(text)))
+        copied = str(write_cached(name, lambda partial: partial.write_text(text)))
     except OSError as error:
         findings.errors.append(
             f"{path}: {'; '.join(repairs)}, but the copy cannot be written ({error.strerror or error}); set "
             "XDG_CACHE_HOME to a folder that can be written, or repair the file"
         )
         return []
-    findings.warnings.append(f"{path}: {'; '.join(repairs)}, in a copy that is read in its place: {findings.ann_file}")
-    return [findings.ann_file]
+    if not use.replaceable:
+        findings.errors.append(
+            f"{path}: {'; '.join(repairs)}, in the copy {copied}, which cannot be read in its place, because the class "
+            "of the data set names the file; repair it, or replace it by the copy"
+        )
+        return []
+    findings.ann_file = copied
+    findings.warnings.append(f"{path}: {'; '.join(repairs)}, in a copy that is read in its place: {copied}")
+    return [copied]
