@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from mmcv.transforms import LoadImageFromFile
-from mmdet.datasets import CocoDataset
+from mmdet.datasets import CocoDataset, CocoPanopticDataset
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.datasets.transforms import LoadAnnotations
 
 from condattn.openmmlab.data_check.check import AS_ANNOTATED, _kind, adapt, find
+from condattn.openmmlab.data_check.heads import check_heads
 from condattn.openmmlab.data_check.page import write_page
 from condattn.openmmlab.data_check.settings import leaves, named_paths
 from condattn.openmmlab.errors import UserError
@@ -135,6 +138,44 @@ def test_heads_with_another_number_of_classes(coco):
     coco.cfg.model = dict(rpn_head=dict(num_classes=1), roi_head=dict(bbox_head=[dict(num_classes=80)]))
     (error,) = coco.check().errors
     assert error.startswith("model.roi_head.bbox_head.0.num_classes is 80, but the data have 2 classes ('cat', 'dog')")
+
+
+def things(number: int, stuff: int, **settings) -> dict:
+    return dict(type="Mask2FormerHead", num_things_classes=number, num_stuff_classes=stuff, **settings)
+
+
+@pytest.mark.parametrize("part", ["panoptic_head", "panoptic_fusion_head", "semantic_head"])
+def test_heads_with_another_number_of_things(coco, part):
+    coco.cfg.model = {"type": "Mask2Former", part: things(3, 0)}
+    (error,) = coco.check().errors
+    assert error.startswith(f"model.{part}.num_things_classes is 3, but the data have 2 classes ('cat', 'dog'); set")
+
+
+@pytest.mark.parametrize(("number", "stuff"), [(2, 0), (2, 5), (1, 1)])
+def test_heads_with_things_and_stuff(coco, number, stuff):
+    """Label maps may show stuff beside the instances; the classes may have its names."""
+    loss = dict(class_weight=[1.0] * (number + stuff) + [0.1])
+    coco.cfg.model = dict(type="Mask2Former", panoptic_head=things(number, stuff, loss_cls=loss))
+    assert coco.check().errors == []
+
+
+def test_weights_of_another_number_of_things(coco):
+    coco.cfg.model = dict(type="Mask2Former", panoptic_head=things(2, 0, loss_cls=dict(class_weight=[1.0] * 81)))
+    (error,) = coco.check().errors
+    assert error.startswith("model.panoptic_head.loss_cls.class_weight: expected 3, one for each class and one for no")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", CocoDataset),
+        ("mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py", CocoPanopticDataset),
+        ("maskformer/maskformer_r50_ms-16xb1-75e_coco.py", CocoPanopticDataset),
+    ],
+)
+def test_the_heads_of_mmdet_fit_coco(name, data):
+    cfg = Config.fromfile(Path(find_spec("mmdet").origin).parent / ".mim" / "configs" / name)
+    assert check_heads(cfg, list(data.METAINFO["classes"])) == ([], [])
 
 
 FULL = np.ones((HEIGHT, WIDTH), int)

@@ -6,11 +6,13 @@ from typing import Any
 from mmengine.config import Config
 
 from ...wording import counted, listed
-from ..models.settings import class_name
+from ..models.settings import class_name, parts
 from .settings import as_list
 
 OTHER_PARTS = ("backbone", "rpn_head", "semantic_head", "seg_head", "panoptic_head", "panoptic_fusion_head")
-"""Parts of a model whose number of classes need not be that of the data."""
+"""Parts of a model whose ``num_classes`` need not be that of the data."""
+STUFF = 53
+"""mmdet's default of ``num_stuff_classes``."""
 OPEN_HEADS = ("ATSSVLFusionHead", "GroundingDINOHead")
 """Heads with an open vocabulary, which compare objects with words: ``num_classes`` does not limit their classes."""
 EDGE_HEAD = "STDCHead"
@@ -41,7 +43,28 @@ def check_heads(cfg: Config, classes: list[str]) -> tuple[list[str], list[str]]:
                 f"classes = {names} with num_classes=2, in the label maps too, or num_classes=2, out_channels=1 and "
                 "loss_decode.use_sigmoid=True"
             )
+    errors += _wrong_things(model, classes)
     return errors, warnings
+
+
+def _wrong_things(model: Any, classes: list[str]) -> Iterator[str]:
+    """Yield mistakes in parts of a model that tell things from stuff, such as the heads of mmdet's Mask2Former.
+
+    Annotations of instances show things alone, so that their classes may or may not include the stuff of label maps.
+    """
+    for where, head in parts(model, "model"):
+        things, stuff = head.get("num_things_classes"), head.get("num_stuff_classes", STUFF)
+        if not isinstance(things, int) or not isinstance(stuff, int) or "num_classes" in head:
+            continue
+        if len(classes) not in (things, things + stuff):
+            have = f"{counted(len(classes), 'class')} ({listed(classes)})"
+            yield f"{where}.num_things_classes is {things}, but the data have {have}; set it to that"
+            continue
+        loss = head.get("loss_cls")
+        weights = loss.get("class_weight") if isinstance(loss, dict) else None
+        if isinstance(weights, list | tuple) and len(weights) != things + stuff + 1:
+            expected = f"{things + stuff + 1}, one for each class and one for no object"
+            yield f"{where}.loss_cls.class_weight: expected {expected}, found {len(weights)}; write as many"
 
 
 def _is_open(node: Any) -> bool:
