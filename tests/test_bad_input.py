@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import shutil
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("mmseg")
 import condattn.registry  # noqa: F401  registers the models
 from condattn.openmmlab.errors import UserError, run_tool
 from condattn.openmmlab.runner import launch
+from condattn.openmmlab.runner.setting_types import check_types
 
 
 def test_a_user_error_is_one_line_and_a_fault_a_traceback(tmp_path):
@@ -223,6 +225,57 @@ def test_models_that_cannot_be_built(refuse, config, option, parts):
 )
 def test_settings_of_the_runner(refuse, option, parts):
     refuse("train", DEMO / "mask_rcnn_swin_pc.py", "--cfg-options", option, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ("default_hooks=3", ("mask_rcnn_swin_pc.py: default_hooks: expected dict(name=dict(type=...), ...), found 3",)),
+        ("default_hooks.logger=3", ("default_hooks: expected dict(name=dict(type=...), ...), found {",)),
+        (
+            "default_hooks.logger.interval=0",
+            ("logger.interval: expected a whole number above 0, found 0",),
+        ),
+        ("custom_hooks=3", ("custom_hooks: expected a list of dict(type=...), found 3",)),
+        ("custom_hooks=[3]", ("custom_hooks: expected a list of dict(type=...), found [3]",)),
+        ("optim_wrapper=3", ("optim_wrapper: expected dict(optimizer=dict(type=..., lr=...)), found 3",)),
+        ("optim_wrapper.optimizer.lr=fast", ("optim_wrapper.optimizer.lr: expected a number, found 'fast'",)),
+        ("val_evaluator=3", ("val_evaluator: expected dict(type=...) or a list of these, found 3",)),
+        ("train_cfg=3", ("train_cfg: expected the settings of a loop, dict(type=...), found 3",)),
+        ("train_cfg.max_epochs=two", ("train_cfg.max_epochs: expected a whole number, found 'two'; write it so",)),
+        ("param_scheduler=3", ("param_scheduler: expected a list of dict(type=...), found 3",)),
+        ("load_from=3", ("load_from: expected the path or URL of a checkpoint, found 3",)),
+        ("train_dataloader=3", ("train_dataloader: expected dict(batch_size=..., dataset=dict(...)), found 3",)),
+        ("train_dataloader.batch_size=0", ("train_dataloader.batch_size: expected a whole number above 0, found 0",)),
+        (
+            "val_dataloader.num_workers=a",
+            ("num_workers: expected a whole number, 0 or more, found 'a'",),
+        ),
+        ("train_dataloader.dataset.pipeline=[3]", ("dataset.pipeline: expected transforms, dict(type=...), found 3",)),
+        ("randomness.seed=abc", ("randomness.seed: expected a whole number from 0 to 4294967295, found 'abc'",)),
+        ("model=3", ("model: expected dict(type=...), found 3",)),
+        ("train_cfg.type=3", ("train_cfg.type: expected the name of a class, found 3; write it so",)),
+    ],
+)
+def test_settings_of_a_wrong_type(refuse, option, parts):
+    refuse("train", DEMO / "mask_rcnn_swin_pc.py", "--cfg-options", option, parts=parts)
+
+
+@pytest.mark.parametrize("key", ["default_hooks", "custom_hooks", "test_evaluator", "test_cfg", "test_dataloader"])
+def test_settings_of_a_wrong_type_in_an_evaluation(refuse, key):
+    config = DEMO / "mask_rcnn_swin_pc.py"
+    refuse("test", config, "x.pth", "--cfg-options", f"{key}=3", parts=(f"{config}: {key}: expected ", "found 3"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["train_cfg.max_epochs=1e1", "custom_hooks=None", "param_scheduler=None", "load_from=None", "randomness.seed=None"],
+)
+def test_settings_of_a_permitted_type(option):
+    parser = ArgumentParser()
+    launch.add_config_arguments(parser)
+    arguments = parser.parse_args([str(DEMO / "mask_rcnn_swin_pc.py"), "--cfg-options", option])
+    check_types(launch.load_config(arguments.config, arguments.cfg_options))
 
 
 def test_pattern_that_matches_no_site(refuse, tmp_path):

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ def misshapen(dataset: Any, where: str) -> Iterator[str]:
         yield f"{where}.type: expected the name of a class, found {shown(dataset['type'])}; name that of the data set"
     elif not isinstance(dataset.get("pipeline") or [], list | tuple):
         yield f"{where}.pipeline: expected a list of transforms, found {shown(dataset['pipeline'])}; write a list"
+    elif wrong := [step for step in dataset.get("pipeline") or [] if not (isinstance(step, dict) or callable(step))]:
+        yield f"{where}.pipeline: expected transforms, dict(type=...), found {shown(wrong[0])}; write it so"
     else:
         for key in (key for key in WRAPPED if key in dataset):
             children, place = dataset[key], f"{where}.{key}"
@@ -147,16 +149,24 @@ def misshapen(dataset: Any, where: str) -> Iterator[str]:
 
 def slips(leaf: dict[str, Any]) -> Iterator[str]:
     """Yield mistakes in the settings of a data set that reads files."""
-    for key, is_valid, expected, advice in EXPECTED:
-        holder, _, name = key.rpartition(".")
-        settings = leaf.get(holder) if holder else leaf
-        if isinstance(settings, dict) and name in settings and not is_valid(settings[name]):
-            yield f"{key}: expected {expected}, found {shown(settings[name])}{advice}"
+    yield from mistyped(leaf, EXPECTED)
     if isinstance(leaf.get("metainfo"), dict):
         yield from _slips_in_classes(leaf["metainfo"].get("classes"))
 
 
-def _is_dict_or_none(value: Any) -> bool:
+def mistyped(settings: dict[str, Any], table: Iterable[tuple[str, Callable[[Any], bool], str, str]]) -> Iterator[str]:
+    """Yield which of ``settings`` do not have the values that ``table``, such as ``EXPECTED``, says."""
+    for key, is_valid, expected, advice in table:
+        *outer, name = key.split(".")
+        holder: Any = settings
+        for part in outer:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and name in holder and not is_valid(holder[name]):
+            yield f"{key}: expected {expected}, found {shown(holder[name])}{advice}"
+
+
+def is_dict_or_none(value: Any) -> bool:
+    """Whether ``value`` is a dictionary or None."""
     return value is None or isinstance(value, dict)
 
 
@@ -173,9 +183,9 @@ EXPECTED = (
     ("data_root", lambda v: isinstance(v or "", str), "the path of a folder", "; name the folder of the data"),
     ("ann_file", lambda v: isinstance(v or "", str), "the path of a file", "; name the annotation file"),
     ("data_prefix", _is_prefix, "dict(img='folder') or dict(img_path='folder', ...)", ""),
-    ("metainfo", _is_dict_or_none, "dict(classes=('name', ...))", "; write it so"),
+    ("metainfo", is_dict_or_none, "dict(classes=('name', ...))", "; write it so"),
     ("backend_args", lambda v: isinstance(v or {}, dict), "dict(backend='local')", "; write it so"),
-    ("filter_cfg", _is_dict_or_none, "dict(filter_empty_gt=..., min_size=...)", "; write it so"),
+    ("filter_cfg", is_dict_or_none, "dict(filter_empty_gt=..., min_size=...)", "; write it so"),
     ("filter_cfg.min_size", lambda v: type(v) in (int, float), "a number of pixels", "; write a number"),
     ("indices", _is_indices, "a whole number or a list of them", "; write it so"),
 )

@@ -40,6 +40,7 @@ from ..hooks.schedule import ScheduleHook
 from ..models.settings import CONDITIONED, class_name, module_settings, parts
 from ..processes import LAUNCHERS, start_processes
 from .checkpoints import read_safely
+from .setting_types import check_types
 from .sharding import check_sharding
 
 TOOLBOXES = ("mmdet", "mmseg", "mmpretrain", "mmengine")
@@ -204,9 +205,10 @@ def load_runner_config(args: Namespace) -> Config:
     """Load the configuration of a tool with a runner by :func:`load_config`; set launcher and work directory.
 
     Raises:
-        UserError: As :func:`load_config`, and for settings that exclude each other.
+        UserError: As :func:`load_config`, and for settings of a wrong type or that exclude each other.
     """
     cfg = load_config(args.config, args.cfg_options)
+    check_types(cfg)
     read_safely(args.unsafe)
     # Objects that are built for the checks are built again by the runner, whose own logger reports them.
     MMLogger.get_current_instance().setLevel("WARNING")

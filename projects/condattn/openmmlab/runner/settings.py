@@ -18,6 +18,7 @@ from mmengine.registry import (
     Registry,
 )
 
+from ...wording import shown
 from ..data_check.settings import as_list, class_of, leaves, misshapen
 from ..errors import UserError
 from ..models.settings import class_name
@@ -48,6 +49,11 @@ def check_loop(cfg: Config, loop: str) -> None:
             f"{cfg.filename}: settings that {WORDS[loop]} needs are missing: {', '.join(missing)}; add them{advice}"
         )
     for path, settings, registries in _typed(cfg, loop):
+        kind = settings.get("type") if isinstance(settings, dict) else None
+        if kind is not None and not isinstance(kind, str) and not callable(kind):
+            raise UserError(
+                f"{cfg.filename}: {path}.type: expected the name of a class, found {shown(kind)}; write it so"
+            )
         if not isinstance(settings, dict) or not isinstance(settings.get("type"), str):
             continue
         if all(class_of(settings, registry) is None for registry in registries):
