@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from inspect import signature
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def build_dataset(leaf: dict[str, Any], **arguments: Any) -> Any:
     A class that does not accept ``lazy_init`` reads its files.
     """
     try:
-        with redirect_stdout(None):  # pycocotools prints its progress
+        with redirect_stdout(StringIO()):  # pycocotools prints its progress
             return DATASETS.build({**leaf, **arguments})
     except TypeError as error:
         accepted = {name: value for name, value in arguments.items() if f"'{name}'" not in str(error)}
