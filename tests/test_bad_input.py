@@ -264,7 +264,8 @@ def test_settings_of_a_wrong_type(refuse, option, parts):
 @pytest.mark.parametrize("key", ["default_hooks", "custom_hooks", "test_evaluator", "test_cfg", "test_dataloader"])
 def test_settings_of_a_wrong_type_in_an_evaluation(refuse, key):
     config = DEMO / "mask_rcnn_swin_pc.py"
-    refuse("test", config, "x.pth", "--cfg-options", f"{key}=3", parts=(f"{config}: {key}: expected ", "found 3"))
+    parts = (f"{config}: {key}: expected ", "found 3; write it so")
+    refuse("test", config, "x.pth", "--cfg-options", f"{key}=3", parts=parts)
 
 
 @pytest.mark.parametrize(
