@@ -102,6 +102,22 @@ def test_a_layer_that_no_method_changes_may_be_shared():
 
 
 @pytest.mark.usefixtures("registrations")
+@pytest.mark.parametrize("conditioning, lacking", [("sc", ("k", "v")), ("sc(targets=('q',))", ()), ("pc", ())])
+def test_the_report_names_what_a_site_lacks(conditioning, lacking):
+    """Deformable attention has no keys, for instance; a method changes what there is."""
+    sites.register_rule(
+        f"{__name__}.Shared", lambda m: dict(num_heads=m.heads, q=condattn.whole(m.proj), out=condattn.into(m.last))
+    )
+    model = nn.ModuleList([Shared(2), nn.MultiheadAttention(16, 2)])
+    model[0].last = nn.Linear(16, 16)
+    report = condattn.condition(model, conditioning)
+    assert report.conditioned == ("0", "1")
+    assert report.partial == ((("0", *report.methods, lacking),) if lacking else ())
+    wanted = "; sc changes no k and no v, for lack of projections, at 0" if lacking else ""
+    assert str(report) == f"conditioned 2 of 2 attention sites: {conditioning}{wanted}"
+
+
+@pytest.mark.usefixtures("registrations")
 @pytest.mark.parametrize("conditioning", ["pc", "sc"])
 def test_a_rule_that_names_a_reader_without_the_layer(conditioning):
     def rule(m):

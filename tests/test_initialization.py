@@ -94,12 +94,33 @@ def test_weights_are_set_from_any_device_and_precision():
 
 
 def test_values_of_other_sizes():
-    """The rectangular identity where values are narrower or wider than the input."""
+    """The rectangular identity where values are narrower or wider than the input; no head is without ones."""
     model = nn.MultiheadAttention(8, 2, kdim=12, vdim=5)
     condattn.condition(model, "ci")
-    assert torch.equal(model.v_proj_weight, torch.eye(8, 5))
+    first, second = model.v_proj_weight.chunk(2)
+    assert torch.equal(first, torch.eye(5)[:4])
+    assert torch.equal(second, torch.eye(5)[[4, 0, 1, 2]])
+    narrow = nn.MultiheadAttention(8, 2, vdim=3)
+    condattn.condition(narrow, "ci")
+    first, second = narrow.v_proj_weight.chunk(2)
+    assert torch.equal(first, torch.eye(4, 3)) and torch.equal(second, torch.eye(4, 3)[:, [2, 0, 1]])
+    per_head = nn.MultiheadAttention(8, 2, vdim=5)
+    condattn.condition(per_head, "ci(layout='per_head')")
+    assert all(torch.equal(head, torch.eye(4, 5)) for head in per_head.v_proj_weight.chunk(2))
     for head in (*model.q_proj_weight.chunk(2), *model.k_proj_weight.chunk(2)):
         torch.testing.assert_close(head @ head.T, torch.eye(4), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1"])
+def test_values_with_more_channels_than_the_tokens(name):
+    """Every head has an output of its own, and with PC no gradient is divided by the smallest norm."""
+    model = timm.create_model(name)
+    condattn.condition(model, "ci+pc")
+    sites = condattn.find_sites(model)
+    assert any(len(site.v.weight) > site.v.weight.shape[1] for site in sites)
+    for site in sites:
+        for head in site.v.weight.unflatten(0, (site.num_heads, -1)):
+            torch.testing.assert_close(head @ head.T, torch.eye(len(head)), rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
@@ -118,6 +139,16 @@ def test_a_model_on_the_meta_device():
         model = vit()
         assert len(condattn.condition(model, "ci+pc").conditioned) == 2
     assert model.blocks[0].attn.qkv.weight.is_meta
+
+
+def test_a_model_that_is_initialised_again():
+    """The weights of the method are set again where the code that initialises calls for it."""
+    model = vit()
+    condattn.condition(model, "ci")
+    model.init_weights()
+    assert not torch.equal(model.blocks[0].attn.qkv.weight[48:], torch.eye(24))
+    condattn.initialize(model)
+    assert torch.equal(model.blocks[0].attn.qkv.weight[48:], torch.eye(24))
 
 
 def test_it_is_done_once_and_reproducible():

@@ -12,7 +12,7 @@ from .attention.builders import halves, into, read_by, split, split_each_head, t
 from .attention.rules import find_sites, register_exception, register_rule
 from .attention.site import AttentionSite, HeadOutputs, Place, Projection
 from .attention.tokens import TokenEntry, register_token_rule
-from .condition import Report, condition, conditioning_of, fold, remove
+from .condition import Report, condition, conditioning_of, fold, initialize, remove
 from .methods import (
     ConditionedInitialization,
     EmbeddedTokens,
@@ -41,6 +41,7 @@ __all__ = [
     "find_sites",
     "fold",
     "halves",
+    "initialize",
     "into",
     "methods",
     "read_by",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -25,6 +25,7 @@ from .layers.overrides import CorrectedWeightOverride
 from .methods.base import Method, registered_methods
 from .methods.initial_weights import InitialWeightsMethod, random_numbers_apart
 from .methods.parsing import DEFAULT, Conditioning, parse
+from .wording import some
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class Report:
         left_out: Names of the sites that were left as they were: by ``include`` and ``exclude``, or because no method
             acts at sites.
         elsewhere: Names of the other modules that were conditioned, which are no sites; '' is the model itself.
+        partial: Site, method and parts, such as ('layers.0.cross_attn', SpectralCorrection(...), ('q', 'k')), for each
+            conditioned site that lacks parts which the method would change.
     """
 
     methods: tuple[Method, ...]
     conditioned: tuple[str, ...]
     left_out: tuple[str, ...]
     elsewhere: tuple[str, ...] = ()
+    partial: tuple[tuple[str, Method, tuple[str, ...]], ...] = ()
 
     def __str__(self) -> str:
         if not self.methods:
@@ -51,7 +55,16 @@ class Report:
         done = [f"{len(self.conditioned)} of {total} attention sites"] if self.conditioned else []
         done += [f"the input of {name or 'the model'}" for name in self.elsewhere]
         text = f"conditioned {' and '.join(done)}: {'+'.join(map(str, self.methods))}"
-        return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out and self.conditioned else "")
+        text += f"; left out: {', '.join(self.left_out)}" if self.left_out and self.conditioned else ""
+        return text + "".join(f"; {line}" for line in self._partial_lines())
+
+    def _partial_lines(self) -> Iterator[str]:
+        """Say of each method at which sites it changes only a part."""
+        lacking: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for site, method, parts in self.partial:
+            lacking.setdefault((str(method), parts), []).append(site or "the model itself")
+        for (name, parts), sites in lacking.items():
+            yield f"{name} changes no {' and no '.join(parts)}, for lack of projections, at {some(sites)}"
 
 
 def condition(
@@ -123,7 +136,10 @@ def condition(
     forget_compiled()
     left_out = tuple(site.name for site in sites if site.name not in conditioned)
     elsewhere = dict.fromkeys(place.name for _, place in places if not isinstance(place, AttentionSite))
-    return Report(tuple(methods), tuple(conditioned), left_out, tuple(elsewhere))
+    partial = tuple(
+        (place.name, method, tuple(missing)) for method, place in places if (missing := method.missing(place))
+    )
+    return Report(tuple(methods), tuple(conditioned), left_out, tuple(elsewhere), partial)
 
 
 def fold(model: nn.Module) -> int:

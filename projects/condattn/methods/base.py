@@ -82,6 +82,10 @@ class Method(ABC):
         """Return which parts of ``place`` the method conditions, for a table of sites; :meth:`check` has passed."""
         return "yes"
 
+    def missing(self, place: Any) -> Sequence[str]:
+        """Return which parts the method would condition, but ``place`` does not have."""
+        return ()
+
     @classmethod
     def remove(cls, place: Any) -> None:
         """Undo :meth:`apply` of the method that conditions ``place`` now; the trained weights stay as they are.

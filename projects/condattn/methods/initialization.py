@@ -29,8 +29,9 @@ class ConditionedInitialization(InitialWeightsMethod):
 
     Attributes:
         layout: 'fused' lays the identity over the values of all heads, so that each head takes channels of its own;
-            'per_head' over those of each head, so that all heads take the first channels. The source does not say
-            which.
+            where the values have more channels than the tokens, the heads start again with the first channel, since a
+            head without ones would have no output. 'per_head' lays it over the values of each head, so that all heads
+            take the first channels. The source does not say which.
 
     Raises:
         ValueError: If it is neither.
@@ -58,6 +59,10 @@ class ConditionedInitialization(InitialWeightsMethod):
                     f"{site}: {heads} heads do not divide the {rows} rows of its {name}; {leave_out(site)}"
                 )
 
+    def missing(self, site: AttentionSite) -> list[str]:
+        """Return the names of the projections that the site does not have."""
+        return [name for name in "qkv" if name not in site.projections]
+
     def excludes(self, other: Method) -> str:
         """Both set the singular values of the same initial weights."""
         if isinstance(other, WeightMethod) and getattr(other, "form", None) == "svd":
@@ -72,13 +77,22 @@ class ConditionedInitialization(InitialWeightsMethod):
         for name, projection in site.projections.items():
             weight = projection.weight
             heads = weight.unflatten(0, (site.heads_of(projection), -1))
-            if name != "v":
-                new = torch.stack([semi_orthogonal(head) for head in heads]).flatten(0, 1)
-            elif self.layout == "fused":
-                new = torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device)
+            if name == "v":
+                new = identities(heads, first=heads.shape[1] if self.layout == "fused" else 0)
             else:
-                new = torch.eye(*heads.shape[1:], dtype=weight.dtype, device=weight.device).repeat(len(heads), 1)
-            projection.set_weight(new)
+                new = torch.stack([semi_orthogonal(head) for head in heads])
+            projection.set_weight(new.flatten(0, 1))
+
+
+def identities(like: Tensor, first: int) -> Tensor:
+    """Rectangular identities of the shape of ``like``, (heads, channels of a head, channels of the tokens).
+
+    That of head h begins at column h * ``first``, and goes on with the first column after the last.
+    """
+    heads, rows, columns = like.shape
+    head = torch.arange(heads, device=like.device)[:, None]
+    row = torch.arange(min(rows, columns), device=like.device)
+    return torch.zeros_like(like).index_put_((head, row, (head * first + row) % columns), like.new_ones(()))
 
 
 def semi_orthogonal(like: Tensor) -> Tensor:

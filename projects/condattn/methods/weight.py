@@ -110,6 +110,10 @@ class WeightMethod(Method):
         """Return the names of the projections that are corrected."""
         return ", ".join(self._projections(site))
 
+    def missing(self, site: AttentionSite) -> list[str]:
+        """Return the names of the targets that the site does not project itself."""
+        return [target for target in self.targets if target not in site.projections]
+
     @classmethod
     def remove(cls, site: AttentionSite) -> None:
         """Remove C from the projections of ``site``, and restore the classes of the layers; W stays."""
