@@ -126,7 +126,7 @@ def test_calibration_over_processes():
 
 def test_calibration_says_what_it_cannot_do():
     timm = pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="has no preconditioned attention site"):
+    with pytest.raises(ValueError, match="has no site whose head outputs are changed"):
         calibrate(nn.MultiheadAttention(4, 2), lambda: None)
     model = timm.create_model("levit_128s").eval()
     condattn.condition(model, "pc")

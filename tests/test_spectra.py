@@ -296,7 +296,7 @@ def test_warnings():
     model = timm.create_model("test_vit", img_size=64)
     condattn.condition(model, dict(type="SpectralCorrection", strength=1e-4))
     (line,) = find_warnings({"": measure(model, x)})
-    assert line.startswith("the spectral correction is too small to matter at blocks.0.attn")
+    assert line.startswith("the correction of the weights is too small to matter at blocks.0.attn")
     model = attention(8, 1)
     condattn.condition(model, "pc")
     with torch.no_grad():  # each token attends to equal tokens, A(X) = X

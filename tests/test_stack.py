@@ -1,5 +1,6 @@
-"""Mixed stacks are refused with a one-line error."""
+"""Mixed stacks are refused with a one-line error, and one import registers what a stack has."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -110,3 +111,17 @@ def test_the_command_of_the_readme(tmp_path):
     command = [sys.executable, "-m", "condattn.stack"]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "torch " in output and "mmcv's operators: " in output
+
+
+def test_one_import_registers_everything():
+    """Models, data sets, hooks, schedulers and strategies; transforms are named with their modules."""
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    root = Path(stack.__file__).parent
+    decorated = re.compile(r"^@(?!TRANSFORMS)\w+\.register_module\(\)", re.MULTILINE)
+    files = [path for path in (root / "openmmlab").rglob("*.py") if decorated.search(path.read_text())]
+    modules = {".".join(path.relative_to(root.parent).with_suffix("").parts) for path in files}
+    assert len(modules) >= 18
+    code = "import sys, condattn.registry; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert modules <= set(done.stdout.split())

@@ -148,6 +148,28 @@ def test_weights(tmp_path):
     assert torch.equal(random.model.blocks[3].attn.qkv.weight, before)
 
 
+def test_settings_of_the_weights_that_are_named_elsewhere(tmp_path):
+    """An ``init_cfg`` without a type completes ``pretrained`` and ``checkpoint_path``; another replaces the first."""
+    name, file = "vit_tiny_patch16_224", str(tmp_path / "weights.pth")
+    effective = dict(load="effective")
+    download = build(name, conditioning="sc", pretrained=True, init_cfg=effective)
+    assert download.init_cfg == dict(type="Pretrained", checkpoint=f"timm:{name}", load="effective")
+    assert build(name, pretrained=True).init_cfg == dict(type="Pretrained", checkpoint=f"timm:{name}")
+    other = dict(type="Pretrained", checkpoint=file)
+    assert build(name, pretrained=True, init_cfg=other).init_cfg == other
+    model = timm.create_model(name)
+    torch.save(model.state_dict(), file)
+    backbone = build(name, conditioning="sc", checkpoint_path=file, init_cfg=effective)
+    backbone.init_weights()
+    qkv, wanted = backbone.model.blocks[0].attn.qkv, model.blocks[0].attn.qkv.weight
+    torch.testing.assert_close(qkv.effective_weight(), wanted)
+    assert not torch.allclose(qkv.weight, wanted)
+    with pytest.raises(ValueError, match="checkpoint_path is .*, and init_cfg initialises the weights as well"):
+        build(name, checkpoint_path=file, init_cfg=other)
+    with pytest.raises(ValueError, match="init_cfg is {'load': 'effective'}, without a type; add type='Pretrained'"):
+        build(name, init_cfg=effective)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

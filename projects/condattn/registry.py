@@ -13,7 +13,7 @@ MODULES = (
     *("openmmlab.hooks.progress", "openmmlab.hooks.conditioning_guard", "openmmlab.hooks.calibration"),
     *("openmmlab.hooks.atomic_checkpoint", "openmmlab.hooks.exact_resume", "openmmlab.hooks.finite_loss"),
     *("openmmlab.hooks.schedule", "openmmlab.hooks.spectra", "openmmlab.hooks.empty_evaluation"),
-    "openmmlab.runner.sharding",
+    *("openmmlab.hooks.drawn_classes", "openmmlab.runner.sharding"),
 )
 LIBRARY_MODULES = {
     "timm": ("openmmlab.models.timm",),

@@ -127,7 +127,7 @@ def refuse_scripting() -> None:
     """
     raise RuntimeError(
         "torch.jit.script cannot compile conditioned attention; use torch.jit.trace, torch.export or torch.compile, or "
-        "condattn.fold(model) before, which leaves plain layers where spectral correction is the only method"
+        "condattn.fold(model) before, which leaves plain layers where weights are all that is conditioned"
     )
 
 

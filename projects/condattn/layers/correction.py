@@ -344,8 +344,8 @@ class CorrectedModule(nn.Module):
         name = correction.buffer(parameter)
         if torch.jit.is_tracing():
             raise RuntimeError(
-                "spectral correction is fixed by the first forward, which torch.jit.trace cannot record; run the model "
-                "once before it is traced"
+                "the correction of a weight is fixed by the first forward, which torch.jit.trace cannot record; run "
+                "the model once before it is traced"
             )
         constant = getattr(self, name)
         if name in self.abstract and not constant.is_meta:

@@ -44,16 +44,16 @@ def find_warnings(measurements: Mapping[str, Measurement], trained: bool = True)
 
 _SATURATED = (
     "attention is saturated (entropy below 5 % of its largest value, in half of the heads or more) at {sites}: where "
-    "there is a spectral correction, a smaller strength on queries and keys (1.0 behind a LayerNorm) keeps it alive, "
-    "elsewhere a lower learning rate or weight decay on them"
+    "weights are corrected, a smaller correction of queries and keys keeps it alive (of 'sc', a strength of 1.0 behind "
+    "a LayerNorm), elsewhere a lower learning rate or weight decay on them"
 )
 _RAISING = (
     "the preconditioner raises the condition number of the head output at {sites}: compare with a training that leaves "
     "these sites out with exclude"
 )
 _SMALL = (
-    "the spectral correction is too small to matter at {sites}: relative=True with strength=3.0 makes it three times "
-    "the norm of the weight"
+    "the correction of the weights is too small to matter at {sites}: use a larger one; relative=True with "
+    "strength=3.0 of 'sc' makes it three times the norm of the weight"
 )
 _LIMITED = (
     "condition numbers of maps and outputs are limited by the precision at {sites}, which is {reason}: singular values "

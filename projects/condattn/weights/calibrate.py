@@ -75,7 +75,8 @@ def calibrate(
     """
     found = [site for site in find_sites(model) if head_transform_of(site)]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no preconditioned attention site; condition it with 'pc' first")
+        name = type(model).__name__
+        raise ValueError(f"{name} has no site whose head outputs are changed; condition it with 'pc' first")
     probes = {site.name: _Probe(site) for site in found}
     check_writable(model, [(probe.site.out.projection, "weight") for probe in probes.values() if not probe.reason])
     training = {name: module.training for name, module in model.named_modules()}

@@ -42,14 +42,15 @@ class ConditionedTimmBackbone(BaseModule):
         include: Patterns of the sites to condition, see :func:`condattn.condition`.
         exclude: Patterns of the sites to leave out.
         pretrained: Start from timm's public weights, which ``init_weights`` downloads, unless ``checkpoint_path`` or
-            ``init_cfg`` says otherwise.
+            an ``init_cfg`` with a ``type`` says otherwise.
         checkpoint_path: Start from the weights in this file, timm's or the official ones of the network: short for
             ``init_cfg=dict(type='Pretrained', checkpoint=...)``, see :class:`.base.ConditionedBackbone`.
         img_size: The size of the images (height and width, or one number), for models that need to know it.
         frozen_stages: Freeze the stem (0) and this many stages, or blocks of a ViT; -1 freezes nothing.
         drop_path_rate: Rate of stochastic depth. Default: the model's own.
         with_cp: Recompute activations in the backward pass to save memory.
-        init_cfg: mmengine's config of the initialisation of the timm model.
+        init_cfg: mmengine's config of the initialisation of the timm model. Without a ``type``, it has further settings
+            of the weights that ``pretrained`` or ``checkpoint_path`` names, such as ``dict(load='effective')``.
         **kwargs: Further arguments of the timm model.
 
     Raises:
@@ -78,9 +79,7 @@ class ConditionedTimmBackbone(BaseModule):
         model_name = _registry_name(model_name, kwargs.get("pretrained_cfg"))
         if kwargs.pop("features_only", False):
             raise ValueError("features_only: this backbone always returns features; leave the setting out")
-        if checkpoint_path or (pretrained and init_cfg is None):
-            init_cfg = dict(type="Pretrained", checkpoint=checkpoint_path or TIMM + model_name)
-        super().__init__(init_cfg)
+        super().__init__(_initial_weights(checkpoint_path or (TIMM + model_name if pretrained else ""), init_cfg))
         options = dict(img_size=img_size, drop_path_rate=drop_path_rate)
         settings = {**kwargs, **{name: value for name, value in options.items() if value is not None}}
         self.model = _create(model_name, settings)
@@ -167,6 +166,27 @@ class ConditionedTimmBackbone(BaseModule):
         maps = features(self.model, self.image_sizes.pad(x), self.out_indices)
         sizes = [map_size(x.shape[-2:], stride) for stride in self.strides]
         return tuple(m[..., :height, :width] for m, (height, width) in zip(maps, sizes, strict=True))
+
+
+def _initial_weights(checkpoint: str, init_cfg: Any) -> Any:
+    """The ``init_cfg`` that also loads ``checkpoint``, a file or timm's name, unless ``init_cfg`` initialises itself.
+
+    Raises:
+        ValueError: If ``init_cfg`` without a ``type`` has no weights to apply to, or a file is named beside an
+            initialisation of another kind.
+    """
+    if init_cfg and (not isinstance(init_cfg, Mapping) or "type" in init_cfg):
+        if checkpoint and not checkpoint.startswith(TIMM):
+            raise ValueError(
+                f"checkpoint_path is {checkpoint}, and init_cfg initialises the weights as well; set one of them"
+            )
+        return init_cfg
+    if init_cfg and not checkpoint:
+        raise ValueError(
+            f"init_cfg is {dict(init_cfg)}, without a type; add type='Pretrained' and checkpoint=FILE, or set "
+            "checkpoint_path or pretrained=True"
+        )
+    return {"type": "Pretrained", "checkpoint": checkpoint, **(init_cfg or {})} if checkpoint else init_cfg
 
 
 def _freeze(model: torch.nn.Module, stages: int) -> list[torch.nn.Module]:
