@@ -28,6 +28,8 @@ def test_the_log_of_a_training_has_all_sizes():
     logged = scalars(found)
     kappa = torch.cat([one.kappa for one in found.spectra if one.matrix == "A(X)"])
     assert kappa.shape == (3, 3) and logged["/kappa_AX"] == kappa.median().item()
+    smallest = torch.cat([one.values[..., -1] for one in found.spectra if one.matrix == "A(X)"])
+    assert logged["/sigma_min_AX"] == pytest.approx(smallest.median().item())
     assert logged["/entropy"] == torch.cat([one.relative for one in found.entropies]).median().item()
     assert logged["/largest_logit"] == max(one.largest_logit.max().item() for one in found.entropies)
 
@@ -61,4 +63,26 @@ def test_jacobians_in_the_log():
 
     model, x = attention(), torch.randn(1, 5, 12).double()
     found = scalars(measure(model, lambda: model(x, x, x), ["jacobian"], max_heads=1))
-    assert found.keys() == {f"/kappa_dAX_dW_{name}" for name in "QKV"}
+    assert found.keys() == {f"/kappa_dAX_dW_{name}" for name in "QKV"} | {"/bound"}
+
+
+def test_each_head_in_the_log():
+    pytest.importorskip("mmengine")
+    from condattn.openmmlab.hooks.spectra import scalars
+
+    model, x = attention(), torch.randn(1, 5, 12).double()
+    found = measure(model, lambda: model(x, x, x), ["weights", "outputs", "entropy", "jacobian"])
+    logged, middle = scalars(found, each_head=True), scalars(found)
+    names = {name: f"kappa_{name}" for name in ("W_Q", "W_K", "W_V", "A(X)", "dA(X)/dW_Q", "dA(X)/dW_K", "dA(X)/dW_V")}
+    names |= {"A(X)": "kappa_AX", **{f"dA(X)/dW_{name}": f"kappa_dAX_dW_{name}" for name in "QKV"}}
+    checked = 0
+    for row in found.rows():
+        if row["quantity"] in names:
+            assert logged[f"/{names[row['quantity']]}_head_{row['head']}"] == pytest.approx(row["kappa"])
+            checked += 1
+        if "bound" in row:
+            assert logged[f"/bound_head_{row['head']}"] == pytest.approx(row["bound"])
+    assert checked == 3 * 7
+    assert {name: value for name, value in logged.items() if "_head_" not in name} == middle
+    heads = [logged[f"/largest_logit_head_{head}"] for head in range(3)]
+    assert middle["/largest_logit"] == max(heads) > min(heads)

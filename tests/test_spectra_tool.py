@@ -213,7 +213,8 @@ def test_a_hook_logs_while_a_model_trains_and_changes_nothing(segmentation, tmp_
     (logged,) = [line for line in logged if any(name.startswith("spectra/") for name in line)]
     names = {name.rpartition("/")[2] for name in logged} - {"step"}
     assert logged["step"] == 1
-    assert {"kappa_W_Q", "kappa_W_K", "kappa_W_V", "kappa_AX", "kappa_CAX", "entropy", "largest_logit"} == names
+    matrices = ("W_Q", "W_K", "W_V", "AX", "CAX")
+    assert {"entropy", "largest_logit", *(f"{of}_{m}" for of in ("kappa", "sigma_min") for m in matrices)} == names
     assert len({name.split("/")[1] for name in logged if "/" in name}) == 6
     assert re.search(r"SpectraHook took [\d.]+ s, [\d.]+% of the training", segmentation.output)
 

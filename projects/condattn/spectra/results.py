@@ -73,6 +73,10 @@ class Measurement:
         """Return the condition numbers of a matrix for the samples of all sizes, (samples, heads)."""
         return torch.cat([one.kappa for one in self.spectra if (one.site, one.matrix) == (site, matrix)])
 
+    def sigma_min(self, site: str, matrix: str) -> Tensor:
+        """Return the smallest nonzero singular values of a matrix for the samples of all sizes, (samples, heads)."""
+        return torch.cat([one.sigma_min for one in self.spectra if (one.site, one.matrix) == (site, matrix)])
+
     def relative_entropy(self, site: str) -> Tensor:
         """Return the entropy of a site as a share of its largest value, for all numbers of keys, (samples, heads)."""
         return torch.cat([one.relative for one in self.entropies if one.site == site])
