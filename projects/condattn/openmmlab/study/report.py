@@ -39,11 +39,11 @@ NOTES = (
     f"with this spread finds in {POWER:.0%} of the cases. 'reaches baseline after' is the part of the training after "
     "which the mean score on the tuning set, evaluated at evenly spaced iterations, first reaches the baseline's last "
     "one. Failed runs count with their last score, which is of the tuning set. Nothing is corrected across families or "
-    "studies. Condition numbers, the entropy (as a share of the largest possible one) and the largest logit are "
-    "medians over the attention sites, on one training image of each run; over the seeds, means of condition numbers "
-    "are geometric. Their ratios have 95 % intervals over seeds without a correction, because no comparison of them "
-    "was planned. C A(X) is what the preconditioner makes of the head outputs A(X), or, in a variant without one, "
-    "what it would make of them."
+    "studies. Condition numbers (the largest singular value divided by the smallest nonzero one), the entropy (as a "
+    "share of the largest possible one) and the largest logit are medians over the attention sites, on one training "
+    "image of each run; over the seeds, means of condition numbers are geometric. Their ratios have 95 % intervals "
+    "over seeds without a correction, because no comparison of them was planned. C A(X) is what the preconditioner "
+    "makes of the head outputs A(X), or, in a variant without one, what it would make of them."
 )
 
 
