@@ -16,8 +16,9 @@ INTRODUCTION = """# Tools
 
 Every tool of `tools/`, with its options. `python tools/train.py --help` prints the same. On bad input a tool
 prints one line that begins with `error:`, exits with status 2, and writes nothing;
-[troubleshooting](troubleshooting.md) lists these messages. Written by `python docs/make_tools.py`, checked by the
-tests.
+[troubleshooting](troubleshooting.md) lists these messages. `predict.py` leaves out images that it cannot read, and
+`study.py` runs that fail; both name them and exit with status 1. Written by `python docs/make_tools.py`, checked by
+the tests.
 """
 
 
