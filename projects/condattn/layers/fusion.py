@@ -13,8 +13,7 @@ def refuse_fusion() -> NoReturn:
         RuntimeError: Always.
     """
     raise RuntimeError(
-        "batch norm cannot be fused into a layer whose weight is corrected (W + C); call "
-        "condattn.fold(model) before"
+        "batch norm cannot be fused into a layer whose weight is corrected (W + C); call condattn.fold(model) before"
     )
 
 
