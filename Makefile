@@ -81,6 +81,9 @@ $(WORK)/metrics.txt: $(WORK)/trained
 	@mv $@.part $@
 
 test test-slow test-stock: export OMP_NUM_THREADS = 1
+# Without it, tests of a package that cannot be imported are skipped.
+test test-slow: export STACK_TO_TEST = default
+test-stock: export STACK_TO_TEST = stock
 
 test: setup
 	$(PY) -m pytest $(PARALLEL)

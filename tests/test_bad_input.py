@@ -1,7 +1,6 @@
 """Bad input to the tools: a one-line error, a nonzero exit status, and nothing written."""
 
 import errno
-import importlib.util
 import json
 import shutil
 from argparse import ArgumentParser
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIGS, DEMO, LOADERS, NOWHERE, ROOT, TOOLS, error_lines, run
+from runs import CONFIGS, DEMO, LOADERS, NOWHERE, ROOT, TOOLS, error_lines, load_tool, run
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -361,10 +360,6 @@ def test_data_without_image_files_have_no_names_to_compare(monkeypatch):
     from mmengine.config import Config
     from mmengine.registry import DATASETS
 
-    spec = importlib.util.spec_from_file_location("tools_test", TOOLS / "test.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
     @DATASETS.register_module(force=True)
     class WithoutFiles(list):
         def __init__(self):
@@ -372,7 +367,9 @@ def test_data_without_image_files_have_no_names_to_compare(monkeypatch):
 
         get_data_info = list.__getitem__
 
-    tool.check_names(Config(dict(default_scope="mmseg", test_dataloader=dict(dataset=dict(type=WithoutFiles)))))
+    load_tool("test").check_names(
+        Config(dict(default_scope="mmseg", test_dataloader=dict(dataset=dict(type=WithoutFiles))))
+    )
 
 
 def test_options_that_a_configuration_does_not_serve(refuse, detection, tmp_path):

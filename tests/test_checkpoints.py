@@ -251,8 +251,11 @@ def test_publish(call, refuse, detection, tmp_path):
     (path,) = tmp_path.glob("swin-*.pth")
     assert path.name == f"swin-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"
     checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint) == {"meta", "state_dict"} and "cfg" not in checkpoint["meta"]
-    assert checkpoint["meta"]["conditioning"] and checkpoint["meta"]["dataset_meta"]
+    assert set(checkpoint) == {"meta", "state_dict"}
+    assert checkpoint["meta"].keys() == {"mmengine_version", "dataset_meta", "conditioning"}
+    assert call("checkpoints/publish", detection.checkpoint, "with_config.pth", "--keep-config")[0] is None
+    (other,) = tmp_path.glob("with_config-*.pth")
+    assert torch.load(other, weights_only=True)["meta"].keys() == checkpoint["meta"].keys() | {"cfg"}
     assert call("test", SWIN, path, "--cfg-options", *detection.options)[0] is None
     refuse("checkpoints/publish", detection.checkpoint, "swin.bin", parts=("ends with .pth", "swin.bin"))
     torch.save({"model": {}}, "other.pth")

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from runs import CONFIGS, DEMO
+from runs import CONFIGS, DEMO, load_tool
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -13,6 +13,7 @@ pytest.importorskip("mmseg")
 from whole_models import small
 
 import condattn
+from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.models.mmdet import ConditionedSwinTransformer
 from condattn.openmmlab.runner.checkpoints import drop_pretrained
 from condattn.openmmlab.runner.folding import fold_config, own_classes
@@ -54,6 +55,16 @@ def test_methods_in_their_long_form_are_no_modules():
     assert folded(dict(backbone=dict(type=ConditionedSwinTransformer, conditioning="sc"))).backbone == dict(
         type="SwinTransformer"
     )
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_output_that_is_not_a_number_differs(bad):
+    before, after = [torch.ones(2), torch.ones(2)], [torch.ones(2), torch.ones(2)]
+    compare = load_tool("checkpoints/fold").compare
+    assert compare(before, after, "the test") == 0
+    after[bad][0] = torch.nan
+    with pytest.raises(UserError, match="the attention of the test differs by nan of its size; nothing was written"):
+        compare(before, after, "the test")
 
 
 @pytest.mark.parametrize("conditioning", ["sc", "none", "sc+ci", dict(type="SpectralCorrection")])

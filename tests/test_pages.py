@@ -58,6 +58,12 @@ def check_tool(tool, *arguments):
             assert (ROOT / argument).exists() or argument in OWN_FILES, argument
 
 
+def test_the_commands_are_found():
+    """The expressions above find the commands of the README and of most pages."""
+    pages = [parameter.id.partition(":")[0] for parameter in commands()]
+    assert len(pages) > 60 and len(set(pages)) > 10 and pages.count("README.md") > 10
+
+
 @pytest.mark.parametrize("command", commands())
 def test_commands(command, tmp_path):
     words = shlex.split(command, comments=True)

@@ -1,5 +1,7 @@
 """Mixed stacks are refused with a one-line error, and one import registers what a stack has."""
 
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -111,6 +113,32 @@ def test_the_command_of_the_readme(tmp_path):
     command = [sys.executable, "-m", "condattn.stack"]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "torch " in output and "mmcv's operators: " in output
+
+
+PACKAGES = (
+    *("timm", "torchvision", "mmengine", "mmcv.ops", "mmdet", "mmseg", "mmpretrain", "transformers"),
+    *("pycocotools.mask", "scipy", "skimage", "sklearn", "matplotlib", "rich", "jinja2", "yaml", "tifffile"),
+    *("hypothesis", "onnx", "onnxruntime", "onnxscript", "safetensors.torch"),
+)
+"""What tests need, and are skipped without."""
+
+
+@pytest.mark.skipif("STACK_TO_TEST" not in os.environ, reason="only the Makefile knows what should be installed")
+@pytest.mark.parametrize("package", [*PACKAGES, "peft", "accelerate"])
+def test_no_test_is_skipped_for_a_package_that_the_stack_has(package):
+    """A package that is installed, but cannot be imported, would be taken for one that is missing."""
+    if os.environ["STACK_TO_TEST"] == "stock" and package in ("peft", "accelerate"):
+        pytest.skip("no part of the stock stack")
+    importlib.import_module(package)
+
+
+def test_every_model_of_transformers_is_tested():
+    """Those that older versions lack are left out; the default stack has all."""
+    transformers = pytest.importorskip("transformers")
+    if os.environ.get("STACK_TO_TEST") != "default":
+        pytest.skip("of the default stack alone")
+    zoo = importlib.import_module("zoo_transformers")
+    assert zoo.LEFT_OUT == [], transformers.__version__
 
 
 def test_one_import_registers_everything():

@@ -102,7 +102,9 @@ MODELS = {
     "Qwen2": ("Qwen2Config", GROUPED, "Qwen2Model", TEXT),
 }
 
-MODELS = {name: entry for name, entry in MODELS.items() if hasattr(transformers, entry[2])}  # older versions have fewer
+LEFT_OUT = [name for name, entry in MODELS.items() if not hasattr(transformers, entry[2])]
+"""Models that older versions do not have."""
+MODELS = {name: entry for name, entry in MODELS.items() if name not in LEFT_OUT}
 
 
 def build(name: str, implementation: str = "eager"):

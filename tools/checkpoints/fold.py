@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 import condattn
@@ -84,7 +85,8 @@ def compare(before: list[Tensor], after: list[Tensor], what: str) -> float:
     Raises:
         UserError: If it is not small.
     """
-    difference = max(relative(a, b) for a, b in zip(before, after, strict=True))
+    differences = [relative(a, b) for a, b in zip(before, after, strict=True)]
+    difference = torch.tensor(differences).max().item()  # NaN if one is, which Python's max may leave out
     if not difference <= TOLERANCE:
         raise UserError(f"the attention of {what} differs by {difference:.1e} of its size; nothing was written")
     return difference

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from condattn.openmmlab.errors import UserError, run_tool
-from condattn.openmmlab.hooks.atomic_checkpoint import VALIDATED
+from condattn.openmmlab.hooks.atomic_checkpoint import VALIDATED, WITHIN_EPOCH
 from condattn.openmmlab.runner.checkpoints import add_unsafe_argument, read_checkpoint
 from condattn.weights.atomic import write_atomically
 
 KEPT = ("meta", "state_dict")
 """Entries of the published checkpoint."""
-LOCAL = ("cfg", "seed", "experiment_name", "time", "iter", "epoch", VALIDATED)
+LOCAL = ("cfg", "seed", "experiment_name", "time", "iter", "epoch", VALIDATED, WITHIN_EPOCH)
 """Metadata of the training run, which are dropped; the configuration may contain local paths."""
 
 
@@ -39,8 +39,8 @@ def main() -> None:
     if "state_dict" not in checkpoint:
         raise UserError(f"{args.checkpoint} has no state_dict; its entries are {', '.join(map(str, checkpoint))}")
     weights = checkpoint["state_dict"]  # the moving average if mmengine's EMAHook was used
-    dropped = () if args.keep_config else LOCAL
-    meta = {name: value for name, value in checkpoint.get("meta", {}).items() if name not in dropped}
+    kept = ("cfg",) if args.keep_config else ()
+    meta = {name: value for name, value in checkpoint.get("meta", {}).items() if name not in LOCAL or name in kept}
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "weights.pth")
         torch.save({"meta": meta, "state_dict": weights}, part)
