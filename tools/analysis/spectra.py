@@ -192,7 +192,8 @@ def print_summary(measurements: dict[str, Measurement]) -> None:
     """Print a table with one row for each model and site."""
     console = Console()
     console = console if console.is_terminal else Console(width=180)
-    table = Table(title="Condition numbers, medians over heads, images and windows", title_justify="left")
+    title = "Condition numbers (largest singular value / smallest nonzero one), medians over heads, images and windows"
+    table = Table(title=title, title_justify="left")
     rows = summary(measurements)
     for name in rows[0]:
         table.add_column(title_of(name), overflow="fold", no_wrap=name == "site")
