@@ -13,8 +13,8 @@ pytest.importorskip("mmpretrain")
 from tiny_study import TINY, a_record, write_images
 
 from condattn.openmmlab.study import run as run_module
-from condattn.openmmlab.study.plan import FINAL, TUNING, RunId, load_study
-from condattn.openmmlab.study.results import Results, versions
+from condattn.openmmlab.study.plan import FINAL, PILOT, TUNING, RunId, load_study
+from condattn.openmmlab.study.results import FAILED, Results, versions
 
 RUN = RunId(TUNING, "none", 5, 1e-4)
 LAST = RunId(FINAL, "none", 0, 1e-3)
@@ -153,7 +153,7 @@ def test_data_of_a_study(study, tmp_path, monkeypatch):
     assert len(study.results.scores()) == 2
 
 
-def test_packages_of_a_study(study):
+def test_packages_of_a_study(study, monkeypatch):
     study("--list")
     change_header(study, versions={**versions(), "torch": "1.0"})
     for arguments in (("--list",), ("--run", str(RUN))):
@@ -161,6 +161,11 @@ def test_packages_of_a_study(study):
     known = {name: version for name, version in versions().items() if name != "scipy"}
     change_header(study, versions=known)  # as a header that is older than the list of packages
     study("--run", str(RUN))
+    change_header(study, versions={name: version for name, version in known.items() if name != "gpu"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
+    for arguments in (("--list",), ("--run", str(replace(RUN, seed=6)))):  # began without a GPU
+        assert "began with other packages, or on another kind of machine (gpu)" in study(*arguments, status=2)
 
 
 def test_single_runs(study):
@@ -173,10 +178,23 @@ def test_single_runs(study):
     assert study.results.scores() == {RUN: 50.0}
 
 
+def test_a_single_pilot_run_is_recorded_with_the_pilot_alone(study):
+    pilot, run = Results(study.results.study, study.root, pilot=True), RunId(PILOT, "none", 7, 1e-3)
+    study("--list")
+    assert "no results of this study" in study("--run", str(run), status=2)  # the pilot has not begun
+    pilot.write_header(**header(study))
+    study("--run", str(run))
+    assert pilot.scores() == {run: 50.0} and study.results.scores() == {}
+    study("--run", str(RUN))
+    assert pilot.scores() == {run: 50.0} and study.results.scores() == {RUN: 50.0}
+
+
 def test_a_repeated_run(study):
     """Its code replaces that of the study only if the result is the same."""
     assert "no results of this study" in study("--rerun", "none/0", status=2)
     study("--list")
+    assert "expected a finished run such as none yet, got none/0" in study("--rerun", "none/0", status=2)
+    study.results.add(a_record(LAST, 50.0, status=FAILED, commit=study.first))
     assert "expected a finished run such as none yet, got none/0" in study("--rerun", "none/0", status=2)
     study.results.add(a_record(LAST, 50.0, commit=study.first))
     change_header(study, versions={**versions(), "torch": "1.0"})
