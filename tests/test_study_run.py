@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from tiny_study import a_record
+from tiny_study import a_record, add_at_once
 
 from condattn.openmmlab.errors import UserError
 from condattn.openmmlab.hooks.empty_evaluation import EmptyEvaluationHook
@@ -81,10 +82,43 @@ def test_equal_trainings_of_two_studies_are_run_once(study_file, tmp_path, monke
     ):
         with pytest.raises(run_module.RunError, match="it was executed"):
             run_module.execute(study, results, one, tmp_path, commit)
+    there.add(replace(record, versions={**versions(), "torch": "1.0"}))
+    with pytest.raises(run_module.RunError, match="it was executed"):
+        run_module.execute(second, here, base, tmp_path, "abc")
+    there.add(record)
     for data in (None, "1123456789abcdef" * 2):  # unknown, and other data
         here.write_header(data=data)
         with pytest.raises(run_module.RunError, match="it was executed"):
             run_module.execute(second, here, base, tmp_path, "abc")
+
+
+def test_a_training_that_starts_from_weights_is_not_taken_over(study_file, tmp_path, monkeypatch):
+    """Equal configurations name the same file, but it may hold other weights by now."""
+    start = dict(checkpoint="{seed}.pth", command="the test writes it")
+    first = replace(load_study(study_file()), start=start)
+    monkeypatch.setattr(run_module, "worktree", lambda root, commit: root)
+    monkeypatch.setattr(run_module, "_call", lambda *arguments: "the loss is not finite in iteration 1")
+    records = []
+    for number, study in enumerate((first, replace(first, name="second"))):
+        torch.save({"weight": torch.full((2,), number)}, tmp_path / "5.pth")
+        Results(study, tmp_path).write_header(commit="abc", versions={}, data="0123456789abcdef" * 2)
+        records.append(execute(study, Results(study, tmp_path), RUN, tmp_path, "abc"))
+    one, other = records
+    assert one.training == other.training and one.start != other.start and other.origin == ""
+
+
+def test_processes_that_add_records_at_once_lose_none(study_file, tmp_path):
+    results = Results(load_study(study_file()), tmp_path)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    runs = [[replace(RUN, seed=seed) for seed in range(first, 40, 2)] for first in (0, 1)]
+    processes = [context.Process(target=add_at_once, args=(results, some, barrier)) for some in runs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert results.scores() == {replace(RUN, seed=seed): float(seed) for seed in range(40)}
 
 
 @pytest.fixture
@@ -236,6 +270,14 @@ def test_options_keep_their_types(study_file, tmp_path):
     assert cfg.custom_hooks[0].quantities == ("weights",)
 
 
+def test_spectra_and_checkpoints_are_written_at_each_evaluation(study_file, tmp_path):
+    hooks = [dict(type="SpectraHook", interval=3), dict(type="SomeHook", interval=3)]
+    study = replace(load_study(study_file()), options={"custom_hooks": hooks, "train_cfg.max_iters": 4})
+    cfg = training_config(study, RUN, tmp_path, tmp_path)
+    assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == 2
+    assert [hook.interval for hook in cfg.custom_hooks] == [2, 3]
+
+
 def test_a_metric_that_the_evaluations_do_not_have(training):
     """The training is kept, because running it again would not help."""
     lines = [{"loss": 1.0, "lr": 0.1, "step": 1}, {"spectra/x/entropy": 0.5, "step": 2}]
@@ -363,6 +405,23 @@ def test_the_error_message_is_that_of_the_last_call(tool):
     assert tool("import os; os.kill(os.getpid(), 9)") == "tool.py ended with status -9"
     assert tool("print('a note'); exit(1)") == "a note"
     assert tool("") == ""
+
+
+def test_a_tool_imports_the_code_of_the_commit_and_computes_with_one_thread(tool, tmp_path, monkeypatch):
+    """Whatever the environment of the user says; what is in the user's PYTHONPATH alone can be imported as well."""
+    for folder, modules in (("projects", ["common"]), ("users", ["common", "own"])):
+        (tmp_path / folder).mkdir()
+        for module in modules:
+            (tmp_path / folder / f"{module}.py").write_text(f"place = {folder!r}")
+    threads = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"]
+    for name in threads:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "users"))
+    code = f"import common, os, own; print(common.place, own.place, *map(os.getenv, {threads})); exit(1)"
+    assert tool(code) == "projects users 1 1 1"
+    for paths in ("", None):  # no empty path, which would be the current folder
+        monkeypatch.delenv("PYTHONPATH") if paths is None else monkeypatch.setenv("PYTHONPATH", paths)
+        assert tool("import os; print(os.environ['PYTHONPATH']); exit(1)") == str(tmp_path / "projects")
 
 
 def test_a_tool_that_survives_its_parent_keeps_the_lock(tmp_path):

@@ -12,11 +12,12 @@ from tiny_study import finish
 
 import condattn.registry  # noqa: F401  registers the models
 from condattn.openmmlab.errors import UserError
+from condattn.openmmlab.study import check
 from condattn.openmmlab.study.check import check_checkpoints, check_metric, check_study
 from condattn.openmmlab.study.plan import FINAL, RunId, load_study, pilot_runs, planned_runs
 from condattn.openmmlab.study.report import write_report
 from condattn.openmmlab.study.results import Results
-from condattn.openmmlab.study.run import training_config
+from condattn.openmmlab.study.run import LOADERS, training_config
 from condattn.openmmlab.study.schedule import run_command
 
 
@@ -145,6 +146,22 @@ def test_too_few_data(study_file, study_images, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no data for training, or too few: Ind"):
         patch.setattr("mmengine.registry.DATASETS.build", too_few)
         check_study(study, tmp_path, tmp_path)
+
+
+def test_the_hash_of_the_data_depends_on_the_content_of_label_maps(label_maps, study_file, tmp_path, monkeypatch):
+    """Also if their sizes stay the same."""
+    cfg, study = label_maps.cfg, load_study(study_file())
+    cfg.val_dataloader = dict(dataset=dict(label_maps.dataset))
+    for number, loader in enumerate(LOADERS):
+        cfg[loader].dataset.indices = [2 * number, 2 * number + 1]
+    monkeypatch.setattr(check, "_configs", lambda *arguments: {"none": cfg})
+    path = label_maps.folder / "labels" / "4.png"
+    first, content = check.data_hash(study, tmp_path, tmp_path), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    second = check.data_hash(study, tmp_path, tmp_path)
+    assert len(first) == 32 and second[:16] == first[:16] and second[16:] != first[16:]
+    path.write_bytes(content)
+    assert check.data_hash(study, tmp_path, tmp_path) == first
 
 
 def test_evaluators_whose_metrics_are_not_known_do_not_hide_the_others(study_file, tmp_path):

@@ -56,6 +56,13 @@ def a_record(run: RunId, score: float, **values) -> Record:
     return Record(run, status, score, reported, [[2, score - 1], [4, score]], **values)
 
 
+def add_at_once(results: Results, runs: list[RunId], barrier) -> None:
+    """Add records of runs, with their seeds as scores, as soon as other processes wait at the barrier too."""
+    barrier.wait()
+    for run in runs:
+        results.add(a_record(run, float(run.seed)))
+
+
 def finish(results: Results, scores: dict) -> None:
     """Add every run that the study needs."""
     while missing := [r for r in planned_runs(results.study, results.scores()) if r not in results.scores()]:
