@@ -33,10 +33,11 @@ VARIANTS = {
     "both-extra-tokens": dict(add_bias_kv=True, add_zero_attn=True, batch_first=True),
     "other-widths": dict(kdim=7, vdim=5),
 }
+EXTRA_TOKENS = ("bias-kv", "zero-attention", "both-extra-tokens")
 
 
 @pytest.mark.parametrize("need_weights, average", [(False, True), (True, True), (True, False)])
-@pytest.mark.parametrize("masks", ["none", "bool", "float", "per-head", "padding", "both", "causal"])
+@pytest.mark.parametrize("masks", ["none", "bool", "float", "per-head", "padding", "both", "causal", "causal+padding"])
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("conditioning", ["pc", NOTHING], ids=["pc-without-its-norm", "sc-of-size-zero"])
@@ -44,7 +45,7 @@ def test_same_as_pytorch(monkeypatch, conditioning, variant, batched, masks, nee
     monkeypatch.setattr(HeadNorm, "project", lambda norm, rows, weight, bias: F.linear(rows, weight, bias))
     kwargs = VARIANTS[variant]
     plain, conditioned = pair(conditioning, **kwargs)
-    batch, target, source = 2, 4, 4 if masks == "causal" else 6
+    batch, target, source = 2, 4, 4 if masks in ("causal", "causal+padding") else 6
     query = torch.randn(target, batch, 12).double()
     key = torch.randn(source, batch, kwargs.get("kdim", 12)).double()
     value = torch.randn(source, batch, kwargs.get("vdim", 12)).double()
@@ -56,8 +57,8 @@ def test_same_as_pytorch(monkeypatch, conditioning, variant, batched, masks, nee
     mask = torch.rand(target, source) < 0.3
     mask[:, 0] = False
     arguments = dict(need_weights=need_weights, average_attn_weights=average)
-    if masks == "causal":
-        if variant in ("bias-kv", "zero-attention", "both-extra-tokens"):
+    if masks in ("causal", "causal+padding"):
+        if masks == "causal" and variant in EXTRA_TOKENS:
             need_weights = arguments["need_weights"] = True  # otherwise PyTorch drops the mask in these cases
         arguments |= dict(attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1), is_causal=True)
     if masks in ("bool", "both"):
@@ -66,7 +67,7 @@ def test_same_as_pytorch(monkeypatch, conditioning, variant, batched, masks, nee
         arguments["attn_mask"] = torch.randn(target, source).double()
     if masks == "per-head":
         arguments["attn_mask"] = torch.randn(batch * 3, target, source).double()
-    if masks in ("padding", "both"):
+    if masks in ("padding", "both", "causal+padding"):
         arguments["key_padding_mask"] = padding
 
     want, want_weights = plain(query, key, value, **arguments)
@@ -76,6 +77,16 @@ def test_same_as_pytorch(monkeypatch, conditioning, variant, batched, masks, nee
         torch.testing.assert_close(got_weights, want_weights, rtol=0, atol=1e-12)
     else:
         assert got_weights is None
+
+
+@pytest.mark.parametrize("variant", EXTRA_TOKENS)
+def test_each_query_sees_the_extra_tokens_behind_a_causal_mask(variant):
+    """With and without weights, where PyTorch's class drops the mask in the second case."""
+    _, conditioned = pair("pc", **VARIANTS[variant])
+    x = torch.randn(4, 4, 12).double()  # as many samples as tokens, for either order of them
+    causal = dict(attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1), is_causal=True)
+    got, want = (conditioned(x, x, x, need_weights=need_weights, **causal)[0] for need_weights in (False, True))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("conditioning", ["pc", NOTHING], ids=["pc", "sc"])

@@ -159,3 +159,19 @@ def test_rows_of_cross_covariance_attention():
         torch.testing.assert_close(conditioned(x), want)
     with pytest.raises(ValueError, match="cross_covariance is 'rows'; expected 'channels' or 'tokens'"):
         RowPreconditioner(cross_covariance="rows")
+
+
+@pytest.mark.parametrize("host", ["torch", "timm"])
+def test_rows_of_attention_between_tokens_are_channels_whatever_is_set_for_other_attention(host):
+    if host == "timm":
+        module = pytest.importorskip("timm").layers.Attention(12, 3)
+    else:
+        layer = nn.TransformerEncoderLayer(12, 3, 24, dropout=0.0, batch_first=True)
+        module = layer.train()  # without the inference fast path
+    outputs, x = [], torch.randn(2, 5, 12)
+    for method in ("pc", RowPreconditioner(cross_covariance="tokens")):
+        conditioned = copy.deepcopy(module)
+        condattn.condition(conditioned, method)
+        outputs.append(conditioned(x))
+    assert torch.equal(*outputs)
+    assert not torch.allclose(outputs[0], module(x))

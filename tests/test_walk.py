@@ -28,19 +28,20 @@ for library, zoo, names in (
         ZOO += [(zoo, name) for name in getattr(importlib.import_module(zoo), names)]
 
 # Head outputs of these classes are not just map times values; they are checked at the module that receives them.
-MORE_THAN_A_PRODUCT = (
-    "dnl_head.DisentangledNonLocal2d",
-    "coat.FactorAttnConvRelPosEnc",
-    "efficientformer_v2.Attention2d",
-    "efficientformer_v2.Attention2dDownsample",
-    "efficientvit_mit.LiteMLA",
-    "efficientvit_msra.CascadedGroupAttention",
-    "mvitv2.MultiScaleAttention",
-    "multi_scale_deform_attn.MultiScaleDeformableAttention",
-    "mvit.MultiScaleAttention",
-    "modeling_nystromformer.NystromformerAttention",
-    "volo.OutlookAttention",
-)
+# Class -> the number of heads of each of its modules in a model, the name of the receiving one in it, and its axis.
+MORE_THAN_A_PRODUCT = {
+    "dnl_head.DisentangledNonLocal2d": ((1,), "conv_out.conv", 1),
+    "coat.FactorAttnConvRelPosEnc": ((8,) * 8, "proj", -1),
+    "efficientformer_v2.Attention2d": ((8,) * 4, "upsample or act", 1),
+    "efficientformer_v2.Attention2dDownsample": ((8,), "act", 1),
+    "efficientvit_mit.LiteMLA": ((8, 8, 16, 16), "proj", 1),
+    "efficientvit_msra.CascadedGroupAttention": ((4,) * 6, "proj", 1),
+    "mvitv2.MultiScaleAttention": ((1, 2, 2, 4, 4, 4, 4, 4, 8, 8), "proj", -1),
+    "multi_scale_deform_attn.MultiScaleDeformableAttention": ((3,), "output_proj", -1),
+    "mvit.MultiScaleAttention": ((1, 2, 4, 8), "proj", -1),
+    "modeling_nystromformer.NystromformerAttention": ((3, 3), "output.dense", -1),
+    "volo.OutlookAttention": ((6,) * 4, "proj", -1),
+}
 # Classes that change the map after the softmax.
 MIXED = ("cait.TalkingHeadAttn", "convit.GPSA", ".DiffAttention", ".DiffParallelScalingBlock")
 # Where embedded tokens enter the first block, in which layout, and of which models; others are refused.
@@ -163,15 +164,19 @@ def test_preconditioned(family):
     plain = [site for site in chosen if not is_one_of(site, MORE_THAN_A_PRODUCT)]
     between_tokens = [site.module for site in plain if not site.cross_covariance]
     between_channels = [site.module for site in plain if site.cross_covariance]
-    handles = []
+    handles, numbers = [], {name: iter(heads) for name, (heads, _, _) in MORE_THAN_A_PRODUCT.items()}
     for site in chosen:
         if site not in plain:
-            heads, axis = site.num_heads, 1 if isinstance(site.out.projection, nn.Conv2d | nn.Sequential) else -1
+            (name,) = (name for name in MORE_THAN_A_PRODUCT if is_one_of(site, (name,)))
+            _, paths, axis = MORE_THAN_A_PRODUCT[name]
+            heads, inside = next(numbers[name]), dict(site.module.named_modules())
+            receiving = next(inside[path] for path in paths.split(" or ") if path in inside)
+            assert (site.heads_of(site.out), site.out.owner, site.out.axis) == (heads, receiving, axis), site
 
             def hook(module, args, heads=heads, axis=axis):
                 return (unit_heads(args[0], heads, axis), *args[1:])
 
-            handles.append(site.out.owner.register_forward_pre_hook(hook))
+            handles.append(receiving.register_forward_pre_hook(hook))
     with (
         HeadTap(lambda _, heads, dim: unit_rows(heads, dim), between_tokens),
         HeadTap(lambda _, heads, dim: unit_rows(heads, -3 - dim), between_channels),
