@@ -61,6 +61,12 @@ def test_pattern_that_matches_nothing(argument):
         condattn.condition(transformer(), "pc", **{argument: ["backbone"]})
 
 
+@pytest.mark.parametrize("patterns", [5, [5], {"a": 1}])
+def test_patterns_that_are_none(patterns):
+    with pytest.raises(ValueError, match="include is .*; expected a pattern of module names, or a list of patterns"):
+        condattn.condition(transformer(), "pc", include=patterns)
+
+
 def test_patterns_that_leave_nothing():
     with pytest.raises(ValueError, match="leave no attention site"):
         condattn.condition(transformer(), "pc", include="encoder", exclude="encoder")
@@ -268,10 +274,28 @@ def test_a_site_that_cannot_be_conditioned_leaves_the_model_untouched():
             return query, None
 
     model = nn.ModuleList([nn.MultiheadAttention(4, 2), Own(4, 2)])
-    with pytest.raises(ValueError, match=r"1 \(Own\): cannot condition its Own, which has methods that Multi"):
+    with pytest.raises(
+        ValueError, match=r"1 \(Own\): cannot condition its Own, which has methods or properties that Multi"
+    ):
         condattn.condition(model, "pc")
     assert not any(condattn.conditioning_of(model).values())
     assert condattn.condition(model, "pc", exclude="1").conditioned == ("0",)
+
+
+def test_a_layer_with_properties_of_its_own_is_refused():
+    """The class that it would get does not have them."""
+
+    class Own(nn.Linear):
+        @property
+        def size(self):
+            return self.weight.shape
+
+    timm = pytest.importorskip("timm")
+    model = timm.layers.Attention(8, 2)
+    model.qkv = Own(8, 24)
+    with pytest.raises(ValueError, match="cannot condition its Own, which has methods or properties that Linear has n"):
+        condattn.condition(model, "sc")
+    assert condattn.condition(model, "pc").conditioned == ("",)
 
 
 def test_parametrized_weights_are_refused():

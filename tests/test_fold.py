@@ -48,7 +48,20 @@ def test_folded_correction_is_the_vanilla_model():
     torch.testing.assert_close(output(vanilla), want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("write", [condattn.fold, subtract_corrections])
+def subtract_all(model):
+    return subtract_corrections(model, model.state_dict())
+
+
+def test_corrections_are_subtracted_from_the_named_weights_alone():
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
+    before = [module.in_proj_weight.clone() for module in model]
+    condattn.condition(model, "sc")
+    assert subtract_corrections(model, ["1.in_proj_weight", "0.out_proj.weight"]) == 1
+    assert torch.equal(model[0].in_proj_weight, before[0])
+    torch.testing.assert_close(model[1].in_proj_weight, before[1] - torch.eye(8).repeat(3, 8 // 8)[:24])
+
+
+@pytest.mark.parametrize("write", [condattn.fold, subtract_all])
 def test_a_weight_that_another_layer_uses_too_is_not_written(write):
     """Neither that of a layer without a correction, nor that of another corrected layer."""
     model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2) for name in "abc"})
@@ -63,7 +76,7 @@ def test_a_weight_that_another_layer_uses_too_is_not_written(write):
     assert write(model) == 2
 
 
-@pytest.mark.parametrize("write", [condattn.fold, subtract_corrections])
+@pytest.mark.parametrize("write", [condattn.fold, subtract_all])
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
 def test_a_weight_that_is_computed_is_not_written(compute, write):
     timm = pytest.importorskip("timm")

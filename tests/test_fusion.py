@@ -33,6 +33,32 @@ def with_own_fuse(model):
     return [name for name, module in model.named_modules() if "fuse" in vars(module)]
 
 
+def set_again(layer):
+    bias = layer.bias
+    del layer.bias
+    layer.bias = bias
+
+
+def parametrize(layer):
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    nn.utils.parametrize.remove_parametrizations(layer, "bias")
+
+
+def prune(layer):
+    nn.utils.prune.l1_unstructured(layer, "bias", 0.0)
+    nn.utils.prune.remove(layer, "bias")
+
+
+@pytest.mark.parametrize("change", [set_again, parametrize, prune])
+def test_a_bias_that_is_taken_away_and_set_again_is_no_fused_one(change):
+    timm = pytest.importorskip("timm")
+    model, x = timm.layers.Attention(8, 2, qkv_bias=True), torch.randn(1, 3, 8)
+    condattn.condition(model, "sc")
+    want = model(x)
+    change(model.qkv)
+    torch.testing.assert_close(model(x), want)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_reparameterized_models_of_timm(name):
     timm = pytest.importorskip("timm")

@@ -144,22 +144,46 @@ def test_a_model_with_parametrizations_stays_as_it_is(images):
     torch.testing.assert_close(model(images), vit()(images))
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of processes with this one alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_sharded_weights_in_half_precision(conditioning, images, tmp_path):
+@pytest.mark.parametrize("before", [True, False])
+def test_fully_sharded_data_parallel(conditioning, before, images):
+    """Conditioned before the model is wrapped or after; parameters are views of one, which are set anew."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wanted = vit(conditioning)(images)
+    model = vit(conditioning if before else "none")
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if not before:
+        condattn.condition(wrapped, conditioning)
+    torch.testing.assert_close(wrapped(images), wanted)
+    wrapped(images).square().mean().backward()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_sharded_weights_in_half_precision(conditioning, images):
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this torch has no FSDP2")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     wanted = vit(conditioning)(images)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = vit(conditioning)
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        outputs = model(images)
-        torch.testing.assert_close(outputs.float(), wanted, rtol=0.1, atol=0.1)
-        outputs.float().square().mean().backward()
-        assert all(parameter.grad.full_tensor().isfinite().all() for parameter in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
+    model = vit(conditioning)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    outputs = model(images)
+    torch.testing.assert_close(outputs.float(), wanted, rtol=0.1, atol=0.1)
+    outputs.float().square().mean().backward()
+    assert all(parameter.grad.full_tensor().isfinite().all() for parameter in model.parameters())
+    if "sc" in str(conditioning):
+        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv: the weight of .* is divided among processes"):
+            condattn.fold(model)

@@ -120,6 +120,20 @@ def test_hooks_see_the_output_of_the_whole_forward(conditioning):
     assert torch.equal(*seen)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", ["sc", "pc", "sc+pc"])
+def test_compiled_with_several_hooks(conditioning):
+    """Those of two methods, or of the user, before and after the model is conditioned."""
+    model, images = swin("none"), torch.randn(1, 3, 32, 32)
+    attention, seen = model.features[1][0].attn, []
+    attention.register_forward_hook(lambda module, args, output: seen.append(len(seen)))
+    condattn.condition(model, conditioning)
+    attention.register_forward_hook(lambda module, args, output: seen.append(len(seen)))
+    wanted = model(images)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(images), wanted)
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("conditioning", ["sc", "pc"])
 def test_a_layer_that_is_parametrized_later(conditioning):
     model, images = swin(conditioning), torch.randn(1, 3, 32, 32)

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 from registrations import registrations_undone
 from torch import nn
 
@@ -62,6 +63,48 @@ def test_unknown_attention_is_left_out_without_a_warning_where_patterns_say_so()
         assert condattn.condition(model, "sc", include="known").conditioned == ("known",)
         with pytest.raises(ValueError, match="leave no attention site"):
             condattn.condition(model, "none", include="strange")
+
+
+class Wrapped(nn.Module):
+    """A wrapper that has no weight of its own, such as a user's own LoRA."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_layer_without_a_weight():
+    """Its attention is left out with the reason; the rest of the model is conditioned."""
+    timm = pytest.importorskip("timm")
+    model = nn.ModuleList(timm.layers.Attention(8, 2) for _ in range(2))
+    model[0].qkv = Wrapped(model[0].qkv)
+    reason = (
+        r"Attention \(0\): a Wrapped in it has no weight that is a tensor, as quantised and wrapped layers have not"
+    )
+    with pytest.warns(UserWarning, match=reason):
+        assert condattn.condition(model, "sc+pc").conditioned == ("1",)
+    assert condattn.fold(model) == condattn.remove(model) == 1
+    assert condattn.condition(model, "pc", exclude="0").conditioned == ("1",)
+    with pytest.raises(ValueError, match=reason):
+        condattn.condition(model[:1], "pc")
+
+
+def test_a_layer_that_is_wrapped_after_it_was_conditioned():
+    """Nothing is folded or removed, rather than a part."""
+    timm = pytest.importorskip("timm")
+    model, x = nn.Sequential(*(timm.layers.Attention(8, 2) for _ in range(2))), torch.randn(1, 3, 8)
+    condattn.condition(model, "sc+pc")
+    model[1].qkv = Wrapped(model[1].qkv)
+    wanted, weight = model(x), model[0].qkv.weight.clone()
+    for function in (condattn.fold, condattn.remove, condattn.conditioning_of):
+        with pytest.raises(
+            ValueError, match=r"1 \(Attention\) was conditioned, and then a layer was replaced: a Wrapp"
+        ):
+            function(model)
+    assert torch.equal(model(x), wanted) and torch.equal(model[0].qkv.weight, weight)
 
 
 def test_register_rule():

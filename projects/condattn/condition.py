@@ -152,12 +152,14 @@ def fold(model: nn.Module) -> int:
         The number of modules whose weights were merged.
 
     Raises:
-        ValueError: If a weight to be merged is computed (pruned, or parametrized), or is that of another layer as well;
-            in this case nothing is merged.
+        ValueError: If a weight to be merged is computed (pruned, or parametrized), is that of another layer as well, or
+            is divided among processes (FSDP2), or if a conditioned layer was replaced (quantised, or wrapped); in these
+            cases nothing is merged.
     """
     foldable = corrected_modules(model)
     check_can_restore(foldable)
     check_weights_of(model, foldable)
+    sites = find_sites(model)
     for module in foldable:
         module.fold()
     allow_fusion(model)
@@ -165,7 +167,7 @@ def fold(model: nn.Module) -> int:
         CorrectedWeightOverride.detach(reader)
     follow_all(model)
     conditioned = {id(place.module) for place, _ in conditioned_places(model)}
-    for site in find_sites(model):
+    for site in sites:
         if id(site.module) not in conditioned:
             FirstForward.forget(site.module)
     forget_compiled()
@@ -277,7 +279,10 @@ def _matching(
     found: list[AttentionSite | UnsupportedAttention], patterns: str | Sequence[str], argument: str
 ) -> list[AttentionSite | UnsupportedAttention]:
     matched = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{argument} is {patterns!r}; expected a pattern of module names, or a list of patterns")
+    for pattern in patterns:
         hits = [one for one in found if _matches(one.name, pattern)]
         if not hits:
             names = ", ".join(repr(one.name) for one in found if isinstance(one, AttentionSite))

@@ -42,7 +42,7 @@ def main() -> None:
         )
     if not any(methods_in(record, kind) for kind in (HeadOutputMethod, WeightMethod)):
         raise UserError(f"the model of {args.config} has no PC and no SC; there is nothing to calibrate")
-    if number := subtract_corrections(model):
+    if number := subtract_corrections(model, predictor.loaded):
         print(f"{number} weights: W - C in place of W; W + C, and so the function, is that of the checkpoint")
     if any(head_transform_of(site) for site in find_sites(model)):
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .builders import MissingWeightError
 from .classes import check_qualified, qualified_name
 from .site import AttentionSite, HeadOutputs, Place, Projection, is_within
 
@@ -59,20 +60,36 @@ def register_exception(class_name: str, reason: str, attends: bool = False) -> N
         _ATTENDING.discard(class_name)
 
 
+@dataclass(frozen=True)
+class UnsupportedAttention(Place):
+    """Attention that has no site.
+
+    Attributes:
+        reason: Why it has no site, as registered by :func:`register_exception`, or which layer has no weight; '' if
+            no rule describes it.
+    """
+
+    reason: str
+
+
 def find_sites(model: nn.Module) -> list[AttentionSite]:
     """Find all attention sites of ``model`` that a rule describes, in the order of ``model.named_modules()``.
 
-    The sites are the same before and after conditioning.
+    The sites are the same before and after conditioning. Attention with a layer that has no weight (quantised, or in a
+    wrapper that is not known) is left out; :func:`find_unsupported` finds it.
+
+    Raises:
+        ValueError: If a rule is wrong, or a conditioned attention module has such a layer.
     """
     sites = []
     for name, module in _named_modules(model):
         describe = _RULES.get(_entry(type(module)))
-        if describe is not None:
-            sites.append(_site(name, module, describe))
+        if describe is not None and not isinstance(found := _site(name, module, describe), UnsupportedAttention):
+            sites.append(found)
     return sites
 
 
-def _site(name: str, module: nn.Module, describe: Describe) -> AttentionSite:
+def _site(name: str, module: nn.Module, describe: Describe) -> AttentionSite | UnsupportedAttention:
     """Apply a rule, and raise a ``ValueError`` that names the class if the rule is wrong."""
     try:
         site = AttentionSite(name=name, module=module, **describe(module))
@@ -84,6 +101,13 @@ def _site(name: str, module: nn.Module, describe: Describe) -> AttentionSite:
             )
         if not isinstance(site.out, HeadOutputs | None):
             raise TypeError(f"expected out made by into(layer), found a {type(site.out).__name__}")
+    except MissingWeightError as error:
+        if any("host_class" in vars(part) for part in module.modules()):
+            raise ValueError(
+                f"{Place(name, module)} was conditioned, and then a layer was replaced: {error}; fold the model, or "
+                "remove the conditioning, before layers are replaced"
+            ) from error
+        return UnsupportedAttention(name, module, str(error))
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -93,30 +117,24 @@ def _site(name: str, module: nn.Module, describe: Describe) -> AttentionSite:
     return site
 
 
-@dataclass(frozen=True)
-class UnsupportedAttention(Place):
-    """Attention that has no site.
-
-    Attributes:
-        reason: Why it has no site, as registered by :func:`register_exception`; '' if no rule describes it.
-    """
-
-    reason: str
-
-
 def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
     """Find attention of ``model`` that has no site.
 
-    There are two kinds: classes registered as exceptions with ``attends=True``, and modules that look like attention
-    but have neither a rule nor an exception. A module looks like attention if its class name says so, it has weights of
-    its own, and no site is inside or around it.
+    There are three kinds: classes registered as exceptions with ``attends=True``, modules with a rule that names a
+    layer without a weight, and modules that look like attention but have neither a rule nor an exception. A module
+    looks like attention if its class name says so, it has weights of its own, and no site is inside or around it.
     """
     sites = [site.name for site in find_sites(model)]
     unsupported = []
     for name, module in _named_modules(model):
         cls = type(module)
         entry = _entry(cls)
-        reason = "" if entry in _RULES else _EXCEPTIONS.get(entry, "")
+        describe = _RULES.get(entry)
+        if describe is not None:
+            if isinstance(one := _site(name, module, describe), UnsupportedAttention):
+                unsupported.append(one)
+            continue
+        reason = _EXCEPTIONS.get(entry, "")
         if reason:
             found = _attends(cls)
         else:

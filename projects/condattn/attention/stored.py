@@ -21,6 +21,8 @@ def check_stored(owner: nn.Module, parameter: str, place: str) -> None:
 def check_writable(model: nn.Module, weights: Iterable[tuple[nn.Module, str]]) -> None:
     """Raise a one-line ``ValueError`` unless these weights can be written without changing other layers of ``model``.
 
+    They cannot if they are computed, or divided among processes (FSDP2).
+
     Args:
         model: The model that contains the layers.
         weights: Layers in it, each with the name of its weight.
@@ -32,6 +34,12 @@ def check_writable(model: nn.Module, weights: Iterable[tuple[nn.Module, str]]) -
             users.setdefault(id(value), []).append(key)
     for owner, parameter in weights:
         check_stored(owner, parameter, places.get(owner) or "(the model itself)")
+        if hasattr(getattr(owner, parameter), "full_tensor"):
+            raise ValueError(
+                f"{places.get(owner) or '(the model itself)'}: the {parameter} of a {type(owner).__name__} is divided "
+                "among processes (FSDP2); write to the weights of a model that is not, such as one that loads the "
+                "checkpoint of the training"
+            )
         names = users.get(id(getattr(owner, parameter)), [])
         if len(names) > 1:
             raise ValueError(

@@ -76,6 +76,17 @@ def forward_hooks(module: nn.Module) -> Hooks:
     return module._forward_hooks
 
 
+def store_forward_hooks_in_order(module: nn.Module) -> None:
+    """Store the forward hooks of ``module`` in the order in which they are called.
+
+    A hook that is registered with ``prepend=True`` is called first, but stored last, and ``torch.compile`` (2.11) takes
+    them in the order in which they are stored, so that it fails with an internal error.
+    """
+    hooks = list(module._forward_hooks.items())
+    module._forward_hooks.clear()
+    module._forward_hooks.update(hooks)
+
+
 def remove_forward_hook(module: nn.Module, number: int) -> None:
     """Remove the forward hook with this number, as its handle would."""
     module._forward_hooks.pop(number, None)

@@ -21,7 +21,7 @@ def check_can_swap(owner: nn.Module, layer: type[ConditionedLayer], site: Attent
     """Raise a one-line ``ValueError`` unless ``owner`` can become a ``layer`` by :func:`swap_class`.
 
     It can if it is not parametrized, its forward is that of its class, and this class is the host class,
-    ``layer.host``, one of ``SAME``, or a subclass that adds no methods except ``__init__``.
+    ``layer.host``, one of ``SAME``, or a subclass that adds no methods and properties except ``__init__``.
     """
     if isinstance(owner, layer):
         return
@@ -32,11 +32,15 @@ def check_can_swap(owner: nn.Module, layer: type[ConditionedLayer], site: Attent
         problem = f"{type(owner).__name__}, whose forward was replaced (by accelerate, for instance)"
     elif nn.utils.parametrize.is_parametrized(owner):
         problem = f"parametrized {layer.host.__name__}"
-    elif any(callable(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
-        problem = f"{type(owner).__name__}, which has methods that {layer.host.__name__} has not"
+    elif any(_is_behaviour(member) and name != "__init__" for cls in added for name, member in vars(cls).items()):
+        problem = f"{type(owner).__name__}, which has methods or properties that {layer.host.__name__} has not"
     else:
         return
     raise ValueError(f"{site}: cannot condition its {problem}; {leave_out(site)}")
+
+
+def _is_behaviour(member: object) -> bool:
+    return callable(member) or isinstance(member, property | classmethod | staticmethod)
 
 
 def has_own_forward(owner: nn.Module) -> bool:

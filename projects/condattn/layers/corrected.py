@@ -25,9 +25,9 @@ class CorrectedLayer(ConditionedLayer, CorrectedModule):
 
         Raises:
             RuntimeError: If it is a bias and the layer has none, as where batch norm is fused into it
-                (``mmcv.cnn.fuse_conv_bn``).
+                (``mmcv.cnn.fuse_conv_bn``). A bias that was deleted (by pruning, or FSDP) may be set again.
         """
-        if name == "bias" and param is not None and self.corrections and self.bias is None:
+        if name == "bias" and param is not None and self.corrections and self._parameters.get("bias", param) is None:
             refuse_fusion()
         super().register_parameter(name, param)
 

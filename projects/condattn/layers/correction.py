@@ -4,7 +4,7 @@ All weights are treated as matrices (out features, in features), in whatever lay
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -293,10 +293,10 @@ class CorrectedModule(nn.Module):
                 self.__dict__.pop(name, None)
 
     @torch.no_grad()
-    def subtract_corrections(self) -> None:
-        """Make W - C the weights, with C computed from W, so that the effective weight is W from now on."""
+    def subtract_corrections(self, parameters: Collection[str]) -> None:
+        """Make W - C the weights called ``parameters``, with C computed from W, so that W + C is what W was."""
         restore_parameters(self)
-        corrections = list(self._all_corrections())
+        corrections = [(name, correction) for name, correction in self._all_corrections() if name in parameters]
         for parameter, correction in corrections:
             if correction.depends_on_weight:
                 name = correction.buffer(parameter)
@@ -392,16 +392,21 @@ def check_weights_of(model: nn.Module, corrected: Iterable[CorrectedModule]) -> 
     check_writable(model, [(module, parameter) for module in corrected for parameter in module.corrections])
 
 
-def subtract_corrections(model: nn.Module) -> int:
-    """Call :meth:`CorrectedModule.subtract_corrections` on all corrected modules in ``model``.
+def subtract_corrections(model: nn.Module, weights: Collection[str]) -> int:
+    """Call :meth:`CorrectedModule.subtract_corrections` on those of ``weights``, names in ``model``, with corrections.
 
-    Returns the number of corrected weights.
+    Returns the number of these weights.
 
     Raises:
         ValueError: If a weight cannot be written, see :func:`check_weights_of`; in this case nothing is changed.
     """
     corrected = corrected_modules(model)
     check_weights_of(model, corrected)
+    names = {module: name for name, module in model.named_modules()}
+    number = 0
     for module in corrected:
-        module.subtract_corrections()
-    return sum(len(module.corrections) for module in corrected)
+        prefix = f"{names[module]}." if names[module] else ""
+        parameters = [parameter for parameter in module.corrections if prefix + parameter in weights]
+        module.subtract_corrections(parameters)
+        number += len(parameters)
+    return number

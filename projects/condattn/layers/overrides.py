@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention.adapters import inner, is_at_work
-from ..kernels.private import forward_hooks, override_parameter
+from ..kernels.private import forward_hooks, override_parameter, store_forward_hooks_in_order
 from ..kernels.switch import is_compiling, is_plain
 from .class_swap import restore_parameters
 from .hooks import PickledHook, remove_hooks
@@ -33,6 +33,7 @@ class ParameterOverride(PickledHook, ABC):
             # Before the hooks of others, which expect the output of the whole forward.
             reader.register_forward_hook(self.end, prepend=True, always_call=True),
         )
+        store_forward_hooks_in_order(reader)
 
     @abstractmethod
     def parameters(self, layer: nn.Module, owner: Any) -> Mapping[str, Tensor | None]:

@@ -41,7 +41,8 @@ class RowPreconditioner(HeadOutputMethod):
 
     def __post_init__(self):
         check_flags(self, "detach")
-        if not (math.isfinite(self.eps) and self.eps > 0):
+        is_number = isinstance(self.eps, int | float) and not isinstance(self.eps, bool)
+        if not (is_number and math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"RowPreconditioner: eps is {self.eps!r}; expected a positive finite number")
         if self.cross_covariance not in ("channels", "tokens"):
             raise ValueError(

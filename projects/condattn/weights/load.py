@@ -106,7 +106,7 @@ def load_weights(
     fitted, report = fit(weights, model, source, known)
     model.load_state_dict(fitted, strict=False)
     if load == "effective":
-        subtract_corrections(model)
+        subtract_corrections(model, fitted)
     return report
 
 

@@ -100,6 +100,10 @@ class Predictor:
         unsafe: Execute the code in a checkpoint that holds more than weights.
         images: Whether images will be predicted; the configuration needs a test pipeline for that alone.
 
+    Attributes:
+        model: The model.
+        loaded: Names of the weights that the checkpoint has; the others have initial values.
+
     Raises:
         UserError: If the model or the checkpoint is invalid, they do not fit each other, or images need what the
             configuration does not have.
@@ -116,6 +120,7 @@ class Predictor:
     ) -> None:
         self._pipeline, self._read = (Compose(_image_pipeline(cfg)), image_reader(cfg)) if images else (None, None)
         model, state = build_model(cfg), {}
+        self.loaded = set()
         if checkpoint is None:
             drop_pretrained(model, replaced=set(model.state_dict()))
             model.init_weights()
@@ -125,6 +130,7 @@ class Predictor:
             if not other_conditioning:
                 check_conditioning(state, checkpoint, model)
             model.load_state_dict(weights, strict=False)
+            self.loaded = set(weights)
         self.model = revert_sync_batchnorm(model).to(device).eval()
         self._segments = cfg.default_scope == "mmseg"
         if images:
