@@ -66,12 +66,12 @@ def batch(scope, sizes=SIZES):
     return {"inputs": images, "data_samples": samples}
 
 
-def calibrate(model, batches, loaded=None):
+def calibrate(model, batches, loaded=None, iteration=0):
     """Run the hook, after it has seen the checkpoint ``loaded``, and return what it logs."""
     lines = []
     logger = SimpleNamespace(info=lambda line: lines.append(str(line)))
     loader = DataLoader(batches, collate_fn=lambda items: items[0])
-    runner = SimpleNamespace(iter=0, model=model, train_dataloader=loader, logger=logger, seed=0)
+    runner = SimpleNamespace(iter=iteration, model=model, train_dataloader=loader, logger=logger, seed=0)
     hook = CalibrationHook(batches=len(batches))
     if loaded is not None:
         hook.after_load_checkpoint(runner, loaded)
@@ -143,6 +143,34 @@ def test_weights_that_were_trained_with_a_preconditioner_are_left_alone(start, t
         assert len(lines) == 8
     else:
         assert lines == ["CalibrationHook leaves weights alone that were trained with RowPreconditioner"]
+
+
+def test_a_resumed_run_is_left_alone(tmp_path):
+    """It has been calibrated before its first iteration, and trained since."""
+    cfg = Config.fromfile(CONFIGS / "demo/upernet_swin_pc.py")
+    cfg.model.data_preprocessor.size = (64, 64)
+    model = build(cfg, tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert calibrate(model, [batch("mmseg")], iteration=5) == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(calibrate(model, [batch("mmseg")])) == 8
+
+
+def test_all_processes_use_the_mean_of_their_row_norms(monkeypatch):
+    """The other one of two processes measures norms that are three times as large."""
+
+    def all_reduce(value, op):
+        other = torch.cat([3 * value[:-1], value[-1:]])  # sums of norms, and their number
+        value.copy_({"mean": (value + other) / 2}[op])
+
+    data = [{"inputs": torch.randn(4, 3, 32, 32)}]
+    models = Classifier(), Classifier()
+    calibrate(models[0], data)
+    monkeypatch.setattr(calibration, "dist", SimpleNamespace(all_reduce=all_reduce))
+    calibrate(models[1], data)
+    for alone, together, initial in zip(*(m.backbone.blocks for m in (*models, Classifier())), strict=True):
+        torch.testing.assert_close(together.attn.proj.weight, 2 * alone.attn.proj.weight)
+        assert not torch.allclose(alone.attn.proj.weight, initial.attn.proj.weight)
 
 
 def measured(model, data, **settings):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -162,6 +163,75 @@ def test_a_gate_is_no_projection():
     condattn.condition(model, "pc")
     (site,) = calibrate(model, lambda: model(torch.randn(1, 4, 24)))
     assert "a gate stands between" in site.reason
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_calibration_of_convolutions(head_first):
+    """Their heads lie side by side along the channels of a map, and its pixels are the rows."""
+    attention2d = pytest.importorskip("timm.layers.attention2d")
+    model, x = attention2d.Attention2d(24, num_heads=3, head_first=head_first).eval(), torch.randn(2, 24, 4, 5)
+    seen, before = [], model.proj.weight.detach().clone()
+    handle = model.proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(x)
+    handle.remove()
+    scales = mean_norms(seen[0].unflatten(1, (3, 8)).permute(0, 3, 4, 1, 2).flatten(0, 2))
+    condattn.condition(model, "pc")
+    (site,) = calibrate(model, lambda: model(x))
+    assert not site.reason and site.after < site.before
+    torch.testing.assert_close(site.scales, scales)
+    columns = scales.repeat_interleave(8)[:, None, None]
+    torch.testing.assert_close(model.proj.weight.double(), before.double() * columns)
+
+
+def test_calibration_of_some_of_the_channels_of_a_projection():
+    """Behind the heads, that of a parallel block receives the hidden channels of the feed-forward network."""
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    if "fuse_out_proj" not in signature(vit.ParallelScalingBlock).parameters:
+        pytest.skip("this timm has two projections")
+    model, x, seen = vit.ParallelScalingBlock(24, 3, fuse_out_proj=True).eval(), torch.randn(2, 5, 24), []
+    before = model.out_proj.weight.detach().clone()
+    handle = model.out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(x)
+    handle.remove()
+    assert seen[0].shape[-1] == 24 + 96
+    scales = mean_norms(seen[0][..., :24].unflatten(-1, (3, 8)).flatten(0, 1))
+    condattn.condition(model, "pc")
+    (site,) = calibrate(model, lambda: model(x))
+    assert not site.reason and site.after < site.before
+    torch.testing.assert_close(site.scales, scales)
+    columns = torch.cat([scales.repeat_interleave(8), torch.ones(96).double()])
+    torch.testing.assert_close(model.out_proj.weight.double(), before.double() * columns)
+
+
+def test_calibration_leaves_each_module_in_its_mode():
+    """Such as frozen stages, which stay in evaluation mode while the others train."""
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=True), nn.Dropout(), nn.Dropout()])
+    condattn.condition(model, "pc")
+    model.train()
+    model[1].eval()
+    x, modes = torch.randn(2, 3, 8), [module.training for module in model.modules()]
+    seen = []
+    calibrate(model, lambda: (seen.extend(module.training for module in model.modules()), model[0](x, x, x)))
+    assert not any(seen)
+    assert [module.training for module in model.modules()] == modes and not all(modes)
+
+
+@pytest.mark.parametrize("what, reason", [("lora", "an adapter is around its output proj"), ("gain", "a GainedLinear")])
+def test_projections_that_cannot_take_the_factors(what, reason):
+    """An adapter would add its update to them; a gain scales the head outputs itself. Nothing is written."""
+    timm = pytest.importorskip("timm")
+    model, x = nn.ModuleList([timm.layers.Attention(8, 2)]), torch.randn(2, 3, 8)
+    if what == "lora":
+        peft = pytest.importorskip("peft")
+        condattn.condition(model, "pc")
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["proj"], r=2, init_lora_weights=False), model)
+    else:
+        pytest.importorskip("condattn.openmmlab.study.gain")
+        condattn.condition(model, dict(type="GainedRowPreconditioner", gain="sqrt"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (site,) = calibrate(model, lambda: model[0](x))
+    assert site.scales is None and reason in str(site)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.fixture(scope="session")

@@ -306,6 +306,16 @@ def test_parametrized_weights_are_refused():
         condattn.condition(module, "sc")
 
 
+def test_parametrized_projections_that_their_module_reads_are_refused():
+    """Its weight is overridden in the module that uses it, which a parametrization would undo."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    module = swin.ShiftedWindowAttention(8, [4, 4], [0, 0], 2)
+    nn.utils.parametrizations.weight_norm(module.proj)
+    with pytest.raises(ValueError, match="cannot condition its parametrized Linear"):
+        condattn.condition(module, "pc")
+    assert not any(condattn.conditioning_of(module).values())
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [

@@ -112,13 +112,19 @@ def test_weights_that_the_host_reads_are_lent_for_its_forward_only():
     torch.testing.assert_close(model(image), reference(image), rtol=0, atol=1e-6)
 
 
-def test_replicas_of_a_model_get_the_corrected_weights():
-    """Replicas as made by nn.DataParallel, whose weights are no parameters."""
+def hooks(model):
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+@pytest.mark.parametrize("used", [True, False], ids=["used before", "new"])
+def test_replicas_of_a_model_get_the_corrected_weights(used):
+    """Replicas as made by nn.DataParallel, whose weights are no parameters; they leave the hooks of the model alone."""
     model = MODELS["BEiT"]().eval()
     condattn.condition(model, "sc")
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        want = model(image)
+        want = (model if used else copy.deepcopy(model))(image)
+        before = hooks(model)
         modules = dict(model.named_modules())
         replicas = {name: module._replicate_for_data_parallel() for name, module in modules.items()}
         for name, replica in replicas.items():
@@ -129,6 +135,7 @@ def test_replicas_of_a_model_get_the_corrected_weights():
                     object.__setattr__(replica, parameter, value.detach())
         for _ in range(2):
             assert torch.equal(replicas[""](image), want)
+        assert hooks(model) == before
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from condattn.kernels import feed_forward as module
 from condattn.kernels import window_attention as attention
 from condattn.kernels.feed_forward import feed_forward, feed_forward_reference
 from condattn.kernels.row_norm import normalize_rows, normalize_rows_reference, normalized_linear
-from condattn.kernels.switch import plain, triton_module
+from condattn.kernels.switch import is_plain, plain, triton_module
 from condattn.kernels.windows import Windows
 
 CPU = torch.device("cpu")
@@ -268,6 +268,19 @@ def test_the_switch():
         gradient.square().sum().backward()
     _, tangent = torch.func.jvp(lambda q: attention.window_attention(q, *arguments[1:]), (qkv,), (qkv,))
     assert tangent.isfinite().all()
+
+
+def test_the_switch_may_be_nested():
+    """The end of an inner context, also by an error, does not end the outer one."""
+    assert not is_plain()
+    with plain():
+        with pytest.raises(KeyError), plain():
+            raise KeyError
+        assert is_plain()
+        with plain():
+            assert is_plain()
+        assert is_plain()
+    assert not is_plain()
 
 
 def test_maps_of_another_size():

@@ -9,7 +9,7 @@ from hosts import EMBED, HEADS, HOSTS
 from torch import nn
 
 import condattn
-from condattn import RowPreconditioner, SpectralCorrection
+from condattn import ConditionedInitialization, EmbeddedTokens, RowPreconditioner, SpectralCorrection
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -188,4 +188,8 @@ def test_literal_defaults():
     )  # fmt: skip
     exact = SpectralCorrection(form="svd")
     assert (exact.strength, exact.relative) == (1.0, True)
-    assert (RowPreconditioner().detach, RowPreconditioner().eps) == (False, 1e-6)
+    assert RowPreconditioner().to_dict() == dict(
+        type="RowPreconditioner", eps=1e-6, detach=False, cross_covariance="channels"
+    )
+    assert EmbeddedTokens().to_dict() == dict(type="EmbeddedTokens", form="svd", detach=True, iterations=12)
+    assert ConditionedInitialization().to_dict() == dict(type="ConditionedInitialization", layout="fused")

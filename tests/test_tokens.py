@@ -13,6 +13,7 @@ from torch import nn
 import condattn
 from condattn import EmbeddedTokens
 from condattn.attention.tokens import find_token_entries, known_token_rules
+from condattn.condition import same_conditioning
 from condattn.kernels.polar import svd_correction
 
 timm = pytest.importorskip("timm")
@@ -234,6 +235,23 @@ def test_masked_tokens_anywhere(bert):
 
 
 @needs_transformers
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "dtype, number", [(torch.float16, -65504.0), (torch.float16, -1e4), (torch.bfloat16, -3e38)], ids=str
+)
+def test_masks_that_are_added_in_half_precision(bert, dtype, number):
+    """The smallest number of float16 stands for padding, and so does that of older models."""
+    condattn.condition(bert.to(dtype), "ct")
+    block, x, seen = bert.encoder.layer[0], torch.randn(2, 9, 24).to(dtype), []
+    block.attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    mask = torch.zeros(2, 1, 1, 9, dtype=dtype)
+    mask[..., 5:] = number
+    block(x, mask)
+    assert torch.equal(seen[0][:, 5:], x[:, 5:])
+    torch.testing.assert_close(seen[0][:, :5].double(), by_hand(x[:, :5]), rtol=0.02, atol=0.02)
+
+
+@needs_transformers
 def test_masks_that_are_no_tensors_are_refused(bert):
     """Such as those of flex attention, which say nothing of padding that could be read here."""
     condattn.condition(bert, "ct")
@@ -416,6 +434,16 @@ def test_rules_for_classes_that_are_not_named_fully():
 def test_settings_that_are_none(settings):
     with pytest.raises(ValueError, match="EmbeddedTokens: (form|iterations|detach) is .*; expected"):
         EmbeddedTokens(**settings)
+
+
+@pytest.mark.parametrize("theirs, same", [("ct(detach=False)", True), ("ct(form='newton_schulz')", False)])
+def test_checkpoints_fit_models_that_differ_in_gradients_alone(theirs, same):
+    records = []
+    for conditioning in ("ct", theirs):
+        model = MODELS["vit"]()
+        condattn.condition(model, conditioning)
+        records.append(condattn.conditioning_of(model)["blocks.0"])
+    assert records[0] != records[1] and same_conditioning(*records) == same
 
 
 def test_patterns_that_leave_no_model_with_tokens():
