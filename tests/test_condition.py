@@ -210,15 +210,28 @@ def test_not_a_model():
         condattn.condition("swin")
 
 
-def test_a_compiled_model_notices():
+def test_a_compiled_model_notices(monkeypatch):
+    """Not all versions of torch.compile notice hooks that come or go, so that each change clears its caches."""
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
     compiled, image = torch.compile(model, backend="eager"), torch.randn(1, 3, 32, 32)
+    reset, resets = torch.compiler.reset, []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
     with torch.no_grad():
-        before = compiled(image)
-        condattn.condition(model, "pc")
-        torch.testing.assert_close(compiled(image), model(image))
-        assert not torch.allclose(before, model(image))
+        outputs = [compiled(image)]
+        for change in (
+            lambda m: condattn.condition(m, [SpectralCorrection(1.0), "pc"]),
+            condattn.fold,
+            condattn.remove,
+        ):
+            change(model)
+            outputs.append(compiled(image))
+            torch.testing.assert_close(outputs[-1], model(image))
+            assert resets
+            resets.clear()
+        before, conditioned, folded, removed = outputs
+        torch.testing.assert_close(folded, conditioned, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(before, conditioned) and not torch.allclose(folded, removed)
 
 
 def test_attention_that_cannot_be_conditioned_hides_what_is_in_it(monkeypatch):

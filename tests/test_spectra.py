@@ -180,6 +180,35 @@ def test_corrections_in_half_precision(method, dtype):
         assert torch.equal(effective_heads(site, name), part.unflatten(0, (3, 4)))
 
 
+@pytest.mark.parametrize("conditioning, used", [("none", "A(X)"), ("pc", "C A(X)")])
+def test_which_derivatives_are_those_of_the_model(conditioning, used):
+    """Of the preconditioned one, those of A(X) are measured for comparison."""
+    pytest.importorskip("scipy")
+    model, x = attention(), torch.randn(1, 4, 12).double()
+    condattn.condition(model, conditioning)
+    rows = measure(model, lambda: model(x, x, x), ["jacobian"], max_heads=1).rows()
+    found = {row["quantity"]: row["used"] for row in rows if row["quantity"].startswith("d")}
+    outputs = ["A(X)"] if conditioning == "none" else ["A(X)", "C A(X)"]
+    assert found == {f"d{output}/dW_{name}": output == used for output in outputs for name in "QKV"}
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="this torch compiles in any case")
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_compiled_models_run_as_they_are_written(compiled_before):
+    """Compiled in one graph, they could not be watched; they are compiled as before afterwards."""
+    timm = pytest.importorskip("timm")
+    model, image, graphs = timm.create_model("test_vit", img_size=32).eval(), torch.randn(1, 3, 32, 32), []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    if compiled_before:
+        compiled(image)
+    found, wanted = (measure(one, image, ["map", "outputs", "entropy"]) for one in (compiled, model))
+    assert len(graphs) == compiled_before and not found.left_out and found.rows()
+    for row, want in zip(found.rows(), wanted.rows(), strict=True):
+        assert row == want | dict(site=f"_orig_mod.{want['site']}")
+    compiled(image)
+    assert graphs
+
+
 MODELS = {"ViT": "test_vit", "XCiT": "xcit_nano_12_p16_224"}
 
 
