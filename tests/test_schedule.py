@@ -17,9 +17,9 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import FlexibleRunner, Runner
 
+from condattn.openmmlab.config_text import settings_of
 from condattn.openmmlab.hooks import schedule
 from condattn.openmmlab.hooks.atomic_checkpoint import AtomicCheckpointHook
-from condattn.openmmlab.hooks.config_text import settings_of
 from condattn.openmmlab.hooks.schedule import ScheduleHook
 from condattn.openmmlab.runner.checkpoints import read_checkpoint, read_safely
 

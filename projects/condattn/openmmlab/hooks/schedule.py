@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor
 
-from .config_text import settings_of
+from ..config_text import settings_of
 
 PROGRESS = ("last_step", "_global_step", "_last_value", "verbose", "best", "num_bad_epochs", "cooldown_counter")
 """Attributes of mmengine's schedulers that change during a run or control printing; all others are settings."""
