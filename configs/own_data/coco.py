@@ -3,8 +3,6 @@
 For data with boxes only, set `_base_` to '../retinanet_swin_pc.py'; every other COCO config of that folder works too.
 """
 
-from os.path import join
-
 _base_ = "../mask_rcnn_swin_pc.py"
 
 data_root = "data/own"
@@ -16,6 +14,9 @@ batch_size = 4
 max_epochs = 24
 
 # ---------------------------------------------------------------- the rest follows from the block above
+
+# Below _base_, because mmengine 0.10 would take a config that begins with an import for one of its other kind.
+from os.path import join  # noqa: E402
 
 
 def with_values(node, **values):

@@ -166,7 +166,7 @@ class CorrectedModule(nn.Module):
     """Names of the buffers whose corrections are not fixed yet."""
     abstract: frozenset[str] = frozenset()
     """Names of the buffers that were registered on the meta device, and not filled by ``load_state_dict``."""
-    entries: Mapping[tuple, tuple[Tensor | None, Tensor | None]] = MappingProxyType({})
+    entries: Mapping[tuple, tuple[Tensor | None, Tensor | None]] | None = None
     """Name of a buffer, device and dtype -> C, unless it depends on the weight, and the columns of its entries.
 
     They are no buffers: a moving average of buffers would change the columns, and loaders leave them uninitialised.
@@ -210,15 +210,16 @@ class CorrectedModule(nn.Module):
         """C of a weight, and the columns of its entries; see :meth:`Correction.compute` and :meth:`.columns`."""
         name = correction.buffer(parameter)
         key = name, matrix.device, matrix.dtype
-        constant, columns = self.entries.get(key, (None, None))
-        if key not in self.entries:
+        entries = self.entries or {}
+        constant, columns = entries.get(key, (None, None))
+        if key not in entries:
             like = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
             constant = None if correction.depends_on_weight else correction.compute(like)
             columns = correction.columns(like)
             if not (is_compiling() or torch.jit.is_tracing() or is_watched_or_transformed()):
                 for tensor in filter(torch.is_tensor, (constant, columns)):
                     mark_static(tensor)
-                self.entries = {**self.entries, key: (constant, columns)}
+                self.entries = {**entries, key: (constant, columns)}
         return getattr(self, name) if constant is None else constant, columns
 
     def _apply(self, fn, recurse=True):
@@ -283,7 +284,7 @@ class CorrectedModule(nn.Module):
                 continue
             name = correction.buffer(parameter)
             self.unsettled, self.abstract = self.unsettled - {name}, self.abstract - {name}
-            self.entries = {key: value for key, value in self.entries.items() if key[0] != name}
+            self.entries = {key: value for key, value in (self.entries or {}).items() if key[0] != name}
             if hasattr(self, name):
                 delattr(self, name)
         if remaining:
