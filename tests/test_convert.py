@@ -1,6 +1,5 @@
 """Weights in every naming format load completely, and source and target models compute the same."""
 
-import copy
 import math
 import re
 
@@ -361,18 +360,6 @@ def test_effective_weights_preserve_the_function(conditioning, tmp_path):
     assert torch.equal(attention.in_proj_weight, source.blocks[0].attn.qkv.weight)
     with pytest.raises(ValueError, match="load is 'folded'; expected 'raw' or 'effective'"):
         load_pretrained(corrected, tmp_path / "vit.pth", load="folded")
-
-
-def test_effective_weights_that_are_not_in_the_file():
-    """They keep their values, and so do the corrected weights."""
-    plain = nn.ModuleDict(dict(old=nn.MultiheadAttention(8, 2), new=nn.MultiheadAttention(8, 2)))
-    model = copy.deepcopy(plain)
-    condattn.condition(model, "sc")
-    part = {name: value for name, value in plain.state_dict().items() if name.startswith("old")}
-    for _ in range(2):
-        load_weights(model, part, "a part", load="effective")
-        torch.testing.assert_close(model["old"].effective_weight("in_proj_weight"), plain["old"].in_proj_weight)
-        assert torch.equal(model["new"].in_proj_weight, plain["new"].in_proj_weight)
 
 
 def test_effective_weights_of_a_layer_that_shares_its_weight_are_not_loaded():

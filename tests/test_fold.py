@@ -1,4 +1,6 @@
-"""``fold``: the function stays, and the layers become the host library's own again."""
+"""``fold``: the function stays, and the layers become the host library's own again; subtracting corrections."""
+
+import copy
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 import condattn
 from condattn import RowPreconditioner, SpectralCorrection
 from condattn.layers.correction import subtract_corrections
+from condattn.weights.load import load_weights
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -58,7 +61,19 @@ def test_corrections_are_subtracted_from_the_named_weights_alone():
     condattn.condition(model, "sc")
     assert subtract_corrections(model, ["1.in_proj_weight", "0.out_proj.weight"]) == 1
     assert torch.equal(model[0].in_proj_weight, before[0])
-    torch.testing.assert_close(model[1].in_proj_weight, before[1] - torch.eye(8).repeat(3, 8 // 8)[:24])
+    torch.testing.assert_close(model[1].in_proj_weight, before[1] - torch.eye(8).repeat(3, 1))
+
+
+def test_effective_weights_that_are_not_in_the_file():
+    """They keep their values, and so do the corrected weights."""
+    plain = nn.ModuleDict(dict(old=nn.MultiheadAttention(8, 2), new=nn.MultiheadAttention(8, 2)))
+    model = copy.deepcopy(plain)
+    condattn.condition(model, "sc")
+    part = {name: value for name, value in plain.state_dict().items() if name.startswith("old")}
+    for _ in range(2):
+        load_weights(model, part, "a part", load="effective")
+        torch.testing.assert_close(model["old"].effective_weight("in_proj_weight"), plain["old"].in_proj_weight)
+        assert torch.equal(model["new"].in_proj_weight, plain["new"].in_proj_weight)
 
 
 @pytest.mark.parametrize("write", [condattn.fold, subtract_all])

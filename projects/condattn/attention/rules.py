@@ -81,12 +81,13 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     Raises:
         ValueError: If a rule is wrong, or a conditioned attention module has such a layer.
     """
-    sites = []
-    for name, module in _named_modules(model):
-        describe = _RULES.get(_entry(type(module)))
-        if describe is not None and not isinstance(found := _site(name, module, describe), UnsupportedAttention):
-            sites.append(found)
-    return sites
+    return [found for found in _apply_rules(model).values() if isinstance(found, AttentionSite)]
+
+
+def _apply_rules(model: nn.Module) -> dict[str, AttentionSite | UnsupportedAttention]:
+    """Return what the rules say of the modules of ``model`` that have one, by their names."""
+    described = ((name, module, _RULES.get(_entry(type(module)))) for name, module in _named_modules(model))
+    return {name: _site(name, module, describe) for name, module, describe in described if describe is not None}
 
 
 def _site(name: str, module: nn.Module, describe: Describe) -> AttentionSite | UnsupportedAttention:
@@ -124,17 +125,16 @@ def find_unsupported(model: nn.Module) -> list[UnsupportedAttention]:
     layer without a weight, and modules that look like attention but have neither a rule nor an exception. A module
     looks like attention if its class name says so, it has weights of its own, and no site is inside or around it.
     """
-    sites = [site.name for site in find_sites(model)]
+    ruled = _apply_rules(model)
+    sites = [name for name, one in ruled.items() if isinstance(one, AttentionSite)]
     unsupported = []
     for name, module in _named_modules(model):
-        cls = type(module)
-        entry = _entry(cls)
-        describe = _RULES.get(entry)
-        if describe is not None:
-            if isinstance(one := _site(name, module, describe), UnsupportedAttention):
+        if name in ruled:
+            if isinstance(one := ruled[name], UnsupportedAttention):
                 unsupported.append(one)
             continue
-        reason = _EXCEPTIONS.get(entry, "")
+        cls = type(module)
+        reason = _EXCEPTIONS.get(_entry(cls), "")
         if reason:
             found = _attends(cls)
         else:
